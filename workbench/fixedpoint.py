@@ -1,0 +1,170 @@
+"""Fixed point: number formats, the one rounding rule, exact integer products and activation tables.
+
+Everything that is rounded anywhere in the workbench is rounded here (half up, saturating), so that the engine, the
+float emulation and the array cannot differ.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class QFormat:
+    """Two's complement number format: value = integer * 2**-frac.
+
+    bits: width, 1 to 32 (signed formats at least 2); frac: fraction bits, may be negative or exceed the width.
+    """
+
+    bits: int
+    frac: int
+    signed: bool = True
+
+    def __post_init__(self):
+        for name in ("bits", "frac"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"QFormat needs a whole number for {name}, got {value!r}")
+        if not isinstance(self.signed, bool):
+            raise TypeError(f"QFormat needs True or False for signed, got {self.signed!r}")
+        if not (2 if self.signed else 1) <= self.bits <= 32:
+            raise ValueError(f"{self} needs 2 to 32 bits when signed and 1 to 32 when unsigned, got {self.bits}")
+        if not -64 <= self.frac <= 64:
+            raise ValueError(f"{self} needs frac from -64 to 64, got {self.frac}")
+
+    @property
+    def min(self) -> int:
+        return -(1 << (self.bits - 1)) if self.signed else 0
+
+    @property
+    def max(self) -> int:
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+
+    @property
+    def magnitude(self) -> int:
+        """Largest |integer| of the format."""
+        return max(-self.min, self.max)
+
+    def quantise(self, x) -> np.ndarray:
+        """Real numbers -> int64 integers of this format, half up, saturating. NaN raises ValueError."""
+        t = np.ldexp(np.asarray(x, dtype=np.float64), self.frac)
+        if np.isnan(t).any():
+            raise ValueError(f"{self} cannot hold NaN: {int(np.isnan(t).sum())} of {t.size} values are NaN")
+        # Half up through floor: adding 0.5 first would round 0.49999999999999994 up. Saturating first keeps infinities out.
+        t = np.clip(t, self.min, self.max)
+        floor = np.floor(t)
+        return (floor + (t - floor >= 0.5)).astype(np.int64)
+
+    def dequantise(self, q) -> np.ndarray:
+        """Integers -> float64 values (exact)."""
+        return np.ldexp(np.asarray(q, dtype=np.float64), -self.frac)
+
+    def to_json(self) -> dict:
+        return {"bits": self.bits, "frac": self.frac, "signed": self.signed}
+
+    @classmethod
+    def from_json(cls, data) -> "QFormat":
+        if not isinstance(data, dict) or set(data) != {"bits", "frac", "signed"}:
+            raise ValueError(f"QFormat needs exactly the keys bits, frac and signed, got {data!r}")
+        return cls(**data)
+
+
+def requantise(a, frac: int, fmt: QFormat) -> np.ndarray:
+    """int64 accumulators with `frac` fraction bits -> integers of fmt: one half-up rounding, then saturation.
+
+    a must stay below 2**61 in magnitude; accumulators are at most 48 bits wide.
+    """
+    a = np.asarray(a, dtype=np.int64)
+    shift = frac - fmt.frac
+    if shift > 0:
+        shift = min(shift, 62)  # beyond this every |a| < 2**61 rounds to zero all the same
+        a = (a + (1 << (shift - 1))) >> shift
+    elif shift < 0:
+        # Values that saturate anyway are cut before the shift, so that it cannot leave int64.
+        shift = min(-shift, 34)
+        limit = ((1 << 32) >> shift) + 1
+        a = np.clip(a, -limit, limit) << shift
+    return np.clip(a, fmt.min, fmt.max)
+
+
+class ExactMatrix:
+    """An integer matrix whose products with bounded integer vectors are exact.
+
+    weights: (out, in) int64; magnitude: largest |integer| of the vectors. While the largest row sum of
+    |weights| * magnitude stays under 2**24 (2**53) every partial sum is an integer that float32 (float64) holds exactly,
+    so BLAS may be used; beyond that the product runs in int64, and beyond 2**63 it is refused.
+    """
+
+    def __init__(self, weights, magnitude: int):
+        bound = int(np.abs(weights).sum(axis=1).max(initial=0)) * magnitude
+        if bound >= 1 << 63:
+            raise ValueError(f"ExactMatrix needs row sums under 2**63, got a bound of {bound}")
+        self.dtype = np.float32 if bound < 1 << 24 else np.float64 if bound < 1 << 53 else np.int64
+        self.transposed = np.ascontiguousarray(weights.T, dtype=self.dtype)  # (in, out)
+
+    def __call__(self, x) -> np.ndarray:
+        """x: (..., in) integers -> (..., out) int64, exact."""
+        return (x.astype(self.dtype) @ self.transposed).astype(np.int64)
+
+
+TABLE_RANGE_LOG2 = 3  # the table covers |x| in [0, 8); beyond it the last knot holds
+TABLE_SEGMENTS_LOG2 = 8  # 256 segments
+KNOT_FRAC = 15  # knots are 16-bit unsigned words with 15 fraction bits, so that 1.0 is one of them
+
+
+@dataclass(frozen=True)
+class ActivationTable:
+    """sigmoid or tanh as 256 segments on [0, 8), symmetric, integer linear interpolation, one rounding.
+
+    knots: (257,) int64 with KNOT_FRAC fraction bits; for sigmoid they run from 0.5 to sigmoid(8).
+    """
+
+    function: str
+    knots: np.ndarray  # (257,)
+
+    def __post_init__(self):
+        if self.function not in FUNCTIONS:
+            raise ValueError(f"ActivationTable knows {', '.join(FUNCTIONS)}, got {self.function!r}")
+        if self.knots.shape != ((1 << TABLE_SEGMENTS_LOG2) + 1,) or self.knots.min() < 0 or self.knots.max() >= 1 << 16:
+            raise ValueError(f"ActivationTable needs 257 knots of 16 bits, got shape {self.knots.shape}")
+
+    @classmethod
+    def build(cls, function: str) -> "ActivationTable":
+        if function not in FUNCTIONS:
+            raise ValueError(f"ActivationTable knows {', '.join(FUNCTIONS)}, got {function!r}")
+        x = np.arange((1 << TABLE_SEGMENTS_LOG2) + 1) * 2.0 ** (TABLE_RANGE_LOG2 - TABLE_SEGMENTS_LOG2)
+        return cls(function, QFormat(16, KNOT_FRAC, signed=False).quantise(FUNCTIONS[function](x)))
+
+    @cached_property
+    def _segments(self):
+        return self.knots[:-1], np.diff(self.knots)
+
+    def lookup(self, q, in_fmt: QFormat, out_fmt: QFormat) -> np.ndarray:
+        """Integers of in_fmt -> integers of out_fmt, the same shape."""
+        q = np.asarray(q, dtype=np.int64)
+        # Position = segment + remainder / 2**rest; a coarse input format falls on the knots themselves.
+        rest = max(in_fmt.frac - (TABLE_SEGMENTS_LOG2 - TABLE_RANGE_LOG2), 0)
+        coarse = max((TABLE_SEGMENTS_LOG2 - TABLE_RANGE_LOG2) - in_fmt.frac, 0)
+        end = 1 << TABLE_SEGMENTS_LOG2
+        magnitude = np.minimum(np.abs(q), (end << rest) >> coarse) << coarse
+        segment = np.minimum(magnitude >> rest, end - 1)
+        start, slope = self._segments
+        value = (start[segment] << rest) + slope[segment] * (magnitude - (segment << rest))  # KNOT_FRAC + rest bits
+        mirrored = -value if self.function == "tanh" else (1 << (KNOT_FRAC + rest)) - value
+        return requantise(np.where(q < 0, mirrored, value), KNOT_FRAC + rest, out_fmt)
+
+    def max_error_ulp(self, in_fmt: QFormat, out_fmt: QFormat) -> float:
+        """Largest |table - function| over every input code, in units of the last place of out_fmt."""
+        if in_fmt.bits > 20:
+            raise ValueError(f"max_error_ulp walks every input code and needs at most 20 bits, got {in_fmt}")
+        q = np.arange(in_fmt.min, in_fmt.max + 1)
+        exact = FUNCTIONS[self.function](in_fmt.dequantise(q))
+        return float(np.abs(out_fmt.dequantise(self.lookup(q, in_fmt, out_fmt)) - exact).max() * 2.0**out_fmt.frac)
+
+
+def _sigmoid(x):
+    return 0.5 * (1.0 + np.tanh(0.5 * x))
+
+
+FUNCTIONS = {"sigmoid": _sigmoid, "tanh": np.tanh}

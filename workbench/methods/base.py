@@ -1,0 +1,56 @@
+"""What a compression method is, and what all of them share: the protocol and the straight-through number format."""
+
+from typing import Protocol
+
+import torch
+
+from workbench.fixedpoint import QFormat
+from workbench.packed import PackedCirculant, PackedDense, PackedSparse
+
+
+class Method(Protocol):
+    """A set of matrices that a block is constrained to. Frozen dataclass: its fields are its parameters and its JSON."""
+
+    def project(self, w: torch.Tensor) -> torch.Tensor:
+        """(out, in) -> the nearest member of the set in the Frobenius norm."""
+
+    def constrain(self, w: torch.Tensor, fmt: QFormat | None) -> torch.nn.Module:
+        """A module that trains inside the set: right_inverse(w) -> stored values, forward(stored) -> (out, in).
+
+        Stored values pass through fmt with a straight-through gradient; the support is chosen from w and then fixed.
+        """
+
+    def pack(self, w: torch.Tensor, fmt: QFormat) -> PackedDense | PackedSparse | PackedCirculant:
+        """A member of the set -> the integers that are stored."""
+
+
+class _FakeQuantise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w, fmt):
+        t = w * 2.0**fmt.frac
+        ctx.save_for_backward((t >= fmt.min - 0.5) & (t < fmt.max + 0.5))
+        floor = t.floor()
+        return (floor + (t - floor >= 0.5)).clamp(fmt.min, fmt.max) * 2.0**-fmt.frac
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None
+
+
+def fake_quantise(w: torch.Tensor, fmt: QFormat | None) -> torch.Tensor:
+    """Values of w on the grid of fmt (half up, saturating; equal to fmt.quantise bit for bit), gradient straight through
+    inside the range and zero where saturated (Bengio 2013, arXiv 1308.3432). fmt None leaves w as it is."""
+    return w if fmt is None else _FakeQuantise.apply(w, fmt)
+
+
+def check_matrix(who, w: torch.Tensor) -> None:
+    if w.ndim != 2 or 0 in w.shape:
+        raise ValueError(f"{who} needs an (out, in) matrix with rows and columns, got shape {tuple(w.shape)}")
+    if not torch.isfinite(w).all():
+        raise ValueError(f"{who} needs finite weights, got {int((~torch.isfinite(w)).sum())} that are not")
+
+
+def to_integers(w: torch.Tensor, fmt: QFormat):
+    """Stored float values -> int64 array of fmt."""
+    return fmt.quantise(w.detach().cpu().double().numpy())

@@ -1,0 +1,480 @@
+"""Packed blocks, layers and models: the integers that hardware stores, their bits on disk, save and load.
+
+A block's storage is counted from the byte arrays that are really written. Nothing here needs torch.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from workbench.fixedpoint import ActivationTable, QFormat
+
+GATES = {"LSTM": ("i", "f", "g", "o"), "GRU": ("r", "z", "n")}  # torch's order of the gates in a weight matrix
+SIGNALS = ("input", "pre", "sigmoid", "tanh", "cell", "hidden")
+FILE_FORMAT = "lstm-workbench-packed"
+FILE_VERSION = 1
+
+
+def pack_bits(values, bits: int) -> np.ndarray:
+    """(n,) integers -> uint8 bytes, `bits` bits each in two's complement, most significant first, padded to a byte."""
+    values = np.asarray(values, dtype=np.int64).ravel()
+    planes = (values[:, None] >> np.arange(bits - 1, -1, -1)) & 1  # (n, bits)
+    return np.packbits(planes.astype(np.uint8).ravel())
+
+
+def unpack_bits(data, bits: int, count: int, signed: bool) -> np.ndarray:
+    """The inverse of pack_bits: (count,) int64."""
+    planes = np.unpackbits(data, count=bits * count).reshape(count, bits).astype(np.int64)
+    weights = 1 << np.arange(bits - 1, -1, -1, dtype=np.int64)
+    if signed:
+        weights[0] = -weights[0]
+    return planes @ weights
+
+
+def _check_values(who, values, fmt):
+    if values.size and (values.min() < fmt.min or values.max() > fmt.max):
+        raise ValueError(f"{who} needs integers of {fmt}, got {values.min()} to {values.max()}")
+
+
+class _Stored:
+    """What every stored form counts, from its own byte arrays."""
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of the stored weights themselves."""
+        return self.stored_values * self.fmt.bits
+
+    @property
+    def index_bits(self) -> int:
+        """All other bits on disk: indices, padding words and the padding of each array to a whole byte."""
+        return self.storage_bits - self.value_bits
+
+    @property
+    def storage_bits(self) -> int:
+        return 8 * sum(a.nbytes for a in self.arrays.values())
+
+
+@dataclass(frozen=True)
+class PackedDense(_Stored):
+    """Every weight stored. values: (out, in) int64."""
+
+    values: np.ndarray  # (out, in)
+    fmt: QFormat
+
+    def __post_init__(self):
+        _check_values("PackedDense", self.values, self.fmt)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape
+
+    @property
+    def stored_values(self) -> int:
+        return self.values.size
+
+    def dense(self) -> np.ndarray:
+        return self.values
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"values": pack_bits(self.values, self.fmt.bits)}
+
+    def describe(self) -> dict:
+        return {}
+
+    @classmethod
+    def restore(cls, arrays, shape, fmt, about) -> "PackedDense":
+        count = shape[0] * shape[1]
+        return cls(unpack_bits(arrays["values"], fmt.bits, count, fmt.signed).reshape(shape), fmt)
+
+
+BITMAP = 0  # index_width of the bitmap encoding
+INDEX_WIDTHS = range(2, 9)  # relative indices of 2 to 8 bits, as in ESE (arXiv 1612.00694, section 4)
+
+
+@dataclass(frozen=True)
+class PackedSparse(_Stored):
+    """Non-zero weights with their positions. rows, cols, values: (nnz,) int64, sorted row by row.
+
+    On disk the cheapest of these encodings: relative indices of 2 to 8 bits (each word says how many zeros it skips in
+    row-major order; a longer gap takes padding words of value zero, counted as index bits), or a bitmap of the block.
+    """
+
+    shape: tuple[int, int]
+    fmt: QFormat
+    rows: np.ndarray  # (nnz,)
+    cols: np.ndarray  # (nnz,)
+    values: np.ndarray  # (nnz,)
+
+    def __post_init__(self):
+        _check_values("PackedSparse", self.values, self.fmt)
+        positions = self._positions
+        if not self.rows.shape == self.cols.shape == self.values.shape or self.values.ndim != 1:
+            raise ValueError("PackedSparse needs rows, cols and values of one length, got "
+                             f"{self.rows.shape}, {self.cols.shape} and {self.values.shape}")
+        if positions.size and (
+            np.any(np.diff(positions) <= 0) or positions[0] < 0 or self.rows[-1] >= self.shape[0]
+            or self.cols.min() < 0 or self.cols.max() >= self.shape[1]
+        ):
+            raise ValueError(f"PackedSparse needs positions inside {self.shape}, sorted row by row and each once")
+        if np.any(self.values == 0):
+            raise ValueError(f"PackedSparse stores no zeros, got {int(np.sum(self.values == 0))}")
+
+    @classmethod
+    def from_dense(cls, values, fmt) -> "PackedSparse":
+        """values: (out, in) int64; zeros are left out."""
+        rows, cols = np.nonzero(values)
+        return cls(values.shape, fmt, rows, cols, values[rows, cols])
+
+    @property
+    def _positions(self):
+        return self.rows * self.shape[1] + self.cols
+
+    @property
+    def stored_values(self) -> int:
+        return self.values.size
+
+    def dense(self) -> np.ndarray:
+        out = np.zeros(self.shape, dtype=np.int64)
+        out[self.rows, self.cols] = self.values
+        return out
+
+    @cached_property
+    def _gaps(self):
+        return np.diff(self._positions, prepend=-1) - 1  # zeros before each weight, in row-major order
+
+    @cached_property
+    def index_width(self) -> int:
+        """Bits of a relative index in the cheapest encoding, or BITMAP."""
+
+        def total_bits(width):
+            index_bits = self.shape[0] * self.shape[1] if width == BITMAP else self._words(width) * width
+            return index_bits + self._words(width) * self.fmt.bits
+
+        return min((*INDEX_WIDTHS, BITMAP), key=total_bits)
+
+    def _words(self, width) -> int:
+        # A padding word spans 2**width positions: the zeros that it skips and itself.
+        padding = 0 if width == BITMAP else int((self._gaps >> width).sum())
+        return self.stored_values + padding
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        width = self.index_width
+        if width == BITMAP:
+            present = np.zeros(self.shape[0] * self.shape[1], dtype=np.int64)
+            present[self._positions] = 1
+            return {"values": pack_bits(self.values, self.fmt.bits), "indices": pack_bits(present, 1)}
+        indices = np.full(self._words(width), (1 << width) - 1, dtype=np.int64)
+        words = np.zeros(self._words(width), dtype=np.int64)
+        places = np.cumsum((self._gaps >> width) + 1) - 1  # where each weight stands among the words
+        indices[places] = self._gaps & ((1 << width) - 1)
+        words[places] = self.values
+        return {"values": pack_bits(words, self.fmt.bits), "indices": pack_bits(indices, width)}
+
+    def describe(self) -> dict:
+        return {"index_width": self.index_width, "words": self._words(self.index_width)}
+
+    @classmethod
+    def restore(cls, arrays, shape, fmt, about) -> "PackedSparse":
+        width, count = about["index_width"], about["words"]
+        words = unpack_bits(arrays["values"], fmt.bits, count, fmt.signed)
+        if width == BITMAP:
+            positions = np.flatnonzero(unpack_bits(arrays["indices"], 1, shape[0] * shape[1], signed=False))
+        else:
+            positions = np.cumsum(unpack_bits(arrays["indices"], width, count, signed=False) + 1) - 1
+        kept = words != 0
+        if positions.size != count or (count and positions[-1] >= shape[0] * shape[1]):
+            raise ValueError(f"PackedSparse needs {count} positions inside {tuple(shape)}, got {positions.size}")
+        return cls(tuple(shape), fmt, positions[kept] // shape[1], positions[kept] % shape[1], words[kept])
+
+
+@dataclass(frozen=True)
+class PackedCirculant(_Stored):
+    """k x k circulant tiles, one vector of k weights each: W[i, j] = vectors[i // k, j // k, (i - j) % k].
+
+    vectors: (out // k, ceil(in / k), k) int64, the first column of every tile. Columns that k does not divide are
+    padded with zeros; the padding is stored and counted. datapath "time": plain multiply-accumulates.
+    """
+
+    shape: tuple[int, int]
+    fmt: QFormat
+    block: int
+    vectors: np.ndarray  # (out // k, ceil(in / k), k)
+    datapath: str = "time"
+
+    def __post_init__(self):
+        _check_values("PackedCirculant", self.vectors, self.fmt)
+        if self.block < 1 or self.shape[0] % self.block:
+            raise ValueError(f"PackedCirculant needs rows divisible by block {self.block}, got {self.shape}")
+        expected = (self.shape[0] // self.block, -(-self.shape[1] // self.block), self.block)
+        if self.vectors.shape != expected:
+            raise ValueError(f"PackedCirculant needs vectors {expected}, got {self.vectors.shape}")
+        if self.datapath != "time":
+            raise ValueError(f'PackedCirculant has the datapath "time" only so far, got {self.datapath!r}')
+
+    @property
+    def stored_values(self) -> int:
+        return self.vectors.size
+
+    def dense(self) -> np.ndarray:
+        k = np.arange(self.block)
+        tiles = self.vectors[:, :, (k[:, None] - k) % self.block]  # (out // k, in tiles, k, k)
+        return tiles.transpose(0, 2, 1, 3).reshape(self.shape[0], -1)[:, : self.shape[1]]  # (out, in)
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"values": pack_bits(self.vectors, self.fmt.bits)}
+
+    def describe(self) -> dict:
+        return {"block": self.block, "datapath": self.datapath}
+
+    @classmethod
+    def restore(cls, arrays, shape, fmt, about) -> "PackedCirculant":
+        k = about["block"]
+        vectors = (shape[0] // k, -(-shape[1] // k), k)
+        values = unpack_bits(arrays["values"], fmt.bits, int(np.prod(vectors)), fmt.signed)
+        return cls(tuple(shape), fmt, k, values.reshape(vectors), about["datapath"])
+
+
+FORMS = {"dense": PackedDense, "sparse": PackedSparse, "circulant": PackedCirculant}
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """One unidirectional LSTM layer in integers.
+
+    blocks: block name -> packed block; bias: gate -> (hidden_size,) integers at the gate's aligned fraction bits;
+    signals: input, pre, sigmoid, tanh, cell, hidden -> QFormat; tables: sigmoid, tanh -> ActivationTable.
+    Refused when an operand exceeds the 18 x 27 bits of a DSP48E2, a bias exceeds 32 bits or a row could leave acc_bits.
+    """
+
+    cell: str
+    blocks: dict[str, object]
+    bias: dict[str, np.ndarray]
+    signals: dict[str, QFormat]
+    tables: dict[str, ActivationTable]
+    acc_bits: int = 48
+
+    def __post_init__(self):
+        if self.cell != "LSTM":
+            raise ValueError(f"PackedLayer holds LSTM layers so far, got {self.cell!r}")
+        if tuple(self.signals) != SIGNALS:
+            raise ValueError(f"PackedLayer needs the signals {', '.join(SIGNALS)}, got {', '.join(self.signals)}")
+        for (part, signal), gate in ((p, g) for p in PARTS.items() for g in self.gates):
+            widths = sorted((self.block(part, gate).fmt.bits, self.signals[signal].bits))
+            if widths[0] > 18 or widths[1] > 27:
+                raise ValueError(f"{self.block_name(part, gate)} needs operands of 18 x 27 bits (DSP48E2), got "
+                                 f"{self.block(part, gate).fmt} x {self.signals[signal]}")
+        for gate in self.gates:
+            if self.bias[gate].shape != (self.hidden_size,):
+                raise ValueError(f"the bias of gate {gate} needs shape ({self.hidden_size},), got {self.bias[gate].shape}")
+            _check_values(f"the bias of gate {gate}", self.bias[gate], QFormat(32, 0))
+            bound = self.row_bound(gate)
+            if bound >= 1 << (self.acc_bits - 1):
+                raise ValueError(f"gate {gate} needs an accumulator under {self.acc_bits} bits, but a row could reach "
+                                 f"{bound} ({bound.bit_length() + 1} bits)")
+
+    @classmethod
+    def from_float_bias(cls, cell, blocks, bias, signals, tables, acc_bits=48) -> "PackedLayer":
+        """bias: gate -> (hidden_size,) floats, stored in 32 bits at the gate's aligned fraction bits or refused."""
+        layer = cls(cell, blocks, {gate: np.zeros(len(b), dtype=np.int64) for gate, b in bias.items()}, signals, tables,
+                    acc_bits)
+        integers = {}
+        for gate, values in bias.items():
+            frac = layer.alignment(gate)[0]
+            if np.abs(np.ldexp(values, frac)).max(initial=0) >= (1 << 31) - 1:
+                raise ValueError(f"the bias of gate {gate} needs 32 bits at {frac} fraction bits, got {np.abs(values).max()}"
+                                 "; fewer fraction bits in weights or signals make room")
+            integers[gate] = QFormat(32, frac).quantise(values)
+        return replace(layer, bias=integers)
+
+    @cached_property
+    def _names(self) -> dict[tuple[str, str], str]:
+        # "lstm.weight_ih_l0.i" -> ("ih", "i")
+        return {(name.rsplit(".", 2)[-2].split("_")[1], name.rsplit(".", 1)[1]): name for name in self.blocks}
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        return GATES[self.cell]
+
+    def block_name(self, part: str, gate: str) -> str:
+        if (part, gate) not in self._names:
+            raise ValueError(f"PackedLayer has the blocks {', '.join(self.blocks)}, none of part {part!r}, gate {gate!r}")
+        return self._names[part, gate]
+
+    def block(self, part: str, gate: str):
+        """part: "ih" or "hh"."""
+        return self.blocks[self.block_name(part, gate)]
+
+    @property
+    def input_size(self) -> int:
+        return self.block("ih", self.gates[0]).shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.block("hh", self.gates[0]).shape[0]
+
+    def alignment(self, gate: str) -> tuple[int, int, int]:
+        """(F, left shift of the W_ih sum, left shift of the W_hh sum): F = the larger product frac of the two."""
+        ih, hh = (self.block(part, gate).fmt.frac + self.signals[signal].frac for part, signal in PARTS.items())
+        frac = max(ih, hh)
+        return frac, frac - ih, frac - hh
+
+    def row_bound(self, gate: str) -> int:
+        """The largest magnitude that any row's aligned sum, bias included, can reach (exact Python integer)."""
+        _, *shifts = self.alignment(gate)
+        rows = [int(b) for b in np.abs(self.bias[gate])]
+        for (part, signal), shift in zip(PARTS.items(), shifts):
+            sums = np.abs(self.block(part, gate).dense()).sum(axis=1)
+            rows = [r + ((int(s) * self.signals[signal].magnitude) << shift) for r, s in zip(rows, sums)]
+        return max(rows)
+
+
+PARTS = {"ih": "input", "hh": "hidden"}  # part of a gate -> the signal that it multiplies
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """All packed layers of a model. layers: layer name ("lstm.l0") -> PackedLayer.
+
+    rnn_bias_params and other_params: numbers of float parameters of the source model outside the RNN weight matrices,
+    reported apart from the ratios and never hidden.
+    """
+
+    layers: dict[str, PackedLayer]
+    rnn_bias_params: int
+    other_params: int
+    metadata: dict = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> dict[str, object]:
+        return {name: block for layer in self.layers.values() for name, block in layer.blocks.items()}
+
+    def _sum(self, count) -> int:
+        return sum(count(block) for block in self.blocks.values())
+
+    @property
+    def dense_weights(self) -> int:
+        return self._sum(lambda b: b.shape[0] * b.shape[1])
+
+    @property
+    def value_bits(self) -> int:
+        return self._sum(lambda b: b.value_bits)
+
+    @property
+    def index_bits(self) -> int:
+        return self._sum(lambda b: b.index_bits)
+
+    @property
+    def storage_bits(self) -> int:
+        return self._sum(lambda b: b.storage_bits)
+
+    @property
+    def cr_params(self) -> float:
+        """Dense weights / stored values."""
+        return self.dense_weights / self._sum(lambda b: b.stored_values)
+
+    @property
+    def cr_bits(self) -> float:
+        """32 * dense weights / value bits."""
+        return 32 * self.dense_weights / self.value_bits
+
+    @property
+    def cr_disk(self) -> float:
+        """32 * dense weights / every bit written for the RNN weight matrices."""
+        return 32 * self.dense_weights / self.storage_bits
+
+    @property
+    def cr_model(self) -> float:
+        """The whole model: biases and all other parameters stay at 32 bits."""
+        rest = 32 * (self.rnn_bias_params + self.other_params)
+        return (32 * self.dense_weights + rest) / (self.storage_bits + rest)
+
+    def save(self, path) -> Path:
+        """Write one safetensors file (atomically): bit-packed payload, JSON manifest, SHA-256 of both."""
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise ValueError(f"PackedModel.save needs an existing directory, got {path.parent}")
+        tensors, layers = {}, {}
+        for layer_name, layer in self.layers.items():
+            about = {}
+            for name, block in layer.blocks.items():
+                tensors |= {f"{name}/{key}": array for key, array in block.arrays.items()}
+                form = next(form for form, cls in FORMS.items() if isinstance(block, cls))
+                about[name] = {"form": form, "shape": list(block.shape), "format": block.fmt.to_json()} | block.describe()
+            tensors |= {f"{layer_name}.bias/{gate}": b.astype(np.int32) for gate, b in layer.bias.items()}
+            tensors |= {f"{layer_name}.table/{name}": t.knots.astype(np.uint16) for name, t in layer.tables.items()}
+            layers[layer_name] = {
+                "cell": layer.cell, "acc_bits": layer.acc_bits, "blocks": about,
+                "signals": {name: fmt.to_json() for name, fmt in layer.signals.items()},
+            }
+        manifest = json.dumps({
+            "layers": layers, "rnn_bias_params": self.rnn_bias_params, "other_params": self.other_params,
+            "metadata": self.metadata,
+        }, sort_keys=True)
+        header = {"format": FILE_FORMAT, "version": str(FILE_VERSION), "manifest": manifest,
+                  "sha256": _digest(manifest, tensors)}
+        temporary = path.with_name(path.name + f".tmp{os.getpid()}")
+        try:
+            safetensors.numpy.save_file(tensors, temporary, metadata=header)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+
+def _digest(manifest, tensors) -> str:
+    digest = hashlib.sha256(manifest.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + b"\0" + str(tensors[name].dtype).encode() + b"\0")
+        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return digest.hexdigest()
+
+
+def load(path) -> PackedModel:
+    """Read a packed model. A missing, truncated, damaged or foreign file raises ValueError that says which."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"load needs a packed model file, got {path}, which is no file")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:  # safetensors raises its own and, for exotic dtypes, other errors
+        raise ValueError(f"load needs a whole safetensors file, got {path}: {error}") from error
+    if header.get("format") != FILE_FORMAT:
+        raise ValueError(f"load needs a packed model, got {path}, a safetensors file of format {header.get('format')!r}")
+    if header.get("version") != str(FILE_VERSION):
+        raise ValueError(f"load reads version {FILE_VERSION} of packed models, got version {header.get('version')!r} in {path}")
+    if header.get("sha256") != _digest(header.get("manifest", ""), tensors):
+        raise ValueError(f"load found damage in {path}: its content does not have the SHA-256 written with it")
+    try:
+        manifest = json.loads(header["manifest"])
+        layers = {name: _restore_layer(name, about, tensors) for name, about in manifest["layers"].items()}
+        return PackedModel(layers, manifest["rnn_bias_params"], manifest["other_params"], manifest["metadata"])
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"load found a packed model with a broken manifest in {path}: {error!r}") from error
+
+
+def _restore_layer(layer_name, about, tensors) -> PackedLayer:
+    blocks = {}
+    for name, block in about["blocks"].items():
+        arrays = {key.rsplit("/", 1)[1]: array for key, array in tensors.items() if key.startswith(f"{name}/")}
+        fmt = QFormat.from_json(block["format"])
+        blocks[name] = FORMS[block["form"]].restore(arrays, tuple(block["shape"]), fmt, block)
+    gates = GATES[about["cell"]]
+    return PackedLayer(
+        about["cell"], blocks,
+        {gate: tensors[f"{layer_name}.bias/{gate}"].astype(np.int64) for gate in gates},
+        {name: QFormat.from_json(about["signals"][name]) for name in SIGNALS},
+        {name: ActivationTable(name, tensors[f"{layer_name}.table/{name}"].astype(np.int64)) for name in ("sigmoid", "tanh")},
+        about["acc_bits"],
+    )

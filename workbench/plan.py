@@ -1,0 +1,132 @@
+"""Plan: which method and number format each block gets, and the formats of the signals. Plain data, JSON in and out."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from workbench.fixedpoint import QFormat
+from workbench.gates import blocks, rnns, weight
+from workbench.methods import METHODS, Method, method_from_json, method_to_json
+from workbench.packed import SIGNALS
+from workbench.quantise import layer_name, weight_format
+
+ACTIVATIONS = ("linear",)  # the kinds of activation table
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    method: Method
+    format: QFormat
+
+
+@dataclass(frozen=True)
+class Plan:
+    """blocks: block name -> BlockPlan; signals: layer name -> {signal -> QFormat}; activation: table kind."""
+
+    blocks: dict[str, BlockPlan]
+    signals: dict[str, dict[str, QFormat]]
+    activation: str = "linear"
+
+    def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"Plan knows the activations {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        for layer, signals in self.signals.items():
+            if tuple(signals) != SIGNALS:
+                raise ValueError(f"Plan needs the signals {', '.join(SIGNALS)} of {layer}, got {', '.join(signals) or 'none'}")
+
+    def check(self, model: torch.nn.Module) -> None:
+        """Refuse a plan that misses a block or layer of the model, names one it does not have, or does not fit a shape."""
+        for what, planned, known in (("block", self.blocks, blocks(model)),
+                                     ("layer", self.signals, [layer_name(name) for name in rnns(model)])):
+            if unknown := [name for name in planned if name not in known]:
+                raise ValueError(f"the plan names the {what}s {', '.join(unknown)}, the model has {', '.join(known)}")
+            if missing := [name for name in known if name not in planned]:
+                raise ValueError(f"the plan misses the {what}s {', '.join(missing)}")
+        for name, entry in self.blocks.items():
+            try:
+                entry.method.constrain(weight(model, name), entry.format)
+            except ValueError as error:
+                raise ValueError(f"block {name}: {error}") from error
+
+    def with_signals(self, signals) -> "Plan":
+        return replace(self, signals=signals)
+
+    def to_json(self) -> dict:
+        return {
+            "blocks": {name: {"method": method_to_json(entry.method), "format": entry.format.to_json()}
+                       for name, entry in self.blocks.items()},
+            "signals": {layer: {name: fmt.to_json() for name, fmt in signals.items()}
+                        for layer, signals in self.signals.items()},
+            "activation": self.activation,
+        }
+
+    @classmethod
+    def read(cls, source) -> "Plan":
+        """A Plan, a dict, a JSON string or the path of a JSON file -> Plan."""
+        if isinstance(source, Plan):
+            return source
+        if isinstance(source, (str, Path)):
+            text = str(source)
+            if not text.lstrip().startswith("{"):
+                if not Path(text).is_file():
+                    raise ValueError(f"Plan.read needs a dict, a JSON object or the path of a file, got {text!r}")
+                text = Path(text).read_text()
+            try:
+                source = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"Plan.read needs JSON, got text that is not: {error}") from error
+        keys = {"blocks", "signals", "activation"}
+        if not isinstance(source, dict) or set(source) != keys:
+            raise ValueError(f"a plan needs exactly the keys {', '.join(sorted(keys))}, got {_keys(source)}")
+        planned = {}
+        for name, entry in source["blocks"].items():
+            if not isinstance(entry, dict) or set(entry) != {"method", "format"}:
+                raise ValueError(f"block {name} of a plan needs exactly the keys method and format, got {_keys(entry)}")
+            try:
+                planned[name] = BlockPlan(method_from_json(entry["method"]), QFormat.from_json(entry["format"]))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"block {name}: {error}") from error
+        signals = {layer: {name: QFormat.from_json(fmt) for name, fmt in formats.items()}
+                   for layer, formats in source["signals"].items()}
+        return cls(planned, signals, source["activation"])
+
+    def table(self, model: torch.nn.Module) -> list[dict]:
+        """One row a block, for the eye: shape, method, format, stored values, bits on disk and the block's own ratio."""
+        rows = []
+        for name, entry in self.blocks.items():
+            packed = pack_block(weight(model, name), entry)
+            size = packed.shape[0] * packed.shape[1]
+            rows.append({"block": name, "shape": "x".join(map(str, packed.shape)), "method": str(entry.method),
+                         "weight bits": entry.format.bits, "fraction bits": entry.format.frac,
+                         "stored values": packed.stored_values, "value bits": packed.value_bits,
+                         "index bits": packed.index_bits, "cr_disk": 32 * size / packed.storage_bits})
+        return rows
+
+
+def _keys(source):
+    return ", ".join(source) if isinstance(source, dict) else repr(source)
+
+
+def pack_block(w: torch.Tensor, entry: BlockPlan):
+    """(out, in) weights -> the packed block: projected in float64, then quantised."""
+    w = w.detach().double()
+    return entry.method.pack(entry.method.project(w), entry.format)
+
+
+def plan_block(w: torch.Tensor, method: Method, bits: int) -> BlockPlan:
+    """A method with the weight format of that width that suits the values it would store."""
+    return BlockPlan(method, weight_format(method.project(w), bits))
+
+
+def uniform(model: torch.nn.Module, method: Method, bits: int, signals) -> Plan:
+    """The same method and weight width for every block."""
+    return Plan({name: plan_block(weight(model, name), method, bits) for name in blocks(model)}, signals)
+
+
+def known_method(name: str) -> type:
+    """The class of a method by name; an unknown name raises ValueError that lists the known ones."""
+    if name not in METHODS:
+        raise ValueError(f"the methods are {', '.join(METHODS)}, got {name!r}")
+    return METHODS[name]
