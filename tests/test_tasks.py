@@ -1,0 +1,279 @@
+import hashlib
+import importlib.metadata
+import io
+import subprocess
+import sys
+import wave
+import zipfile
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from workbench import tasks
+from workbench.tasks import Recipe, Split, fsdd, japanese_vowels
+from workbench.tasks.task import data_folders, pad, standardise
+
+
+@pytest.fixture(scope="module")
+def vowels():
+    return tasks.load("japanese_vowels")
+
+
+def wav(samples):
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setnchannels(1)
+        writer.setsampwidth(2)
+        writer.setframerate(fsdd.SAMPLE_RATE)
+        writer.writeframes(np.asarray(samples, "<i2").tobytes())
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def recordings():
+    """A stand-in of the real archive: the same names; every recording is a noise of 2 to 4 frames of its own."""
+    rng = np.random.default_rng(0)
+    return {
+        f"{digit}_{speaker}_{index}.wav": wav(rng.integers(-(2**12), 2**12, rng.integers(300, 600)))
+        for digit in range(10)
+        for speaker in fsdd.SPEAKERS
+        for index in range(50)
+    }
+
+
+@pytest.fixture
+def archive(recordings, tmp_path, monkeypatch):
+    total = hashlib.sha256(b"".join(name.encode() + recordings[name] for name in sorted(recordings)))
+    monkeypatch.setattr(fsdd, "RECORDINGS_SHA256", total.hexdigest())
+    monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path))
+    path = tmp_path / "fsdd" / "recordings.zip"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in reversed(recordings.items()):  # the order inside the archive does not matter
+            file.writestr(name, data)
+    return path
+
+
+def test_names_and_unknown_names():
+    assert tasks.names() == ["japanese_vowels", "fsdd"]
+    for verb in (tasks.load, tasks.digest):
+        with pytest.raises(ValueError, match=r"unknown task 'mnist'; known tasks: japanese_vowels, fsdd"):
+            verb("mnist")
+
+
+def test_tasks_load_neither_torch_nor_sktime():
+    code = (
+        "import sys; from workbench import tasks; tasks.load('japanese_vowels');"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'sktime', 'pandas')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_japanese_vowels_counts(vowels):
+    assert {part: len(split.labels) for part, split in vowels.splits.items()} == {"train": 216, "valid": 54, "test": 370}
+    assert (vowels.num_features, vowels.num_classes) == (12, 9)
+    assert Counter(vowels.splits["train"].labels.tolist()) == dict.fromkeys(range(9), 24)
+    assert Counter(vowels.splits["valid"].labels.tolist()) == dict.fromkeys(range(9), 6)
+    assert list(Counter(vowels.splits["test"].labels.tolist()).values()) == [31, 35, 88, 44, 29, 24, 40, 50, 29]
+    items = [item for split in vowels.splits.values() for item in split.items]
+    assert len(set(items)) == 640
+    assert vowels.splits["valid"].items[:7] == tuple(f"JapaneseVowels_TRAIN:{n}" for n in (*range(24, 30), 54))
+
+
+def test_japanese_vowels_values_come_from_the_file_by_train_statistics(vowels):
+    path = next(p for p in importlib.metadata.files("sktime") if p.name == "JapaneseVowels_TRAIN.ts").locate()
+    lines = path.read_text().splitlines()
+    cases = [[c.split(",") for c in line.split(":")[:-1]] for line in lines[lines.index("@data") + 1 :]]
+    raw = [np.array(case, float).T for case in cases]
+    train = np.concatenate([case for n, case in enumerate(raw) if n % 30 < 24])
+    number = 5 * 30 + 27  # validation utterance 5 * 6 + 3
+    expected = (raw[number] - train.mean(0)) / train.std(0)
+    split = vowels.splits["valid"]
+    assert split.lengths[33] == len(expected)
+    np.testing.assert_allclose(split.x[33, : len(expected)], expected, atol=1e-6)
+    assert not split.x[33, len(expected) :].any()
+    assert vowels.splits["train"].x.dtype == np.float32
+
+
+def test_japanese_vowels_refuses_other_splits_and_other_files(monkeypatch):
+    with pytest.raises(ValueError, match='japanese_vowels knows only split="official", got \'speaker:1\''):
+        tasks.load("japanese_vowels", split="speaker:1")
+    monkeypatch.setitem(japanese_vowels.FILES, "JapaneseVowels_TEST.ts", "0" * 64)
+    with pytest.raises(ValueError, match=r"JapaneseVowels_TEST\.ts is not the published file: SHA-256 b3d41d6a"):
+        tasks.load("japanese_vowels")
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: [])
+    with pytest.raises(FileNotFoundError, match=r"needs JapaneseVowels_TRAIN\.ts of the sktime package"):
+        tasks.digest("japanese_vowels")
+
+
+def test_digest_is_that_of_the_task_and_changes_with_the_features(vowels, monkeypatch):
+    assert tasks.digest("japanese_vowels") == vowels.digest
+    monkeypatch.setattr(japanese_vowels, "FEATURES", "other")
+    assert tasks.digest("japanese_vowels") != vowels.digest
+
+
+def test_fsdd_official_split(archive):
+    task = tasks.load("fsdd")
+    index = {part: {int(i.split("_")[2]) for i in split.items} for part, split in task.splits.items()}
+    assert index == {"test": set(range(5)), "valid": set(range(5, 10)), "train": set(range(10, 50))}
+    assert {part: len(split.items) for part, split in task.splits.items()} == {"train": 2400, "valid": 300, "test": 300}
+    for split in task.splits.values():
+        assert [int(item[0]) for item in split.items] == split.labels.tolist()
+    train = task.splits["train"]
+    frames = train.x[np.arange(train.x.shape[1]) < train.lengths[:, None]]
+    np.testing.assert_allclose(frames.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(frames.std(0), 1, atol=1e-4)
+
+
+def test_fsdd_speaker_split(archive):
+    task = tasks.load("fsdd", split="speaker:theo")
+    speakers = {part: Counter(i.split("_")[1] for i in split.items) for part, split in task.splits.items()}
+    others = [speaker for speaker in fsdd.SPEAKERS if speaker != "theo"]
+    assert speakers == {
+        "test": {"theo": 500},
+        "valid": dict.fromkeys(others, 50),
+        "train": dict.fromkeys(others, 450),
+    }
+    assert {int(i.split("_")[2]) for i in task.splits["valid"].items} == set(range(5, 10))
+    for wrong in ("speaker:ada", "theo", "speaker"):
+        with pytest.raises(ValueError, match=f'fsdd knows split="official" and "speaker:<name>" .* got {wrong!r}'):
+            tasks.load("fsdd", split=wrong)
+
+
+def test_fsdd_takes_the_upstream_folder_too(archive, recordings):
+    zipped = tasks.load("fsdd").splits["test"]
+    before = tasks.digest("fsdd")
+    archive.unlink()
+    folder = archive.parent / "recordings"
+    folder.mkdir()
+    for name, data in recordings.items():
+        (folder / name).write_bytes(data)
+    (folder / "index.html").write_text("not a recording")
+    plain = tasks.load("fsdd").splits["test"]
+    assert plain.items == zipped.items
+    np.testing.assert_array_equal(plain.x, zipped.x)
+    assert tasks.digest("fsdd") == before == tasks.load("fsdd").digest
+    next(folder.glob("3_theo_7.wav")).unlink()
+    with pytest.raises(ValueError, match="recordings needs 3000 recordings, got 2999"):
+        tasks.load("fsdd")
+
+
+def test_fsdd_refuses_damaged_archives(archive, monkeypatch):
+    intact = archive.read_bytes()
+    archive.write_bytes(intact[: len(intact) // 2])
+    with pytest.raises(ValueError, match=r"fsdd: .*recordings\.zip is damaged"):
+        tasks.digest("fsdd")
+    damaged = bytearray(intact)
+    damaged[1000] ^= 1  # inside a recording
+    archive.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"fsdd: .*recordings\.zip is damaged"):
+        tasks.digest("fsdd")
+    archive.write_bytes(intact)
+    monkeypatch.setattr(fsdd, "RECORDINGS_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match="are not the published ones"):
+        tasks.load("fsdd")
+
+
+def test_fsdd_missing_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(fsdd, "data_folders", lambda name: [tmp_path / name])
+    with pytest.raises(FileNotFoundError, match=r"recordings\.zip .*Fetch the folder from https://.*WORKBENCH_DATA"):
+        tasks.load("fsdd")
+
+
+def test_data_folders_in_order(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path))
+    assert data_folders("fsdd")[0] == tmp_path / "fsdd"
+    monkeypatch.delenv("WORKBENCH_DATA")
+    (inside,) = data_folders("fsdd")
+    assert inside.parts[-2:] == ("data", "fsdd")
+
+
+def test_log_mel_equals_the_sum_written_out():
+    samples = np.random.default_rng(1).uniform(-1, 1, 437)
+    filters = fsdd.mel_filters()
+    result = fsdd.log_mel(samples, filters)
+    assert result.shape == (3, 40)  # frames start at 0, 100 and 200; 300 + 200 is beyond 437
+    n = np.arange(200)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * n / 199)
+    frame = samples[200:400] * window
+    power = [abs(np.sum(frame * np.exp(-2j * np.pi * k * n / 256))) ** 2 for k in range(129)]
+    np.testing.assert_allclose(result[2], np.log(np.array(power) @ filters + 1e-6))
+
+
+def test_log_mel_puts_a_tone_into_the_band_of_its_pitch():
+    tone = np.sin(2 * np.pi * 1000 * np.arange(4000) / 8000)
+    top = 2595 * np.log10(1 + 4000 / 700)  # 2146.06 mel; 1000 Hz = 999.99 mel; bands are 52.34 mel apart
+    nearest = round(999.99 / (top / 41)) - 1
+    assert set(fsdd.log_mel(tone, fsdd.mel_filters()).argmax(1)) == {nearest} == {18}
+
+
+def test_log_mel_of_silence_and_of_long_recordings():
+    assert (fsdd.log_mel(np.zeros(20_000), fsdd.mel_filters()) == np.log(1e-6)).all()
+    assert fsdd.log_mel(np.zeros(20_000), fsdd.mel_filters()).shape == (100, 40)
+
+
+def test_mel_filters_by_hand():
+    filters = fsdd.mel_filters()
+    assert filters.shape == (129, 40)
+    assert (filters.max(0) > 0).all() and filters.max() <= 1 and filters.min() == 0
+    centre, high = 700 * (10 ** (2146.0645 / 41 * np.array([39, 40]) / 2595) - 1)  # Hz, of band 38: 3583 and 3787
+    bin_hz = 117 * 8000 / 256  # 3656.25, on the falling side
+    assert filters[117, 38] == pytest.approx((high - bin_hz) / (high - centre), abs=1e-4)
+    assert filters[117, 39] == pytest.approx(1 - filters[117, 38])  # neighbours add up to 1
+    assert np.count_nonzero(filters[117]) == 2
+
+
+def test_pad_and_standardise_by_hand():
+    first, second = np.array([[1.0, 10], [3, 30]]), np.array([[5.0, 50]])
+    centred = standardise([first, second], train=[0])
+    np.testing.assert_array_equal(centred[0], [[-1, -1], [1, 1]])
+    np.testing.assert_array_equal(centred[1], [[3, 3]])
+    split = pad(centred, [0, 1], ["a", "b"])
+    np.testing.assert_array_equal(split.x[1], [[3, 3], [0, 0]])
+    np.testing.assert_array_equal(split.lengths, [2, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": np.zeros((2, 3, 1))}, "x as .* float32, got"),
+        ({"lengths": np.array([3, 4])}, "1 to 3 frames"),
+        ({"lengths": np.array([0, 1])}, "1 to 3 frames"),
+        ({"items": ("a",)}, "2 sequences, 2 lengths, 2 labels, 1 items"),
+    ],
+)
+def test_split_refuses(change, message):
+    good = {"x": np.zeros((2, 3, 1), np.float32), "lengths": np.array([3, 1]), "labels": np.array([0, 1]), "items": ("a", "b")}
+    Split(**good)
+    with pytest.raises(ValueError, match=message):
+        Split(**(good | change))
+
+
+@pytest.mark.parametrize(
+    ("error", "change", "message"),
+    [
+        (ValueError, {"epochs": 0}, "epochs of at least 1, got 0"),
+        (TypeError, {"epochs": 2.5}, "an int as epochs, got 2.5"),
+        (ValueError, {"batch_size": -1}, "batch_size of at least 1, got -1"),
+        (ValueError, {"lr": 0.0}, "lr above 0, got 0.0"),
+        (ValueError, {"lr": float("nan")}, "lr above 0, got nan"),
+        (ValueError, {"weight_decay": -1}, "weight_decay from 0"),
+        (ValueError, {"feature_mask": 1.5}, "feature_mask from 0 to 1, got 1.5"),
+    ],
+)
+def test_recipe_refuses(error, change, message):
+    with pytest.raises(error, match=message):
+        Recipe(**change)
+
+
+def test_real_fsdd():
+    if not any((folder / form).exists() for folder in data_folders("fsdd") for form in ("recordings.zip", "recordings")):
+        pytest.skip("the recordings are neither in $WORKBENCH_DATA nor in data/")
+    task = tasks.load("fsdd")
+    assert tasks.digest("fsdd") == task.digest
+    assert {part: split.x.shape for part, split in task.splits.items()} == {
+        "train": (2400, 100, 40),
+        "valid": (300, 100, 40),
+        "test": (300, 90, 40),
+    }
