@@ -27,10 +27,10 @@ class _GateWeights(nn.Module):
         self.gates = nn.ModuleList(gates)
 
     def right_inverse(self, w):
-        return tuple(gate.right_inverse(part) for gate, part in zip(self.gates, w.chunk(len(self.gates))))
+        return tuple(gate.right_inverse(part) for gate, part in zip(self.gates, w.chunk(len(self.gates)), strict=True))
 
     def forward(self, *stored):
-        return torch.cat([gate(values) for gate, values in zip(self.gates, stored)])  # (gates * hidden_size, in)
+        return torch.cat([gate(values) for gate, values in zip(self.gates, stored, strict=True)])  # (gates * hidden_size, in)
 
 
 def _parametrized(rnn) -> list[str]:
@@ -103,7 +103,7 @@ def _merged_bias(rnn):
     zeros = torch.zeros(len(gates) * rnn.hidden_size)
     b_ih, b_hh = (rnn.bias_ih_l0, rnn.bias_hh_l0) if rnn.bias else (zeros, zeros)
     merged = b_ih.detach().cpu().double() + b_hh.detach().cpu().double()
-    return dict(zip(gates, merged.view(len(gates), -1).numpy()))
+    return dict(zip(gates, merged.view(len(gates), -1).numpy(), strict=True))
 
 
 def attach(model: nn.Module, packed: PackedModel) -> nn.Module:
@@ -152,7 +152,7 @@ class IntegerLSTM(nn.Module):
     def _run(self, x, state, lengths):
         signals = self.layer.signals
         h, c = (None, None) if state is None else (
-            signals[name].quantise(s[0].detach().cpu()) for name, s in zip(("hidden", "cell"), state))
+            signals[name].quantise(s[0].detach().cpu()) for name, s in zip(("hidden", "cell"), state, strict=True))
         result = self.engine.run(signals["input"].quantise(x.detach().cpu()), h, c, lengths)
 
         def floats(values, name):

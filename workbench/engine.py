@@ -44,7 +44,7 @@ class LayerEngine:
     def __init__(self, layer: PackedLayer):
         self.layer = layer
         # The alignment shifts are folded into the matrices: exact, and the overflow check of the layer covers them.
-        shifts = {gate: dict(zip(PARTS, layer.alignment(gate)[1:])) for gate in layer.gates}
+        shifts = {gate: dict(zip(PARTS, layer.alignment(gate)[1:], strict=True)) for gate in layer.gates}
         self.products = {
             part: ExactMatrix(
                 np.concatenate([layer.block(part, gate).dense() << shifts[gate][part] for gate in layer.gates]),
@@ -66,7 +66,7 @@ class LayerEngine:
         for t in range(steps):
             acc = from_input[t] + self.products["hh"](h)  # (B, gates * hidden_size)
             gates = (gate_values(layer, gate, part)
-                     for gate, part in zip(layer.gates, np.split(acc, len(layer.gates), axis=1)))
+                     for gate, part in zip(layer.gates, np.split(acc, len(layer.gates), axis=1), strict=True))
             new_h, new_c = cell_update(layer, *gates, c)
             if lengths is not None:
                 alive = (t < lengths)[:, None]

@@ -332,9 +332,9 @@ class PackedLayer:
         """The largest magnitude that any row's aligned sum, bias included, can reach (exact Python integer)."""
         _, *shifts = self.alignment(gate)
         rows = [int(b) for b in np.abs(self.bias[gate])]
-        for (part, signal), shift in zip(PARTS.items(), shifts):
+        for (part, signal), shift in zip(PARTS.items(), shifts, strict=True):
             sums = np.abs(self.block(part, gate).dense()).sum(axis=1)
-            rows = [r + ((int(s) * self.signals[signal].magnitude) << shift) for r, s in zip(rows, sums)]
+            rows = [r + ((int(s) * self.signals[signal].magnitude) << shift) for r, s in zip(rows, sums, strict=True)]
         return max(rows)
 
 
@@ -447,7 +447,7 @@ def load(path) -> PackedModel:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors raises its own and, for exotic dtypes, other errors
         raise ValueError(f"load needs a whole safetensors file, got {path}: {error}") from error
     if header.get("format") != FILE_FORMAT:

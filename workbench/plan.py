@@ -8,8 +8,8 @@ import torch
 
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, rnns, weight
-from workbench.methods import METHODS, Method, method_from_json, method_to_json
-from workbench.packed import SIGNALS
+from workbench.methods import Method, method_from_json, method_to_json
+from workbench.packed import SIGNALS, PackedModel
 from workbench.quantise import layer_name, weight_format
 
 ACTIVATIONS = ("linear",)  # the kinds of activation table
@@ -92,16 +92,16 @@ class Plan:
                    for layer, formats in source["signals"].items()}
         return cls(planned, signals, source["activation"])
 
-    def table(self, model: torch.nn.Module) -> list[dict]:
-        """One row a block, for the eye: shape, method, format, stored values, bits on disk and the block's own ratio."""
+    def table(self, packed: PackedModel) -> list[dict]:
+        """One row a block of the packed model, for the eye: method, format, stored values, bits on disk, its own ratio."""
         rows = []
         for name, entry in self.blocks.items():
-            packed = pack_block(weight(model, name), entry)
-            size = packed.shape[0] * packed.shape[1]
-            rows.append({"block": name, "shape": "x".join(map(str, packed.shape)), "method": str(entry.method),
+            block = packed.blocks[name]
+            rows.append({"block": name, "shape": "x".join(map(str, block.shape)), "method": str(entry.method),
                          "weight bits": entry.format.bits, "fraction bits": entry.format.frac,
-                         "stored values": packed.stored_values, "value bits": packed.value_bits,
-                         "index bits": packed.index_bits, "cr_disk": 32 * size / packed.storage_bits})
+                         "stored values": block.stored_values, "value bits": block.value_bits,
+                         "index bits": block.index_bits,
+                         "cr_disk": 32 * block.shape[0] * block.shape[1] / block.storage_bits})
         return rows
 
 
@@ -124,9 +124,3 @@ def uniform(model: torch.nn.Module, method: Method, bits: int, signals) -> Plan:
     """The same method and weight width for every block."""
     return Plan({name: plan_block(weight(model, name), method, bits) for name in blocks(model)}, signals)
 
-
-def known_method(name: str) -> type:
-    """The class of a method by name; an unknown name raises ValueError that lists the known ones."""
-    if name not in METHODS:
-        raise ValueError(f"the methods are {', '.join(METHODS)}, got {name!r}")
-    return METHODS[name]

@@ -1,0 +1,90 @@
+"""Figures: each function takes a table or a schedule and returns a matplotlib Figure. Nothing is computed here."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+# Colours that stay apart for colour-blind readers (Okabe and Ito 2008); kinds also differ by their row and label.
+COLOURS = {"mac": "#0072B2", "drain": "#56B4E9", "activation": "#E69F00", "elementwise": "#D55E00", "multicast": "#009E73",
+           "load": "#CC79A7", "config": "#999999"}
+SENSITIVE, INSENSITIVE = "#D55E00", "#0072B2"
+
+
+def sensitivity_figure(table: pd.DataFrame, classes: pd.DataFrame) -> Figure:
+    """Excess validation loss per block and method, beside each gate's score and the line that divides the classes."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    pivot = table.pivot_table(index="block", columns="method", values="excess_loss", sort=False)  # mean over seeds
+    place = np.arange(len(pivot))
+    for n, (method, values) in enumerate(pivot.items()):
+        left.barh(place + (n - (len(pivot.columns) - 1) / 2) * 0.8 / len(pivot.columns), values, 0.8 / len(pivot.columns),
+                  label=method, color=list(COLOURS.values())[n])
+    left.set(yticks=place, yticklabels=pivot.index, xlabel="excess validation loss (nats)", title="each block compressed alone")
+    left.invert_yaxis()
+    left.legend(fontsize="small")
+    colours = [SENSITIVE if c == "sensitive" else INSENSITIVE for c in classes["class"]]
+    right.bar(classes["gate"], classes["score"], color=colours)
+    right.axhline(classes["mean of gates"].iloc[0], color="black", linestyle="--", linewidth=1)
+    right.set(xlabel="gate", ylabel="score (nats)", title="class of each gate")
+    right.legend(handles=[Patch(color=SENSITIVE, label="sensitive"), Patch(color=INSENSITIVE, label="insensitive"),
+                          *right.get_lines()[:1]], labels=["sensitive", "insensitive", "mean of the gates"], fontsize="small")
+    return figure
+
+
+def accuracy_figure(results: pd.DataFrame) -> Figure:
+    """Test accuracy of every variant: each seed a point, the mean a bar; left the validation before and after retraining."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    variants = list(results["variant"].unique())
+    offsets = np.linspace(-0.15, 0.15, max(results.groupby("variant").size()))
+    for n, variant in enumerate(variants):
+        group = results[results["variant"] == variant]
+        for axis, column, colour, shift in ((left, "valid_accuracy_before", "#E69F00", -0.2),
+                                            (left, "valid_accuracy", "#0072B2", 0.2), (right, "test_accuracy", "#0072B2", 0)):
+            axis.plot(n + shift + offsets[: len(group)], group[column], "o", color=colour, alpha=0.7, markersize=5)
+            axis.hlines(group[column].mean(), n + shift - 0.18, n + shift + 0.18, color=colour, linewidth=3)
+    left.set(title="validation split, before and after retraining", ylabel="accuracy (%)")
+    left.legend(handles=[Patch(color="#E69F00", label="before"), Patch(color="#0072B2", label="after")], fontsize="small")
+    right.set(title="test split, after retraining", ylabel="accuracy (%)")
+    for axis in (left, right):
+        axis.set_xticks(range(len(variants)), [v.replace(" ", "\n") for v in variants], fontsize="small")
+        axis.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def gantt_figure(schedule, step: int) -> Figure:
+    """What runs when in one time step: a row a resource, a bar an operation, cycles from the step's first start."""
+    operations = schedule.table(step)
+    resources = list(dict.fromkeys(op["resource"] for op in operations))
+    first = min(op["start"] for op in operations)
+    figure = Figure(figsize=(10, 0.55 * len(resources) + 1.4), layout="constrained")
+    axis = figure.subplots()
+    for op in operations:
+        row, width = resources.index(op["resource"]), op["end"] - op["start"]
+        axis.barh(row, width, 0.7, left=op["start"] - first, color=COLOURS[op["kind"]], edgecolor="white", linewidth=0.6)
+    last = max(op["end"] for op in operations) - first
+    for op in operations:
+        if op["end"] - op["start"] > 0.05 * last:
+            axis.text((op["start"] + op["end"]) / 2 - first, resources.index(op["resource"]), op["name"], ha="center",
+                      va="center", fontsize=7, color="white", clip_on=True)
+    kinds = list(dict.fromkeys(op["kind"] for op in operations))
+    axis.legend(handles=[Patch(color=COLOURS[kind], label=kind) for kind in kinds], ncols=len(kinds), fontsize="small",
+                loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axis.set_yticks(range(len(resources)), resources)
+    axis.invert_yaxis()
+    axis.set(xlabel=f"cycles from the first start of step {step}", xlim=(0, last))
+    return figure
+
+
+def utilisation_figure(utilisation: dict[str, np.ndarray]) -> Figure:
+    """Share of cycles in which each PE multiplies, one map a plan. utilisation: label -> (PE rows, PE columns) in 0..1."""
+    figure = Figure(figsize=(3 * len(utilisation) + 1, 3.4), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(utilisation)))
+    largest = max(float(values.max()) for values in utilisation.values())
+    for axis, (label, values) in zip(axes, utilisation.items(), strict=True):
+        image = axis.imshow(100 * values, vmin=0, vmax=100 * largest, cmap="cividis")
+        axis.set_title(f"{label}\nmean {100 * values.mean():.0f} %", fontsize="medium")
+        axis.set(xlabel="PE column", ylabel="PE row")
+    figure.colorbar(image, ax=list(axes), label="multiplying (% of cycles)", shrink=0.8)
+    return figure
