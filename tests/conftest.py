@@ -1,0 +1,84 @@
+"""Fixtures that several test files share."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def write_notebook():
+    """(path, cells...) -> path of a small notebook: texts are code, texts that start with "#" are markdown."""
+
+    def write(path, *cells, parameters="seed: int = 0  # seed of everything random"):
+        notebook = new_notebook(
+            cells=[
+                new_markdown_cell("# A small notebook"),
+                new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+                *(new_markdown_cell(cell) if cell.startswith("#") else new_code_cell(cell) for cell in cells),
+            ]
+        )
+        nbformat.write(notebook, path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def screenshot():
+    """(page, width, height, picture): Chromium without any network writes the picture of an HTML file."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        if os.environ.get("WORKBENCH_REQUIRE_BROWSER") == "1":
+            pytest.fail("WORKBENCH_REQUIRE_BROWSER=1, but there is no chromium on this machine")
+        pytest.skip("no chromium on this machine")
+
+    def take(page, width, height, picture):
+        subprocess.run(
+            [
+                chromium,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                f"--user-data-dir={picture.parent / 'chromium'}",
+                "--host-resolver-rules=MAP * ~NOTFOUND",
+                "--hide-scrollbars",
+                f"--window-size={width},{height}",
+                f"--screenshot={picture}",
+                page.resolve().as_uri(),
+            ],
+            check=True,
+            timeout=120,
+            capture_output=True,
+        )
+
+    return take
+
+
+@pytest.fixture(scope="session")
+def tiny_task():
+    """Two classes of short random sequences of 3 features that a small LSTM tells apart: 64, 40 and 40 of them."""
+    import numpy as np
+
+    from workbench.tasks import Recipe, Task
+    from workbench.tasks.task import pad
+
+    def split(count, seed):
+        rng = np.random.default_rng(seed)
+        labels = [n % 2 for n in range(count)]
+        sequences = [rng.normal(0.5 * (2 * label - 1), 1, (rng.integers(2, 10), 3)) for label in labels]
+        return pad(sequences, labels, [str(n) for n in range(count)])
+
+    splits = {"train": split(64, 0), "valid": split(40, 1), "test": split(40, 2)}
+    return Task("tiny", "official", ("down", "up"), splits, "", "", "", "", Recipe(epochs=3, batch_size=16))

@@ -1,0 +1,338 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+
+from workbench import sweep
+
+RECORD = "import workbench as wb\nwb.record(done=1)"
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+ALL_TYPES = """\
+task_name: str = "it's"  # a text, with # inside? no: "#"
+hidden: int = 128
+rate: float = 1  # an int literal becomes a float
+deep: bool = False
+seeds: list[int] = [0, 1]  # several
+ratios: list[float] = [1, 2.5]
+gates: list[str] = ["i", "f"]
+limit: int | None = None  # no limit
+label: str | None = "é"  # after a letter of two bytes
+"""
+
+
+def test_reads_typed_literals_with_their_help(tmp_path, write_notebook):
+    parameters = sweep.read_parameters(write_notebook(tmp_path / "n.ipynb", parameters=ALL_TYPES))
+    assert list(parameters) == ["task_name", "hidden", "rate", "deep", "seeds", "ratios", "gates", "limit", "label"]
+    assert parameters["rate"] == sweep.Parameter("rate", "float", 1.0, "an int literal becomes a float")
+    assert type(parameters["rate"].default) is float
+    assert parameters["hidden"].help == ""
+    assert parameters["ratios"].default == [1.0, 2.5]
+    assert parameters["label"] == sweep.Parameter("label", "str | None", "é", "after a letter of two bytes")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "value"),
+    [
+        ("hidden", "64", 64),
+        ("hidden", 64, 64),
+        ("rate", "1e-3", 0.001),
+        ("rate", 2, 2.0),
+        ("deep", "True", True),
+        ("deep", False, False),
+        ("seeds", "[3, 4]", [3, 4]),
+        ("ratios", "[1, 2]", [1.0, 2.0]),
+        ("gates", '["o"]', ["o"]),
+        ("limit", "none", None),
+        ("limit", "7", 7),
+        ("task_name", "12", "12"),
+        ("label", None, None),
+    ],
+)
+def test_text_and_values_become_the_declared_type(tmp_path, write_notebook, name, given, value):
+    path = write_notebook(tmp_path / "n.ipynb", parameters=ALL_TYPES)
+    resolved = sweep.resolve(path, {name: given})[name]
+    assert resolved == value and type(resolved) is type(value)
+    assert sweep.resolve(path, {name: sweep.as_text(value)})[name] == value
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"hiden": "64"}, ValueError, r"no parameter 'hiden'; did you mean 'hidden'\? It has task_name, hidden"),
+        ({"hidden": "64.0"}, TypeError, "parameter 'hidden' needs int, for example 3, got '64.0'"),
+        ({"hidden": True}, TypeError, "needs int"),
+        ({"hidden": np.int64(3)}, TypeError, r"needs int, .*got np.int64\(3\)"),
+        ({"hidden": None}, TypeError, "needs int"),
+        ({"rate": "fast"}, TypeError, "needs float, .*got 'fast'"),
+        ({"rate": "nan"}, ValueError, "needs a finite number, got nan"),
+        ({"ratios": "[1, Infinity]"}, ValueError, "'ratios', item 1 needs a finite number"),
+        ({"deep": "yes"}, TypeError, "needs bool, for example true, got 'yes'"),
+        ({"deep": 1}, TypeError, "needs bool"),
+        ({"seeds": "3"}, TypeError, r"needs list\[int\], for example \[0, 1\], got 3"),
+        ({"seeds": "0,1"}, TypeError, r"needs list\[int\]"),
+        ({"seeds": [0, 1.5]}, TypeError, "'seeds', item 1 needs int, .*got 1.5"),
+        ({"seeds": (0, 1)}, TypeError, r"needs list\[int\]"),
+        ({"limit": "nothing"}, TypeError, r"needs int \| None"),
+    ],
+)
+def test_wrong_parameters_are_refused(tmp_path, write_notebook, overrides, error, message):
+    with pytest.raises(error, match=message):
+        sweep.resolve(write_notebook(tmp_path / "n.ipynb", parameters=ALL_TYPES), overrides)
+
+
+@pytest.mark.parametrize(
+    ("cell", "error", "message"),
+    [
+        ("seed = 0", ValueError, "a parameter reads `name: type = literal  # help`, got 'seed = 0'"),
+        ("seed: int", ValueError, "a parameter reads"),
+        ("seed: int = 1 + n", ValueError, "a parameter reads"),
+        ("import os", ValueError, "a parameter reads"),
+        ("seed: tuple = (1,)", ValueError, "parameter 'seed' needs a type of int, float, .*got tuple"),
+        ('seed: int = "3"', TypeError, "the default of parameter 'seed' needs int"),
+    ],
+)
+def test_unreadable_parameters_cells_are_refused(tmp_path, write_notebook, cell, error, message):
+    with pytest.raises(error, match=message):
+        sweep.read_parameters(write_notebook(tmp_path / "n.ipynb", parameters=cell))
+
+
+def test_what_is_no_notebook_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no notebook 'hybird': give a path to an .ipynb file or one of"):
+        sweep.find_notebook("hybird")
+    (tmp_path / "n.ipynb").write_text("not JSON")
+    with pytest.raises(ValueError, match="n.ipynb is not a Jupyter notebook"):
+        sweep.read_parameters(tmp_path / "n.ipynb")
+    (tmp_path / "n.ipynb").write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
+    with pytest.raises(ValueError, match='needs one cell tagged "parameters", it has 0'):
+        sweep.read_parameters(tmp_path / "n.ipynb")
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def test_run_id_depends_on_all_that_the_result_depends_on(tmp_path, write_notebook):
+    path = write_notebook(tmp_path / "n.ipynb", RECORD)
+    code = sweep.code_hash(path)
+    name = sweep.run_id("n", {"a": 1, "b": 2.0}, code, None)
+    assert len(name) == 16
+    assert sweep.run_id("n", {"b": 2.0, "a": 1}, code, None) == name
+    others = [("m", {"a": 1, "b": 2.0}, None), ("n", {"a": 2, "b": 2.0}, None), ("n", {"a": 1, "b": 2.0}, "digest")]
+    assert name not in [sweep.run_id(notebook, values, code, data) for notebook, values, data in others]
+
+
+def test_code_hash_reads_code_cells_only(tmp_path, write_notebook):
+    same = sweep.code_hash(write_notebook(tmp_path / "a.ipynb", "# text", RECORD))
+    assert sweep.code_hash(write_notebook(tmp_path / "b.ipynb", RECORD, "# other text")) == same
+    assert sweep.code_hash(write_notebook(tmp_path / "c.ipynb", RECORD + " ")) != same
+    assert sweep.code_hash(write_notebook(tmp_path / "d.ipynb", RECORD, parameters="seed: int = 1")) != same
+
+
+def test_data_digest_names_the_task_or_refuses_it():
+    assert sweep.data_digest({"seed": 0}) is None
+    assert len(sweep.data_digest({"task": "japanese_vowels"})) == 64
+    with pytest.raises(ValueError, match="japanese_vowles"):
+        sweep.data_digest({"task": "japanese_vowles"})
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_record_writes_plain_json_and_merges(tmp_path, monkeypatch):
+    monkeypatch.setenv("WB_RUN_DIR", str(tmp_path))
+    sweep.record(acc=np.float32(0.5), kept=np.arange(2), label="x", nothing=None)
+    frame = pd.DataFrame({"loss": [1.0, 2.0]}, index=pd.Index(["i", "f"], name="gate"))
+    assert sweep.record(table=frame, acc=1, nested={"a": (np.int64(1), True)}) == {
+        "acc": 1,
+        "kept": [0, 1],
+        "label": "x",
+        "nothing": None,
+        "table": [{"gate": "i", "loss": 1.0}, {"gate": "f", "loss": 2.0}],
+        "nested": {"a": [1, True]},
+    }
+    assert sweep.read_metrics(tmp_path)["table"][1] == {"gate": "f", "loss": 2.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_record_by_hand_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.delenv("WB_RUN_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert sweep.record(acc=np.float64(1.5)) == {"acc": 1.5}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (float("nan"), ValueError, "record cannot keep m = nan"),
+        (np.array([0.0, np.inf]), ValueError, r"m\[1\] = inf"),
+        (pd.DataFrame({"loss": [1.0, np.nan]}), ValueError, r"m\[1\]\['loss'\] = nan"),
+        ({1: 2}, TypeError, "text as keys of m, got 1"),
+        ({"a": {2}}, TypeError, r"m\['a'\] is a set"),
+    ],
+)
+def test_record_refuses_by_name(tmp_path, monkeypatch, value, error, message):
+    monkeypatch.setenv("WB_RUN_DIR", str(tmp_path))
+    with pytest.raises(error, match=message):
+        sweep.record(m=value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"a": NaN}', '{"a": ', "3"])
+def test_invalid_metrics_are_not_a_finished_run(tmp_path, text):
+    (tmp_path / "status.json").write_text('{"state": "ok"}')
+    (tmp_path / "metrics.json").write_text(text)
+    assert not sweep.is_finished(tmp_path)
+    (tmp_path / "metrics.json").write_text('{"a": 1}')
+    assert sweep.is_finished(tmp_path)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_kept_and_reused(tmp_path, write_notebook, monkeypatch):
+    """One run has it all: a results path with braces, a kernel that is this interpreter although another one is named so."""
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("WORKBENCH_DATA", "somewhere")
+    cells = (
+        "import os, sys\nimport workbench as wb",
+        "wb.record(executable=sys.executable, threads=os.environ['OMP_NUM_THREADS'], seed=seed, rate=rate)",
+        "wb.record(package=wb.__file__, data=os.environ['WORKBENCH_DATA'])",
+    )
+    path = write_notebook(tmp_path / "n.ipynb", *cells, parameters="seed: int = 0\nrate: float = 1")
+    results = tmp_path / "{seed} of results"
+    first = sweep.run(path, {"seed": "5"}, results, threads=1)
+    assert (first.state, first.cached, first.error) == ("ok", False, "")
+    assert first.directory.parent == results / "runs"
+    assert sorted(p.name for p in first.directory.iterdir()) == ["log.txt", "metrics.json", "run.ipynb", "status.json"]
+    assert sweep.read_metrics(first.directory) == {
+        "executable": sys.executable,
+        "threads": "1",
+        "seed": 5,
+        "rate": 1.0,
+        "package": str(Path(sweep.__file__).with_name("__init__.py")),
+        "data": os.path.abspath("somewhere"),
+    }
+    assert "without encryption" not in (first.directory / "log.txt").read_text()
+    status = sweep.read_status(first.directory)
+    assert status["parameters"] == {"seed": 5, "rate": 1.0}
+    assert status["provenance"]["command"] == f"python -m workbench run {path} -p seed 5"
+    assert status["provenance"]["wall_s"] > 0
+
+    again = sweep.run(path, {"seed": 5, "rate": 1.0}, results)
+    assert again == sweep.RunResult(first.directory, "ok", True, "")
+    assert [p.name for p in (results / "runs").iterdir()] == [first.directory.name]
+
+
+def test_failures_are_kept_aside_retried_and_never_replace_a_finished_run(tmp_path, write_notebook):
+    flag = tmp_path / "flag"
+    path = write_notebook(tmp_path / "n.ipynb", f"text = open({str(flag)!r}).read()", RECORD)
+    results = tmp_path / "results"
+    failed = sweep.run(path, {}, results)
+    assert (failed.state, failed.cached) == ("failed", False)
+    assert failed.error.startswith("FileNotFoundError: [Errno 2] No such file or directory")
+    assert failed.directory.parent == results / "failed"
+    assert "FileNotFoundError" in (failed.directory / "run.ipynb").read_text()
+    assert "FileNotFoundError" in (failed.directory / "log.txt").read_text()
+    assert not sweep.is_finished(failed.directory)
+
+    flag.write_text("here now")
+    finished = sweep.run(path, {}, results)
+    assert finished.state == "ok" and not finished.cached
+    assert not failed.directory.exists()
+
+    flag.unlink()
+    forced = sweep.run(path, {}, results, force=True)
+    assert forced.state == "failed"
+    assert sweep.is_finished(finished.directory)
+
+
+@pytest.mark.parametrize(
+    ("cells", "error"),
+    [
+        ((RECORD, "import sys\nsys.exit(0)", "1 + 1"), "RuntimeError: a cell stopped the notebook early"),
+        ((RECORD, "import os\nos.kill(os.getpid(), 9)"), "DeadKernelError: Kernel died"),
+        (("1 + 1",), "ValueError: no metrics were recorded"),
+    ],
+    ids=["exits 0", "killed", "records nothing"],
+)
+def test_what_papermill_calls_completed_can_still_be_a_failure(tmp_path, write_notebook, cells, error):
+    result = sweep.run(write_notebook(tmp_path / "n.ipynb", *cells), {}, tmp_path / "results")
+    assert result.state == "failed"
+    assert result.error.startswith(error)
+    assert sweep.read_status(result.directory)["state"] == "failed"
+
+
+def test_a_hanging_notebook_is_stopped_at_the_limit(tmp_path, write_notebook):
+    path = write_notebook(tmp_path / "n.ipynb", "import time\ntime.sleep(600)")
+    start = time.monotonic()
+    result = sweep.run(path, {}, tmp_path / "results", timeout_s=4)
+    assert time.monotonic() - start < 30
+    assert result.state == "failed"
+    assert result.error == "TimeoutError: stopped at the wall-clock limit of 4 s"
+    assert psutil.Process().children(recursive=True) == []
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_stopping_the_command_stops_the_kernel(tmp_path, write_notebook, stop):
+    """Even a kernel inside a C call that holds the interpreter lock, so that it cannot see that its parent is gone."""
+    mark = tmp_path / "kernel"
+    hold = f"""\
+import ctypes, os, pathlib
+pathlib.Path({str(mark)!r} + ".tmp").write_text(str(os.getpid()))
+os.replace({str(mark)!r} + ".tmp", {str(mark)!r})
+ctypes.PyDLL(None).sleep(100)
+"""
+    path = write_notebook(tmp_path / "n.ipynb", hold)
+    command = [sys.executable, "-m", "workbench", "run", str(path), "--results", str(tmp_path / "results")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        wait_until(mark.exists, 120)
+        kernel = psutil.Process(int(mark.read_text()))
+        process.send_signal(stop)
+        process.stderr.read()
+        assert process.wait(20) != 0
+    wait_until(lambda: not kernel.is_running(), 20)
+    kept = [p for p in (tmp_path / "results").rglob("*") if p.is_file()]
+    assert (kept == []) if stop == signal.SIGINT else kept
+    # What a killed command leaves is cleared by the next one.
+    done = tmp_path / "results" / "runs" / sweep.run_id("n", {"seed": 0}, sweep.code_hash(path), None)
+    sweep._tidy(done)
+    assert [p for p in (tmp_path / "results").rglob("*") if p.is_file()] == []
+
+
+def wait_until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_an_interrupted_exchange_of_directories_is_finished(tmp_path):
+    aside = tmp_path / ".old-0123456789abcdef-999999999"
+    aside.mkdir()
+    (aside / "status.json").write_text('{"state": "ok"}')
+    sweep._tidy(tmp_path / "0123456789abcdef")
+    assert (tmp_path / "0123456789abcdef" / "status.json").exists()
+    assert not aside.exists()
+
+
+def test_a_results_path_below_a_file_is_refused_before_any_work(tmp_path, write_notebook):
+    path = write_notebook(tmp_path / "n.ipynb", RECORD)
+    (tmp_path / "file").write_text("")
+    for results in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="results cannot go to .*file is a file"):
+            sweep.run(path, {}, results)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "n.ipynb"]

@@ -1,0 +1,51 @@
+"""LSTM compression workbench: `import workbench as wb` gives the public names, each loaded when first used.
+
+Nothing is imported here (PEP 562), so that `workbench.array` and `workbench.engine` never load torch.
+"""
+
+import difflib
+import importlib
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it. Submodules are reached under their own names (`wb.tasks.load`).
+_NAMES = {
+    name: f"workbench.{module}"
+    for module, names in {
+        "constrain": "attach bake compress pack",
+        "fixedpoint": "QFormat",
+        "methods": "METHODS BlockCirculant Dense TopK",
+        "models": "SequenceClassifier build_classifier",
+        "packed": "PackedModel load",
+        "plan": "Plan uniform",
+        "quantise": "calibrate weight_format",
+        "report": "show",
+        "sensitivity": "Strength classify hybrid_plan search_hybrid sensitive_gates sensitivity_table strengths",
+        "study": "array_layers compare sensitivity_over_seeds train_dense variants",
+        "sweep": "record run",
+        "tables": "accuracy_table energy_table hardware_table layout_table plan_table record_study sensitivity_summary"
+        " signal_table spec_table split_table task_table",
+        "train": "evaluate fit load_checkpoint paired_interval save_checkpoint",
+    }.items()
+    for name in names.split()
+}
+_SUBMODULES = (
+    "array", "constrain", "engine", "fixedpoint", "gates", "methods", "models", "packed", "plan", "plots", "quantise", "report",
+    "sensitivity", "study", "sweep", "tables", "tasks", "train",
+)  # fmt: skip
+
+__all__ = ["__version__", *_NAMES, *_SUBMODULES]
+
+
+def __getattr__(name):
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"workbench.{name}")
+    close = difflib.get_close_matches(name, __all__, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise AttributeError(f"module 'workbench' has no attribute {name!r}{hint}")
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,557 @@
+"""One run of one notebook: checked parameters, a subprocess of its own, a directory made whole by a rename.
+
+results/runs/<run id>/ holds run.ipynb, metrics.json, status.json and log.txt of a finished run, and
+results/failed/<run id>/ the same of the last failed attempt. Finished means: the status says ok and the metrics are
+valid. The notebook's own metadata are not trusted, they call a killed kernel "completed".
+"""
+
+import ast
+import datetime
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import psutil
+
+from workbench import __version__
+
+SCHEMA = 1  # part of every run id: raise it where old results must not be reused
+PACKAGE = Path(__file__).resolve().parent
+NOTEBOOKS = PACKAGE.parent / "notebooks"
+PACKAGES_RECORDED = ("torch", "numpy", "pandas", "papermill", "nbclient", "ipykernel")
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of a notebook's parameters cell: `name: type = default  # help`."""
+
+    name: str
+    type: str
+    default: object
+    help: str
+
+
+def find_notebook(notebook) -> Path:
+    """The path itself, or `hybrid` -> notebooks/hybrid.ipynb of the repository; ValueError lists the known names."""
+    path = Path(notebook)
+    if path.suffix == ".ipynb" and path.is_file():
+        return path
+    known = {p.stem: p for p in sorted(NOTEBOOKS.glob("*.ipynb"))}
+    if str(notebook) in known:
+        return known[str(notebook)]
+    raise ValueError(f"no notebook {str(notebook)!r}: give a path to an .ipynb file or one of {_listed(known)}")
+
+
+def read_parameters(notebook) -> dict[str, Parameter]:
+    """Parameters of a notebook in the order of its cell tagged "parameters"; ValueError where the cell is not readable.
+
+    Types are int, float, str, bool, list[int], list[float], list[str], each also as `X | None`.
+    """
+    path = find_notebook(notebook)
+    return _parameters(_read_notebook(path), path.name)
+
+
+def resolve(notebook, overrides: dict) -> dict:
+    """Defaults of `notebook` with `overrides` (values, or text as typed on the command line), checked and coerced.
+
+    ValueError names an unknown parameter or a number that is not finite, TypeError a wrong type.
+    """
+    path = find_notebook(notebook)
+    parameters = _parameters(_read_notebook(path), path.name)
+    for name in overrides:
+        if name not in parameters:
+            close = difflib.get_close_matches(str(name), parameters, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise ValueError(f"{path.name} has no parameter {name!r}{hint} It has {_listed(parameters)}")
+    values = {name: parameter.default for name, parameter in parameters.items()}
+    for name, value in overrides.items():
+        kind = parameters[name].type
+        value = _parsed(value, kind) if isinstance(value, str) else value
+        values[name] = _checked(f"{path.name}: parameter {name!r}", value, kind)
+    return values
+
+
+def _read_notebook(path):
+    try:
+        return nbformat.read(path, as_version=4)
+    except (ValueError, nbformat.ValidationError) as error:
+        raise ValueError(f"{path} is not a Jupyter notebook: {str(error).splitlines()[0]}") from error
+
+
+def _parameters(notebook, who):
+    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise ValueError(f'{who} needs one cell tagged "parameters", it has {len(cells)}')
+    lines = cells[0].source.encode().splitlines()  # ast counts columns in UTF-8 bytes
+    parameters = {}
+    for statement in ast.parse(cells[0].source).body:
+        line = lines[statement.end_lineno - 1]
+        try:
+            name, kind = statement.target.id, ast.unparse(statement.annotation)
+            value = ast.literal_eval(statement.value)
+        except (AttributeError, ValueError) as error:
+            got = line.decode().strip()
+            raise ValueError(f"{who}: a parameter reads `name: type = literal  # help`, got {got!r}") from error
+        if kind.removesuffix(" | None") not in _TYPES:
+            raise ValueError(f"{who}: parameter {name!r} needs a type of {_listed(_TYPES)}, got {kind}")
+        default = _checked(f"{who}: the default of parameter {name!r}", value, kind)
+        comment = line[statement.end_col_offset :].decode().strip().removeprefix("#").strip()
+        parameters[name] = Parameter(name, kind, default, comment)
+    return parameters
+
+
+# Type as written in a parameters cell -> Python type, example of its text on the command line.
+_TYPES = {
+    "int": (int, "3"),
+    "float": (float, "0.5"),
+    "str": (str, "text"),
+    "bool": (bool, "true"),
+    "list[int]": (list, "[0, 1]"),
+    "list[float]": (list, "[0.5, 1]"),
+    "list[str]": (list, '["a", "b"]'),
+}
+
+
+def as_text(value) -> str:
+    """A parameter's value as typed on the command line, which `resolve` reads back."""
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _parsed(text, kind):
+    """Text of the command line -> value; text that does not read as `kind` stays text and is refused by _checked."""
+    base = kind.removesuffix(" | None")
+    if base != kind and text.lower() == "none":
+        return None
+    truth = {"true": True, "false": False}
+    readers = {"int": int, "float": float, "str": str, "bool": lambda text: truth[text.lower()]}
+    try:
+        return readers.get(base, json.loads)(text)
+    except (ValueError, KeyError):
+        return text
+
+
+def _checked(who, value, kind):
+    base = kind.removesuffix(" | None")
+    python_type, example = _TYPES[base]
+    if value is None and base != kind:
+        return None
+    if base == "float" and type(value) is int:
+        value = float(value)
+    if type(value) is not python_type:  # exactly: True is no int, and papermill would pass np.int64(3) on as text
+        raise TypeError(f"{who} needs {kind}, for example {example}, got {value!r}")
+    if base == "float" and not math.isfinite(value):
+        raise ValueError(f"{who} needs a finite number, got {value!r}")
+    if python_type is list:
+        return [_checked(f"{who}, item {i}", item, base[len("list[") : -1]) for i, item in enumerate(value)]
+    return value
+
+
+def _listed(names):
+    return ", ".join(names) or "none"
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def code_hash(notebook) -> str:
+    """SHA-256 over what the notebook runs: source and tags of its code cells, and every *.py of the package."""
+    cells = _read_notebook(find_notebook(notebook)).cells
+    code = [[cell.source, sorted(cell.metadata.get("tags", []))] for cell in cells if cell.cell_type == "code"]
+    digest = hashlib.sha256(_canonical(code))
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def data_digest(parameters: dict) -> str | None:
+    """Digest of the data that the parameter `task` names, None without such a parameter; an unknown task raises."""
+    if "task" not in parameters:
+        return None
+    from workbench import tasks  # loads torch: only where a task is named
+
+    return tasks.digest(parameters["task"])
+
+
+def run_id(notebook: str, parameters: dict, code: str, data: str | None) -> str:
+    """Name of a run: 16 hexadecimal digits of a SHA-256 over all that its result depends on.
+
+    notebook: name without folder and suffix; parameters: complete, as `resolve` gives them; code, data: their digests.
+    """
+    identity = {"schema": SCHEMA, "notebook": notebook, "parameters": parameters, "code": code, "data": data}
+    return hashlib.sha256(_canonical(identity)).hexdigest()[:16]
+
+
+def _canonical(data):
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+# --- metrics, called inside the notebook ------------------------------------------------------------------------------
+
+
+def record(**metrics) -> dict:
+    """Hand results over to the run: numbers, texts, lists, dicts, arrays and data frames go into its metrics.json.
+
+    Returns everything recorded so far as plain JSON data. A second call adds to the first, the later value wins. NaN
+    and infinities raise ValueError by name. In a notebook run by hand nothing is written.
+    """
+    plain = {name: _plain(name, value) for name, value in metrics.items()}
+    if "WB_RUN_DIR" not in os.environ:
+        return plain
+    path = Path(os.environ["WB_RUN_DIR"]) / "metrics.json"
+    if path.exists():
+        plain = read_metrics(path.parent) | plain
+    _write_json(path, plain)
+    return plain
+
+
+def read_metrics(directory) -> dict:
+    """Metrics of a run directory; ValueError unless they are there and are a non-empty object of finite values."""
+    path = Path(directory) / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text(), parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        raise ValueError("no metrics were recorded: the notebook must end with workbench.record(...)") from None
+    if not isinstance(metrics, dict) or not metrics:
+        raise ValueError(f"metrics must be a non-empty JSON object, got {str(metrics)[:60]}")
+    return metrics
+
+
+def _refuse_constant(text):
+    raise ValueError(f"metrics must be finite, got {text}")
+
+
+def _plain(name, value):
+    if hasattr(value, "to_dict") and hasattr(value, "columns"):  # a pandas.DataFrame, seen without loading pandas
+        named_index = value.index.nlevels > 1 or value.index.name is not None
+        value = (value.reset_index() if named_index else value).to_dict("records")
+    elif hasattr(value, "tolist"):  # NumPy scalars and arrays
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"record cannot keep {name} = {value}: metrics must be finite; leave it out or give None")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(f"{name}[{i}]", item) for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"record needs text as keys of {name}, got {wrong[0]!r}")
+        return {key: _plain(f"{name}[{key!r}]", item) for key, item in value.items()}
+    raise TypeError(
+        f"record keeps numbers, text, lists, dicts, arrays and data frames, {name} is a {type(value).__name__}"
+    )
+
+
+def _write_json(path, data):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """directory: where notebook, metrics, status and log lie; state: "ok" or "failed"; error: one line, "" when ok."""
+
+    directory: Path
+    state: str
+    cached: bool
+    error: str
+
+
+def run(
+    notebook, parameters: dict, results="results", *, force=False, timeout_s=None, threads=None, echo=None
+) -> RunResult:
+    """Run `notebook` with `parameters` (name -> value or text) in a subprocess, or reuse the finished run (cached).
+
+    force: run again although finished. timeout_s: wall-clock limit of the whole run, None for no limit. threads: cap on
+    numerical threads, None for OMP_NUM_THREADS or else all cores. echo: binary stream that gets the log while it grows.
+    Names and types are checked before anything starts (ValueError, TypeError); a notebook that fails is a result.
+    """
+    path = find_notebook(notebook)
+    values = resolve(path, parameters)
+    data = data_digest(values)
+    results = _usable(Path(results).resolve())
+    code = code_hash(path)
+    name = run_id(path.stem, values, code, data)
+    done, failed = results / "runs" / name, results / "failed" / name
+    build = results / "runs" / f".tmp-{name}-{os.getpid()}"
+    _tidy(done)
+    if not force and is_finished(done):
+        return RunResult(done, "ok", True, "")
+    threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count()
+    status = {
+        "schema": SCHEMA,
+        "run_id": name,
+        "state": "running",
+        "error": None,
+        "notebook": path.stem,
+        "parameters": values,
+        "provenance": _provenance()
+        | {"code": code, "data": data, "threads": threads, "command": _command(path, values)},
+    }
+    build.mkdir(parents=True)
+    try:
+        shutil.copyfile(path, build / "run.ipynb")
+        _write_json(build / "status.json", status)
+        status = _judged(build, _execute(build, threads, timeout_s, echo), timeout_s)
+        _write_json(build / "status.json", status)
+        ok = status["state"] == "ok"
+        _publish(build, done if ok else failed)
+    except BaseException:  # Ctrl-C too: nothing half-written stays
+        shutil.rmtree(build, ignore_errors=True)
+        raise
+    if ok:
+        shutil.rmtree(failed, ignore_errors=True)
+        return RunResult(done, "ok", False, "")
+    return RunResult(failed, "failed", False, "{class}: {message}".format(**status["error"]).splitlines()[0])
+
+
+def read_status(directory) -> dict:
+    """status.json of a run directory; ValueError where there is none."""
+    path = Path(directory) / "status.json"
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise ValueError(f"{directory} is not a run directory: it has no readable status.json") from None
+
+
+def is_finished(directory) -> bool:
+    """Whether `directory` holds a run whose status says ok and whose metrics are valid."""
+    try:
+        return read_status(directory)["state"] == "ok" and bool(read_metrics(directory))
+    except ValueError:
+        return False
+
+
+def _usable(results):
+    existing = next(place for place in (results, *results.parents) if place.exists())
+    if not existing.is_dir():
+        raise ValueError(f"results cannot go to {results}: {existing} is a file")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"results cannot go to {results}: {existing} is not writable")
+    return results
+
+
+def _tidy(done):
+    """Finish or remove what a killed process left of this run."""
+    for leftover in done.parent.glob(f".*-{done.name}-*"):
+        kind, _, pid = leftover.name.split("-")
+        if psutil.pid_exists(int(pid)):
+            continue
+        if kind == ".old" and not done.exists():
+            os.replace(leftover, done)
+        else:
+            shutil.rmtree(leftover)
+
+
+def _publish(build, final):
+    """Move `build` to `final`; what stood there steps aside and is deleted only when the new one is in place."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = final.with_name(f".old-{final.name}-{os.getpid()}")
+    if final.exists():
+        os.replace(final, aside)
+    os.replace(build, final)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _execute(build, threads, timeout_s, echo):
+    """Run the child process and give its exit status, None where it was stopped at the limit."""
+    environment = os.environ | {
+        name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    }
+    environment |= {
+        "MPLBACKEND": "agg",
+        "WB_RUN_DIR": str(build),
+        # The kernel works in the run directory: it must find this very package, and data named by a relative path.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
+    }
+    if "WORKBENCH_DATA" in os.environ:
+        environment["WORKBENCH_DATA"] = os.path.abspath(os.environ["WORKBENCH_DATA"])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "workbench.sweep", str(build)],
+        cwd=build,
+        env=environment,
+        stdin=subprocess.PIPE,  # its end tells the child that this process is gone
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    reader = threading.Thread(target=_copy_log, args=(process.stdout, build / "log.txt", echo))
+    reader.start()
+    try:
+        process.wait(timeout_s)
+        return process.returncode
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        _kill_tree(process.pid)
+        process.wait()
+        process.stdin.close()
+        reader.join()
+        process.stdout.close()
+
+
+def _copy_log(stream, path, echo):
+    with open(path, "wb") as log:
+        while chunk := stream.read1():
+            log.write(chunk)
+            log.flush()
+            if echo is not None:
+                echo.write(chunk)
+                echo.flush()
+
+
+def _kill_tree(pid):
+    """Kill a process and all below it: a kernel starts a session of its own, so killing the group would miss it."""
+    try:
+        root = psutil.Process(pid)
+        tree = [*root.children(recursive=True), root]
+    except psutil.NoSuchProcess:
+        return
+    for process in tree:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _judged(build, returncode, timeout_s):
+    """The status with its verdict, from what the run left behind."""
+    status = read_status(build)
+    started = datetime.datetime.fromisoformat(status["provenance"]["started"])
+    ended = datetime.datetime.now(datetime.UTC)
+    status["provenance"] |= {"ended": ended.isoformat(), "wall_s": round((ended - started).total_seconds(), 3)}
+    error = status["error"]
+    if returncode is None:
+        error = {"class": "TimeoutError", "message": f"stopped at the wall-clock limit of {timeout_s:g} s"}
+    elif returncode and error is None:
+        error = {"class": "ChildProcessError", "message": f"the process of the run ended with exit status {returncode}"}
+    elif error is None:
+        try:
+            read_metrics(build)
+        except ValueError as invalid:
+            error = {"class": "ValueError", "message": str(invalid)}
+    return status | {"state": "failed" if error else "ok", "error": error}
+
+
+def _provenance():
+    changes = _git("status", "--porcelain")
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {"workbench": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES_RECORDED},
+        "started": datetime.datetime.now(datetime.UTC).isoformat(),
+    }
+
+
+def _git(*arguments):
+    """Output of a git command in the package's folder, None outside a repository or without git."""
+    try:
+        return subprocess.run(
+            ["git", *arguments], cwd=PACKAGE, check=True, capture_output=True, text=True
+        ).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+
+
+def _command(path, values):
+    """The command that repeats this run: every parameter that differs from its default."""
+    parameters = read_parameters(path)
+    words = ["python", "-m", "workbench", "run", path.stem if path.parent.resolve() == NOTEBOOKS else str(path)]
+    for name, value in values.items():
+        if value != parameters[name].default:
+            words += ["-p", name, as_text(value)]
+    return shlex.join(words)
+
+
+# --- the child process ------------------------------------------------------------------------------------------------
+
+
+def _die_with_parent():
+    os.read(0, 1)  # nothing is ever written: it returns when the parent's end is closed
+    _kill_tree(os.getpid())
+
+
+def _run_notebook(build):
+    """Body of the child: run.ipynb is executed in place, an error goes into status.json and to the log."""
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    import papermill
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+    from traitlets import default
+
+    with tempfile.TemporaryDirectory(prefix="wb-") as private:
+
+        class PrivateKernelManager(AsyncKernelManager):
+            """Kernel of this very interpreter, over sockets of its own (TCP ports collide where many kernels start)."""
+
+            @default("transport")
+            def _default_transport(self):
+                return "ipc"
+
+            @default("ip")
+            def _default_ip(self):
+                return os.path.join(private, "k")
+
+            @property
+            def kernel_spec(self):
+                return KernelSpec(**get_kernel_dict())
+
+        # Names are checked already, and papermill's own pattern does not know `X | None`.
+        logging.getLogger("papermill").setLevel(logging.ERROR)
+        os.environ["IPYTHONDIR"] = private  # a user's start-up files must not change results
+        status = read_status(build)
+        try:
+            notebook = papermill.execute_notebook(
+                "run.ipynb",
+                "run.ipynb",
+                status["parameters"],
+                kernel_name="python3",
+                language="python",
+                kernel_manager_class=PrivateKernelManager,
+                start_timeout=120,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+            )
+            # sys.exit(0) in a cell: papermill returns as if all were well, though later cells never ran.
+            if any(cell.metadata.papermill.exception for cell in notebook.cells if "papermill" in cell.metadata):
+                raise RuntimeError("a cell stopped the notebook early: cells must not call sys.exit")
+        except papermill.PapermillExecutionError as error:
+            failure = {"class": error.ename, "message": error.evalue}
+            print(error, file=sys.stderr)
+        except Exception as error:
+            failure = {"class": type(error).__name__, "message": str(error)}
+            traceback.print_exc()
+        else:
+            return 0
+        _write_json(Path("status.json"), status | {"error": failure})
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(_run_notebook(Path(sys.argv[1])))
