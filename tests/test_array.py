@@ -1,0 +1,374 @@
+"""The array processor: hand numbers, the literal interpreter as oracle, the engine as oracle, messages."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workbench.array import PRESETS, ArraySpec, Layout, Region, execute, map_block, map_layer, preset, schedule_layer
+from workbench.array.interpreter import interpret
+from workbench.array.mapping import candidate_layouts, fitting_mappings, least_cycles, place_units
+from workbench.array.schedule import schedule_mapping
+from workbench.engine import run_layer
+from workbench.fixedpoint import ActivationTable, QFormat
+from workbench.packed import PackedCirculant, PackedDense, PackedLayer, PackedSparse
+
+SIGNALS = {"input": QFormat(16, 12), "pre": QFormat(16, 12), "sigmoid": QFormat(16, 16, signed=False), "tanh": QFormat(16, 15),
+           "cell": QFormat(16, 12), "hidden": QFormat(16, 12)}
+TABLES = {name: ActivationTable.build(name) for name in ("sigmoid", "tanh")}
+SMALL = preset("group4x4").with_(config_cycles=0)
+
+
+def dense(shape, rng, bits=8, frac=7):
+    return PackedDense(rng.integers(-(1 << (bits - 1)), 1 << (bits - 1), shape), QFormat(bits, frac))
+
+
+def sparse(shape, rng, density=0.3, frac=7):
+    return PackedSparse.from_dense(rng.integers(1, 128, shape) * (rng.random(shape) < density), QFormat(8, frac))
+
+
+def circulant(shape, rng, block=4, frac=7):
+    vectors = rng.integers(-128, 128, (shape[0] // block, -(-shape[1] // block), block))
+    return PackedCirculant(shape, QFormat(8, frac), block, vectors)
+
+
+def layer_of(make, hidden, inputs, seed=0):
+    """make(part, gate, shape, rng) -> packed block."""
+    rng = np.random.default_rng(seed)
+    blocks = {f"lstm.weight_{part}_l0.{gate}": make(part, gate, (hidden, columns), rng)
+              for part, columns in (("ih", inputs), ("hh", hidden)) for gate in "ifgo"}
+    return PackedLayer("LSTM", blocks, {gate: rng.integers(-5000, 5000, hidden) for gate in "ifgo"}, SIGNALS, TABLES)
+
+
+def dense_layer(hidden=8, inputs=4, bits=8, hidden_frac=7):
+    return layer_of(lambda part, gate, shape, rng: dense(shape, rng, bits, hidden_frac if part == "hh" else 7), hidden, inputs)
+
+
+def hybrid_layer(hidden=16, inputs=6, block=4):
+    return layer_of(lambda part, gate, shape, rng: sparse(shape, rng) if gate in "if" else circulant(shape, rng, block),
+                    hidden, inputs)
+
+
+def one_region(spec):
+    return Layout((Region(0, 0, spec.rows, spec.cols),))
+
+
+# Mapping.
+
+
+@pytest.mark.parametrize("packed", [
+    dense((10, 7), np.random.default_rng(0)),
+    sparse((10, 7), np.random.default_rng(1)), sparse((9, 3), np.random.default_rng(2), 0),
+    circulant((12, 7), np.random.default_rng(3)), circulant((12, 7), np.random.default_rng(4), 6)],
+    ids=["dense", "sparse", "sparse, empty", "circulant 4", "circulant 6"])
+def test_words_rebuild_the_block(packed):
+    units = [u for u in (1, 2, 3, 4, 6) if isinstance(packed, PackedCirculant) and packed.block % u == 0] or [1]
+    for unit in units:
+        mapping = map_block(packed, 4, 8, unit)
+        np.testing.assert_array_equal(mapping.dense(), packed.dense())
+        assert mapping.weight_words.sum() == mapping.values.size
+        assert mapping.local_rows.sum() == packed.shape[0]
+
+
+def test_dense_words_by_hand():
+    mapping = map_block(dense((8, 6), np.random.default_rng(0)), 4, 4)
+    assert mapping.macs.tolist() == [[4, 4, 2, 2]] * 4  # two rows each; six columns over four PE columns
+    assert mapping.pe_row_of_row.tolist() == [0, 1, 2, 3] * 2
+    assert (mapping.word_bits, mapping.on_chip_bits) == (8, 48 * 8)
+
+
+def test_sparse_padding_words_by_hand():
+    values = np.zeros((4, 8), dtype=np.int64)
+    values[2, [0, 4, 5]] = 7, 8, 9  # columns 0 and 4 share a PE, column 5 goes to the next
+    mapping = map_block(PackedSparse.from_dense(values, QFormat(8, 7)), 4, 4)
+    assert mapping.word_bits == 8 + 1 + 1  # value, one of two local columns, end of row
+    assert sorted(mapping.weight_words.sum(axis=1)) == [4, 4, 4, 5]
+    assert mapping.padding.sum() == 17 - 3
+    assert mapping.on_chip_bits == 17 * 10
+
+
+def test_circulant_tiles_by_hand():
+    packed = circulant((4, 4), np.random.default_rng(0))
+    whole = map_block(packed, 4, 4)
+    assert (whole.weight_words.max(), whole.macs.max(), whole.macs.sum()) == (4, 16, 16)  # one PE does it all
+    split = map_block(packed, 4, 4, unit=2)
+    assert (split.weight_words.sum(), split.macs.max(), split.macs.sum()) == (12, 4, 16)  # 4 pieces of 3 words and 4 products
+
+
+def test_circulant_padding_is_counted():
+    mapping = map_block(circulant((4, 5), np.random.default_rng(0)), 4, 4)
+    assert mapping.macs.sum() == 32 and mapping.padding.sum() == 4 * 3
+    pieces = map_block(circulant((4, 5), np.random.default_rng(0)), 4, 4, unit=1)  # a piece with padding only is left out
+    assert pieces.macs.sum() == 20 and pieces.padding.sum() == 0
+
+
+def test_place_units_by_hand():
+    loads = np.array([[1, 0], [5, 0], [0, 4], [4, 1]])
+    assert place_units(loads, 2).tolist() == [1, 0, 0, 1]  # 5, then 4+1 beside it, then 0+4 where the fullest PE stays at 5
+    assert place_units(np.ones((5, 2), dtype=int), 2).tolist() == [0, 1, 0, 1, 0]
+
+
+def test_placement_balances_better_than_dealing_in_turn():
+    packed = sparse((64, 32), np.random.default_rng(5), 0.2)
+    greedy, in_turn = map_block(packed, 4, 4), map_block(packed, 4, 4, pe_row_of_unit=np.arange(64) % 4)
+    assert greedy.macs.max() < in_turn.macs.max()
+    assert greedy.local_rows.max() == 16
+
+
+def test_dense_baseline_needs_5376_words_on_one_group():
+    layer = dense_layer(128, 40, bits=16)
+    mapping = fitting_mappings(layer, PRESETS["group4x4"], one_region(PRESETS["group4x4"]))[0]
+    assert mapping.memory_words.max() == 5376
+    assert mapping.macs.sum() == 4 * 128 * 168
+    for m in fitting_mappings(layer, PRESETS["group4x4"], one_region(PRESETS["group4x4"])):
+        assert m.resident_words.max() + 2 * m.layout.stream_words <= 2048
+        resident_bits = m.on_chip_bits - m.streamed_bits
+        assert resident_bits == m.resident_words.sum() * 16
+
+
+# Cycles by hand.
+
+
+def spans(schedule, step=0):
+    return {op.name: (op.start, op.end) for op in schedule.operations if op.step == step}
+
+
+def test_one_block_by_hand():
+    """8 x 8 on 4 x 4 PEs: 4 multiply-accumulates, 4 cycles of pipeline, 2 rows, 3 hops = 13 cycles."""
+    found = spans(schedule_layer(dense_layer(hidden_frac=6), SMALL, 1))
+    assert found["drain i hh"][1] - found["mac lstm.weight_hh_l0.i"][0] == 13
+
+
+def test_one_step_by_hand():
+    schedule = schedule_layer(dense_layer(hidden=8, inputs=4), SMALL, 1)
+    assert spans(schedule, -1)["x to PEs"] == (0, 4)  # one word per cycle
+    assert spans(schedule) == {
+        "mac lstm.weight_ih_l0.i": (4, 10), "mac lstm.weight_ih_l0.f": (6, 12),  # 2 rows x 1 column, then 4 cycles of pipeline
+        "mac lstm.weight_ih_l0.g": (8, 14), "mac lstm.weight_ih_l0.o": (10, 16),
+        "mac lstm.weight_hh_l0.i": (12, 20), "mac lstm.weight_hh_l0.f": (16, 24),  # 2 rows x 2 columns
+        "mac lstm.weight_hh_l0.g": (20, 28), "mac lstm.weight_hh_l0.o": (24, 32),
+        "drain i ih+hh": (20, 25), "drain f ih+hh": (24, 29),  # 2 rows, 3 hops
+        "drain g ih+hh": (28, 33), "drain o ih+hh": (32, 37),
+        "act i": (25, 31), "act f": (29, 35), "act g": (33, 39),  # 8 values on 4 units: 2 cycles, then 4 of latency
+        "cell": (39, 47), "tanh c": (47, 53), "act o": (49, 55), "h": (55, 61), "h to PEs": (61, 69),
+    }
+    assert schedule.cycles == schedule.first_step_latency == 69
+    # Back from the end: h to PEs 8, h 6, act o 6, tanh c 2 (act o waited for the units), cell 8, act g 6, drain g 5,
+    # W_hh of g 4 + 4 of pipeline, of f 4 and i 4, four W_ih of 2 each, x 4.
+    assert schedule.split() == {
+        "multiply": 20, "stall": 4, "drain": 5, "activation": 28, "multicast": 12, "load": 0, "config": 0}
+
+
+def test_events_by_hand():
+    counts = schedule_layer(dense_layer(hidden=8, inputs=4), SMALL, 3).counts()
+    per_step = {"macs": 384, "padding_macs": 0, "weight_reads": 384, "data_reads": 384, "acc_updates": 384, "acc_reads": 128,
+                "link_words": 128, "activation_lookups": 40, "elementwise_multiplies": 24, "multicast_words": 12,
+                "data_writes": 4 * 4 + 8 * 4, "loaded_bits": 0, "weight_writes": 0}
+    assert counts == {event: 3 * count for event, count in per_step.items()}
+
+
+def test_circulant_reads_each_weight_once():
+    layer = layer_of(lambda part, gate, shape, rng: circulant(shape, rng), 8, 4)
+    counts = schedule_layer(layer, SMALL, 1, one_region(SMALL)).counts()
+    assert counts["macs"] == 384 and counts["weight_reads"] == 384 // 4
+
+
+def test_second_bank_hides_the_drain():
+    layer = dense_layer(hidden=32, inputs=4)
+    one, two = (schedule_layer(layer, SMALL.with_(acc_depth=8, acc_banks=n), 4).steady_state_cycles for n in (1, 2))
+    assert two < one
+
+
+def test_unequal_product_fractions_drain_apart():
+    together, apart = (schedule_layer(dense_layer(hidden_frac=frac), SMALL, 1) for frac in (7, 6))
+    assert sum(op.kind == "drain" for op in together.operations) == 4
+    assert sum(op.kind == "drain" for op in apart.operations) == 8
+
+
+def test_streaming_is_bound_by_the_loader():
+    spec = PRESETS["group4x4"]
+    schedule = schedule_layer(dense_layer(128, 40, bits=16), spec, 20)
+    assert schedule.bound == "memory"
+    assert schedule.steady_state_cycles >= schedule.mapping.streamed_bits / spec.load_bits_per_cycle
+    assert schedule.counts()["loaded_bits"] == 20 * schedule.mapping.streamed_bits
+    assert schedule_layer(dense_layer(128, 40, bits=16), spec.with_(weight_words=5376), 20).bound == "compute"
+
+
+def test_regions_run_side_by_side_and_the_best_layout_wins():
+    layer, spec = hybrid_layer(32, 8, 8), ArraySpec(rows=8, cols=8, h_words_per_cycle=2, act_units=8)
+    best = schedule_layer(layer, spec, 6)
+    every = [schedule_mapping(m, 6) for layout in candidate_layouts(layer, spec) for m in fitting_mappings(layer, spec, layout)]
+    assert len(every) == 6
+    assert best.steady_state_cycles == min(s.steady_state_cycles for s in every)
+    for schedule in every:
+        assert schedule.steady_state_cycles >= least_cycles(layer, spec, schedule.mapping.layout)
+    two = next(s for s in every if len(s.mapping.layout.regions) == 2)
+    macs = [op for op in two.operations if op.kind == "mac" and op.step == 0]
+    assert {op.region for op in macs} == {0, 1}
+    assert any(a.region != b.region and a.start < b.end and b.start < a.end for a in macs for b in macs)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 40])
+def test_split_utilisation_and_ends_add_up(steps):
+    schedule = schedule_layer(hybrid_layer(), PRESETS["array16x16"], steps)
+    assert sum(schedule.split().values()) == schedule.cycles == max(op.end for op in schedule.operations)
+    assert round(schedule.utilisation().sum() * schedule.cycles) == schedule.counts()["macs"]
+    assert all(schedule.operations[n].end <= op.start for op in schedule.operations for n in op.after)
+    assert [op["name"] for op in json.loads(schedule.to_json())["operations"]] == [op.name for op in schedule.operations]
+    for resource in {op.resource for op in schedule.operations}:
+        starts = [op.start for op in schedule.operations if op.resource == resource]
+        assert starts == sorted(starts)
+
+
+def test_steady_state_is_the_distance_of_late_steps():
+    schedule = schedule_layer(hybrid_layer(), SMALL, 60)
+    length, cycles = schedule.period
+    assert schedule.ends[50, -1] - schedule.ends[50 - length, -1] == cycles
+    assert schedule.steady_state_cycles == cycles / length
+
+
+# The interpreter and the engine as oracles.
+
+
+def check_against_interpreter(mapping, steps, seed):
+    layer = mapping.layer
+    x = np.random.default_rng(seed).integers(-4096, 4096, (steps, 1, layer.input_size))
+    literal, schedule = interpret(mapping, x[:, 0]), schedule_mapping(mapping, steps)
+    engine, executed = run_layer(layer, x), execute(layer, mapping.spec, x, mapping.layout)
+    np.testing.assert_array_equal(np.array(literal.output), engine.output[:, 0])
+    np.testing.assert_array_equal(np.array(literal.c), engine.c[0])
+    np.testing.assert_array_equal(executed.output, engine.output)
+    assert literal.cycles == schedule.cycles == executed.schedule.cycles
+    assert len(literal.spans) == steps * len(mapping.program)
+    for (step, n), span in literal.spans.items():
+        if step >= 0:
+            assert (schedule.starts[step, n], schedule.ends[step, n]) == span, mapping.program[n]
+    assert literal.counts == {event: count for event, count in schedule.counts().items() if count}
+
+
+@st.composite
+def tiny_cases(draw):
+    hidden, inputs = draw(st.sampled_from([4, 6, 8, 12])), draw(st.sampled_from([1, 3, 5, 8]))
+
+    def block(part, gate, shape, rng):
+        frac = draw(st.sampled_from([7, 6]))
+        form = draw(st.sampled_from(["dense", "sparse", "circulant"]))
+        if form == "sparse":
+            return sparse(shape, rng, draw(st.sampled_from([0, 0.2, 0.6])), frac)
+        if form == "circulant":
+            return circulant(shape, rng, draw(st.sampled_from([k for k in (2, 3, 4) if shape[0] % k == 0])), frac)
+        return dense(shape, rng, frac=frac)
+
+    def choose(*values):
+        return draw(st.sampled_from(values))
+
+    seed = draw(st.integers(0, 1000))
+    layer = layer_of(block, hidden, inputs, seed)
+    spec = ArraySpec(
+        rows=choose(4, 8), cols=choose(4, 8), mac_latency=choose(0, 1, 4), mac_ii=choose(1, 2), acc_depth=choose(4, 6, 64),
+        acc_banks=choose(1, 2, 3), link_cycles=choose(1, 2, 3), h_words_per_cycle=choose(1, 3), act_units=choose(1, 3, 4),
+        act_latency=choose(0, 2), act_ii=choose(1, 2), weight_words=choose(2048, 24, 12), weight_word_bits=choose(18, 8),
+        load_bits_per_cycle=choose(7, 64), config_cycles=choose(0, 5))
+    layout = draw(st.sampled_from(candidate_layouts(layer, spec)))
+    mapping = draw(st.sampled_from(fitting_mappings(layer, spec, layout)))
+    return mapping, draw(st.sampled_from([1, 2, 4])), seed
+
+
+@settings(max_examples=150, deadline=None)
+@given(tiny_cases())
+def test_schedule_equals_the_literal_interpreter(case):
+    check_against_interpreter(*case)
+
+
+@pytest.mark.parametrize("changes", [{}, {"weight_words": 24, "load_bits_per_cycle": 5}, {"acc_depth": 4, "acc_banks": 1}])
+def test_interpreter_agrees_beyond_the_transient(changes):
+    spec = SMALL.with_(**changes)
+    for layer in (dense_layer(), hybrid_layer(8, 3)):
+        mapping = schedule_layer(layer, spec, 1).mapping
+        check_against_interpreter(mapping, 12, seed=3)
+
+
+@pytest.mark.parametrize("layer", [dense_layer(32, 12, bits=16), hybrid_layer(32, 12)], ids=["dense", "hybrid"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_execution_equals_the_engine(layer, name):
+    x = np.random.default_rng(1).integers(-9000, 9000, (10, 1, 12))
+    executed, engine = execute(layer, preset(name), x), run_layer(layer, x)
+    np.testing.assert_array_equal(executed.output, engine.output)
+    np.testing.assert_array_equal(executed.h, engine.h)
+    np.testing.assert_array_equal(executed.c, engine.c)
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"rows": 0}, "ArraySpec needs rows of at least 1, got 0"),
+    ({"cols": 6}, "multiples of 4 (groups of 4 x 4 PEs), got 4 x 6"),
+    ({"acc_depth": -1}, "ArraySpec needs acc_depth of at least 1, got -1"),
+    ({"lookahead": 4}, "lookahead 1 only so far (no zero skipping), got 4"),
+])
+def test_spec_refuses(changes, message):
+    with pytest.raises(ValueError) as error:
+        SMALL.with_(**changes)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("value", [4.0, True, "4"])
+def test_spec_refuses_types(value):
+    with pytest.raises(TypeError, match="ArraySpec needs a whole number for act_units"):
+        SMALL.with_(act_units=value)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"data_words": 3}, "a PE needs 4 data words (x twice, h once), the array has 3 (data_words)"),
+    ({"word_bits": 15}, "the array has words of 15 bits (word_bits), got QFormat(bits=16"),
+    ({"acc_bits": 40}, "the array has accumulators of 40 bits (acc_bits), the layer needs 48"),
+    ({"weight_words": 1}, "the array has 1 (weight_words)"),
+])
+def test_schedule_refuses_what_does_not_fit(changes, message):
+    with pytest.raises(ValueError) as error:
+        schedule_layer(dense_layer(), SMALL.with_(**changes), 3)
+    assert message in str(error.value)
+
+
+def test_weights_that_do_not_fit_a_layout_without_streaming():
+    with pytest.raises(ValueError, match=r"take 5376 words in its fullest PE, the array has 2048 \(weight_words\)"):
+        map_layer(dense_layer(128, 40, bits=16), PRESETS["group4x4"], one_region(PRESETS["group4x4"]))
+
+
+def test_layouts_are_checked():
+    with pytest.raises(ValueError, match="needs whole groups of 4 x 4 PEs"):
+        Region(0, 2, 4, 4)
+    with pytest.raises(ValueError, match="do not overlap, inside 4 x 4 PEs"):
+        schedule_layer(dense_layer(), SMALL, 1, Layout((Region(0, 0, 4, 4), Region(0, 0, 4, 4))))
+    with pytest.raises(ValueError, match="do not overlap, inside 4 x 4 PEs"):
+        schedule_layer(dense_layer(), SMALL, 1, Layout((Region(0, 0, 8, 4),)))
+
+
+def test_unknown_form_step_count_and_preset_are_refused():
+    with pytest.raises(ValueError, match="the array maps PackedDense, PackedSparse, PackedCirculant so far, got list"):
+        map_block([], 4, 4)
+    for steps in (0, 2.0, True):
+        with pytest.raises(ValueError, match="a whole number of steps, at least 1"):
+            schedule_layer(dense_layer(), SMALL, steps)
+    with pytest.raises(TypeError, match="needs a PackedLayer and an ArraySpec, got PackedLayer and str"):
+        schedule_layer(dense_layer(), "group4x4", 1)
+    with pytest.raises(ValueError, match="preset knows group4x4, array16x16, vu440, got 'tpu'"):
+        preset("tpu")
+
+
+@pytest.mark.parametrize("x, message", [
+    (np.zeros((2, 2, 4), dtype=int), "execute needs x of shape"), (np.zeros((0, 1, 4), dtype=int), "T of at least 1"),
+    (np.zeros((2, 1, 4)), "needs integers of"), (np.full((2, 1, 4), 40000), "needs integers of")])
+def test_execute_refuses(x, message):
+    with pytest.raises(ValueError, match=message):
+        execute(dense_layer(), SMALL, x)
+
+
+def test_the_array_never_loads_torch():
+    code = "import sys, workbench.array.cost, workbench.array.interpreter; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

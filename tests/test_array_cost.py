@@ -1,0 +1,73 @@
+"""Energy, resources and comparison: hand numbers and messages."""
+
+import numpy as np
+import pytest
+from test_array import PRESETS, SMALL, dense_layer, hybrid_layer
+
+from workbench.array import schedule_layer
+from workbench.array.cost import DEVICES, PJ_PER_EVENT, Memory, compare, energy, resources
+from workbench.array.schedule import EVENTS
+
+
+def test_energy_by_hand():
+    modelled = energy({"macs": 10, "weight_reads": 4, "loaded_bits": 64, "link_words": 7})
+    assert modelled.low_pj == pytest.approx(10 * 0.23 + 4 * 2.5 + 1300)
+    assert modelled.high_pj == pytest.approx(10 * 3.2 + 4 * 10 + 2600)
+    assert modelled.without_source == {"link_words": 7}
+    assert [row["event"] for row in modelled.rows] == ["macs", "weight_reads", "loaded_bits"]
+
+
+def test_every_price_has_a_source_an_event_and_an_interval():
+    assert set(PJ_PER_EVENT) < set(EVENTS)
+    for low, high, source in PJ_PER_EVENT.values():
+        assert 0 < low <= high
+        assert "45 nm" in source and "ISSCC 2014" in source
+
+
+def test_energy_refuses_unknown_events():
+    with pytest.raises(ValueError, match="energy knows the events macs, .*, got flops"):
+        energy({"flops": 1})
+
+
+@pytest.mark.parametrize("depth, bits, luts, ramb18", [
+    (64, 18, 18, 0), (65, 18, 0, 1), (1024, 18, 0, 1), (1025, 18, 0, 2), (2048, 18, 0, 2), (2048, 9, 0, 1), (2049, 9, 0, 2),
+    (5000, 4, 0, 2), (16384, 1, 0, 1), (3000, 12, 0, 3)])
+def test_memory_by_hand(depth, bits, luts, ramb18):
+    assert (Memory(depth, bits).luts, Memory(depth, bits).ramb18) == (luts, ramb18)
+
+
+def test_resources_by_hand():
+    used = resources(schedule_layer(dense_layer(128, 40, bits=16), PRESETS["array16x16"], 1).mapping)
+    assert used.dsp == 256 + 16
+    assert (used.weights, used.data) == (Memory(4 * (8 * 8 + 8 * 3), 16), Memory(2 * 3 + 8, 16))
+    assert used.bram36 == 128  # one RAMB18 of weights per PE; the data lie in LUTs
+    assert used.lut == (16 * 220 + 256 * 16, 16 * 1023 + 256 * 16) and used.ff == (16 * 145, 16 * 1681)
+    share = used.share("vu440")
+    assert share["dsp"] == 272 / DEVICES["vu440"]["dsp"] and not share["verified"]
+    with pytest.raises(ValueError, match="share knows the devices vu440, got 'zu9'"):
+        used.share("zu9")
+
+
+def test_streaming_buffers_count_twice():
+    mapping = schedule_layer(dense_layer(128, 40, bits=16), PRESETS["group4x4"], 1).mapping
+    used = resources(mapping)
+    assert used.weights.depth == mapping.resident_words.max() + 2 * mapping.layout.stream_words == 2048
+    assert used.bram36 == 16
+
+
+def test_compare_against_the_dense_baseline():
+    layers = {"dense 16-bit": dense_layer(16, 6, bits=16), "hybrid": hybrid_layer(16, 6)}
+    base, hybrid = compare(layers, SMALL, 5)
+    assert (base["acceleration"], base["acceleration_sequence"], base["acceleration_multiply"]) == (1, 1, 1)
+    assert hybrid["acceleration"] == base["steady_state_cycles"] / hybrid["steady_state_cycles"]
+    schedule = schedule_layer(layers["hybrid"], SMALL, 5)
+    assert hybrid["cycles"] == schedule.cycles == sum(schedule.split().values())
+    assert hybrid["energy_low_pj"] == energy(schedule.counts()).low_pj
+    assert hybrid["cr_chip"] == pytest.approx(32 * 4 * 16 * 22 / schedule.mapping.on_chip_bits)
+    with pytest.raises(ValueError, match="compare needs a layer labelled 'dense 16-bit', got hybrid"):
+        compare({"hybrid": layers["hybrid"]}, SMALL, 5)
+
+
+def test_a_narrower_memory_word_takes_several():
+    mapping = schedule_layer(dense_layer(8, 4, bits=16), SMALL.with_(weight_word_bits=8), 1).mapping
+    np.testing.assert_array_equal(mapping.memory_words, 2 * mapping.per_pe(lambda block: block.weight_words))

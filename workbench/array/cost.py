@@ -1,0 +1,149 @@
+"""Energy and resources of a schedule. Everything here is modelled: counts are exact, pJ and LUTs are tables with sources."""
+
+from dataclasses import dataclass
+
+from workbench.array.mapping import LayerMapping, data_words_kept
+from workbench.array.schedule import EVENTS, Schedule, schedule_layer
+from workbench.array.spec import ArraySpec, ceil_div
+from workbench.packed import PARTS, PackedLayer
+
+HOROWITZ = "M. Horowitz, Computing's energy problem, ISSCC 2014, 45 nm, 0.9 V"
+SEEN = "as quoted in stillwater-sc/universal, generic_45nm.hpp"
+SEEN_TABLE = SEEN + ", and in PMC8934428, table 3"
+ADD_8_PJ, ADD_32_PJ, MULTIPLY_8_PJ, MULTIPLY_32_PJ = 0.03, 0.1, 0.2, 3.1
+SRAM_8KB_64_BIT_PJ = 10.0
+DRAM_64_BIT_PJ = (1300.0, 2600.0)
+
+# event -> (pJ low, pJ high, source). 45 nm ASIC rows only: an FPGA's figures must never be mixed in.
+_SRAM = (SRAM_8KB_64_BIT_PJ * 16 / 64, SRAM_8KB_64_BIT_PJ,
+         f"{HOROWITZ}: 64-bit access of 8 KB SRAM; low: its share of 16 bits, high: the whole access; {SEEN_TABLE}")
+PJ_PER_EVENT = {
+    "macs": (MULTIPLY_8_PJ + ADD_8_PJ, MULTIPLY_32_PJ + ADD_32_PJ,
+             f"{HOROWITZ}: integer multiply and add, low: 8 bits, high: 32 bits; {SEEN_TABLE} (32 bits)"),
+    "elementwise_multiplies": (MULTIPLY_8_PJ, MULTIPLY_32_PJ,
+                               f"{HOROWITZ}: integer multiply, low: 8 bits, high: 32 bits; {SEEN_TABLE} (32 bits)"),
+    "weight_reads": _SRAM,
+    "data_reads": _SRAM,
+    "weight_writes": _SRAM,
+    "data_writes": _SRAM,
+    "loaded_bits": (DRAM_64_BIT_PJ[0] / 64, DRAM_64_BIT_PJ[1] / 64, f"{HOROWITZ}: DRAM access of 64 bits, per bit; {SEEN}"),
+}
+STATIC_POWER = "not given: no sourced figure for this array"
+
+# One RAMB18E2, depth x width (UltraScale memory resources, UG573).
+RAMB18_SHAPES = ((16384, 1), (8192, 2), (4096, 4), (2048, 9), (1024, 18))
+LUT_RAM_DEPTH = 64  # one LUT of a SLICEM stores 64 x 1 bits
+# A 4 x 4 grid of 16-bit multiply-accumulate PEs as synthesised: what a tool packs into the DSP decides within the interval.
+LUT_PER_16_PES, FF_PER_16_PES = (220, 1023), (145, 1681)
+DEVICES = {"vu440": {"dsp": 2880, "bram36": 2520, "verified": False}}  # not checked against the data sheet
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Modelled dynamic energy. rows: event, count, low_pj, high_pj, source; without_source: events counted, not priced."""
+
+    rows: tuple[dict, ...]
+    without_source: dict[str, int]
+
+    @property
+    def low_pj(self) -> float:
+        return sum(row["low_pj"] for row in self.rows)
+
+    @property
+    def high_pj(self) -> float:
+        return sum(row["high_pj"] for row in self.rows)
+
+
+def energy(counts: dict[str, int]) -> Energy:
+    """counts: events as Schedule.counts() gives them. An unknown event raises ValueError."""
+    unknown = set(counts) - set(EVENTS)
+    if unknown:
+        raise ValueError(f"energy knows the events {', '.join(EVENTS)}, got {', '.join(sorted(unknown))}")
+    rows = tuple({"event": event, "count": counts[event], "low_pj": counts[event] * low, "high_pj": counts[event] * high,
+                  "source": source} for event, (low, high, source) in PJ_PER_EVENT.items() if event in counts)
+    return Energy(rows, {event: count for event, count in counts.items() if event not in PJ_PER_EVENT})
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A memory that every PE has once. depth: words of the fullest PE; bits: width; per PE either LUTs or RAMB18s."""
+
+    depth: int
+    bits: int
+
+    @property
+    def luts(self) -> int:
+        return self.bits if self.depth <= LUT_RAM_DEPTH else 0
+
+    @property
+    def ramb18(self) -> int:
+        if self.depth <= LUT_RAM_DEPTH:
+            return 0
+        return min(ceil_div(self.depth, depth) * ceil_div(self.bits, width) for depth, width in RAMB18_SHAPES)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Modelled resources of the whole array. lut and ff: intervals (low, high), memories in LUTs included."""
+
+    dsp: int
+    weights: Memory
+    data: Memory
+    bram36: int
+    lut: tuple[int, int]
+    ff: tuple[int, int]
+
+    def share(self, device: str) -> dict:
+        """Used parts of a device's DSPs and block RAMs; an unknown device raises ValueError."""
+        if device not in DEVICES:
+            raise ValueError(f"share knows the devices {', '.join(DEVICES)}, got {device!r}")
+        about = DEVICES[device]
+        return {"dsp": self.dsp / about["dsp"], "bram36": self.bram36 / about["bram36"], "verified": about["verified"]}
+
+
+def resources(mapping: LayerMapping) -> Resources:
+    """One DSP per PE and per activation unit; every PE's memories as deep as the fullest PE needs and as wide as the widest
+    word; streaming buffers count twice. The tables of the activation units are not counted."""
+    spec, layout = mapping.spec, mapping.layout
+    pes = spec.rows * spec.cols
+    weights = Memory(int(mapping.resident_words.max()) + 2 * layout.stream_words,
+                     min(max(block.word_bits for block in mapping.blocks.values()), spec.weight_word_bits))
+    data = Memory(max(int(words.max()) for words in data_words_kept(mapping.layer, layout, mapping.blocks)),
+                  max(mapping.layer.signals[signal].bits for signal in PARTS.values()))
+    lut_ram = pes * (weights.luts + data.luts)
+    return Resources(
+        dsp=pes + spec.act_units, weights=weights, data=data, bram36=ceil_div(pes * (weights.ramb18 + data.ramb18), 2),
+        lut=tuple(ceil_div(n * pes, 16) + lut_ram for n in LUT_PER_16_PES),
+        ff=tuple(ceil_div(n * pes, 16) for n in FF_PER_16_PES),
+    )
+
+
+BASELINE = "dense 16-bit"
+
+
+def compare(layers: dict[str, PackedLayer], spec: ArraySpec, steps: int) -> list[dict]:
+    """One row per layer, each with its own best layout; accelerations against the layer labelled "dense 16-bit".
+
+    cycles: of the whole sequence; energy: modelled, of the whole sequence; multiply_cycles: multiply-accumulates of the
+    fullest PE in one step, so that `acceleration_multiply` is what would be won with no overhead at all.
+    """
+    if BASELINE not in layers:
+        raise ValueError(f"compare needs a layer labelled {BASELINE!r}, got {', '.join(layers) or 'none'}")
+    schedules = {label: schedule_layer(layer, spec, steps) for label, layer in layers.items()}
+    base = schedules[BASELINE]
+    return [_row(label, schedule, base) for label, schedule in schedules.items()]
+
+
+def _row(label, schedule: Schedule, base: Schedule) -> dict:
+    mapping, used, modelled = schedule.mapping, resources(schedule.mapping), energy(schedule.counts())
+    multiply, base_multiply = int(mapping.macs.max()), int(base.mapping.macs.max())
+    return {
+        "label": label, "layout": mapping.layout.name, "steady_state_cycles": schedule.steady_state_cycles,
+        "first_step_latency": schedule.first_step_latency, "cycles": schedule.cycles,
+        "acceleration": base.steady_state_cycles / schedule.steady_state_cycles,
+        "acceleration_sequence": base.cycles / schedule.cycles, "multiply_cycles": multiply,
+        "acceleration_multiply": base_multiply / multiply, "bound": schedule.bound,
+        "words_per_pe": int(mapping.memory_words.max()), "streamed_bits_per_step": mapping.streamed_bits,
+        "on_chip_bits": mapping.on_chip_bits, "cr_chip": mapping.cr_chip,
+        "energy_low_pj": modelled.low_pj, "energy_high_pj": modelled.high_pj, "dsp": used.dsp, "bram36": used.bram36,
+    } | schedule.split()

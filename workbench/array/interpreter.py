@@ -1,0 +1,329 @@
+"""The definition of the array: a loop over cycles in plain Python integers. Slow and obvious; for tiny layers.
+
+It takes from mapping.py which PE stores which words and the order in which each resource serves a program, and nothing
+from schedule.py. What may start is decided by the state of memories, accumulators and buffers, not by listed needs; what
+would be a hazard in hardware raises RuntimeError.
+"""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from workbench.array.mapping import LayerMapping, columns_kept
+from workbench.packed import PackedSparse
+
+
+@dataclass(frozen=True)
+class Interpretation:
+    """spans: (step, number in the program) -> (start, end) cycles; step -1 is the multicast of the first x."""
+
+    output: list[list[int]]  # (T, hidden_size)
+    c: list[int]  # (hidden_size,)
+    cycles: int
+    spans: dict[tuple[int, int], tuple[int, int]]
+    counts: dict[str, int]  # events that happened at all
+
+
+def half_up(value: int, frac: int, fmt) -> int:
+    """One rounding of an integer with `frac` fraction bits to a number format, saturating."""
+    shift = frac - fmt.frac
+    value = (value + (1 << (shift - 1))) >> shift if shift > 0 else value << -shift
+    return min(max(value, fmt.min), fmt.max)
+
+
+def interpret(mapping: LayerMapping, x) -> Interpretation:
+    """Run a few steps of one layer: x (T, input_size) integers; h and c start at zero."""
+    machine = _Machine(mapping, [[int(v) for v in row] for row in x])
+    return machine.run()
+
+
+@dataclass
+class _Active:
+    """An instruction on its resource. todo: what is still to be issued; flying: issued and not yet landed."""
+
+    step: int
+    number: int
+    instruction: object
+    start: int
+    todo: object
+    held: int = 0  # cycles that the present piece of work has been held
+    flying: int = 0
+
+
+class _Machine:
+    def __init__(self, mapping, x):
+        self.mapping, self.layer, self.spec, self.x = mapping, mapping.layer, mapping.spec, x
+        self.program = mapping.program
+        self.now, self.counts, self.spans = 0, Counter(), {}
+        # Program order, per resource; the first x comes before the first step, the last step has no next x.
+        self.queues = defaultdict(list)
+        self.queues["network"].append((-1, 0))
+        for step in range(len(x)):
+            for n, i in enumerate(self.program):
+                if (step, n) != (len(x) - 1, 0):
+                    self.queues[i.resource].append((step, n))
+        self.issuing = dict.fromkeys(self.queues)  # resource -> _Active
+        self.landing = []  # (cycle at whose end it lands, what then happens)
+        self.per_step = Counter((i.kind, i.region, i.gate, i.parts, i.rows) for i in self.program)  # how many instructions
+        self.groups, self.chunks = Counter(), Counter()  # region -> per step
+        for i in self.program:
+            self.groups[i.region] = max(self.groups[i.region], i.group + 1)
+            self.chunks[i.region] = max(self.chunks[i.region], i.chunk + 1)
+        self.retired = Counter()  # the same keys with the step in front
+        # PE memories: (region, pe row, pe col) -> address -> (step, value); a wrong step is a hazard.
+        self.data = defaultdict(dict)
+        self.arrived = Counter()  # ("ih" or "hh", step) -> words multicast
+        self.arrived["hh", -1] = self.layer.hidden_size
+        self.acc = defaultdict(Counter)  # (region, bank, pe row, pe col) -> (gate, parts, row) -> sum
+        self.owner = {}  # (region, bank) -> (step, group)
+        self.buffers = {}  # (region, 0 or 1) -> (step, chunk)
+        self.loaded = set()  # (region, step, chunk)
+        self.edge, self.edge_parts = defaultdict(int), Counter()  # (step, gate, row)
+        self.values = defaultdict(dict)  # (step, name of the instruction) -> index -> integer
+        # (part, column) -> the PEs that keep it
+        self.keepers = defaultdict(list)
+        for n, region in enumerate(mapping.layout.regions):
+            for part in ("ih", "hh"):
+                for pe_col, columns in enumerate(columns_kept(self.layer, mapping.layout, mapping.blocks, part, n).tolist()):
+                    for column, kept in enumerate(columns):
+                        self.keepers[part, column] += [(n, pe_row, pe_col) for pe_row in range(region.rows) if kept]
+        for j in range(self.layer.hidden_size):
+            for pe in self.keepers["hh", j]:
+                self.data[pe]["hh", 0, j] = (-1, 0)
+        self.values[-1, "cell"] = dict.fromkeys(range(self.layer.hidden_size), 0)
+
+    def run(self):
+        while any(self.queues.values()) or any(self.issuing.values()) or self.landing:
+            if self.now >= self.spec.config_cycles:
+                for resource, queue in self.queues.items():
+                    if queue and self.issuing[resource] is None and self._may_start(*queue[0]):
+                        self._start(resource, *queue.pop(0))
+                for resource, active in self.issuing.items():
+                    if active is not None:
+                        self._work(active)
+                        if not active.todo:
+                            self.issuing[resource] = None
+                self._land()
+            self.now += 1
+            if self.now > 1_000_000:
+                raise RuntimeError(f"no end after {self.now} cycles: {[q[0] for q in self.queues.values() if q]} wait")
+        steps, hidden = len(self.x), range(self.layer.hidden_size)
+        return Interpretation([[self.values[t, "h"][j] for j in hidden] for t in range(steps)],
+                              [self.values[steps - 1, "cell"][j] for j in hidden], self.now, self.spans, dict(+self.counts))
+
+    # What may start: the state of the machine at the beginning of the cycle.
+
+    def _may_start(self, step, n):
+        i = self.program[n]
+        if i.kind == "mac":
+            part = i.parts[0]
+            size, due = (self.layer.input_size, step) if part == "ih" else (self.layer.hidden_size, step - 1)
+            owner = self.owner.get((i.region, self._bank(step, i)))
+            return (self.arrived[part, due] == size and owner in (None, (step, i.group))
+                    and (i.chunk < 0 or (i.region, step, i.chunk) in self.loaded))
+        if i.kind == "drain":
+            return all(self._all_retired(step, "mac", i.region, i.gate, (part,), i.rows) for part in i.parts)
+        if i.kind == "load":
+            return (i.region, self._buffer(step, i)) not in self.buffers
+        if n == 0:  # x of step + 1 overwrites that of step - 1
+            readers = [key for key in self.per_step if key[0] == "mac" and key[3] == ("ih",)]
+            return step < 1 or all(self._all_retired(step - 1, *key) for key in readers)
+        if i.gate:
+            return all(self.edge_parts[step, i.gate, j] == 2 for j in range(self.layer.hidden_size))
+        inputs = {"cell": ("act i", "act f", "act g"), "tanh c": ("cell",), "h": ("tanh c", "act o"), "h to PEs": ("h",)}
+        return all(len(self.values[step, name]) == self.layer.hidden_size for name in inputs[i.name])
+
+    def _all_retired(self, step, *key):
+        return self.retired[step, *key] == self.per_step[key]
+
+    def _bank(self, step, i):
+        return (step * self.groups[i.region] + i.group) % self.spec.acc_banks
+
+    def _buffer(self, step, i):
+        return (step * self.chunks[i.region] + i.chunk) % 2
+
+    # What an instruction has to do.
+
+    def _start(self, resource, step, n):
+        i = self.program[n]
+        hidden = range(self.layer.hidden_size)
+        if i.kind == "mac":
+            self.owner[i.region, self._bank(step, i)] = (step, i.group)
+            todo = self._pe_lists(i)
+        elif i.kind == "load":
+            self.buffers[i.region, self._buffer(step, i)] = (step, i.chunk)
+            words = sum(len({word for word, *_ in macs}) for macs in self._pe_lists(i).values())
+            self.counts["weight_writes"] += words
+            todo = words * self.mapping.blocks[i.parts[0], i.gate].word_bits
+            self.counts["loaded_bits"] += todo
+        elif i.kind == "drain":
+            todo = list(range(*i.rows))
+        elif i.kind == "multicast":
+            todo = list(enumerate(self.x[step + 1])) if n == 0 else [(j, self.values[step, "h"][j]) for j in hidden]
+        elif i.name == "cell":
+            todo = [(j, product) for product in ("f*c", "i*g") for j in hidden]
+        else:
+            todo = [(j, i.name) for j in hidden]
+        self.issuing[resource] = _Active(step, n, i, self.now, todo)
+
+    def _pe_lists(self, i):
+        """(pe row, pe col) -> list of (word number, value, row, column, padding or not), in the PE's order."""
+        block = self.mapping.blocks[i.parts[0], i.gate]
+        sparse = isinstance(self.layer.block(i.parts[0], i.gate), PackedSparse)
+        words = defaultdict(list)
+        for number, value in enumerate(block.values.tolist()):
+            if i.rows[0] <= int(block.local_row[number]) < i.rows[1]:
+                pe = divmod(int(block.pe[number]), block.pe_cols)
+                targets = block.rows[number].tolist(), block.cols[number].tolist(), block.used[number].tolist()
+                words[pe].append([(number, value, row, column, column >= block.shape[1] or (sparse and value == 0))
+                                  for row, column, used in zip(*targets, strict=True) if used])
+        return {pe: [mac for word in listed[slice(*i.words)] for mac in word] for pe, listed in words.items()
+                if listed[slice(*i.words)]}
+
+    # One cycle of work.
+
+    def _work(self, a):
+        work = {"mac": self._work_mac, "drain": self._work_drain, "load": self._work_load, "multicast": self._work_multicast,
+                "activation": self._work_activation, "elementwise": self._work_activation}
+        work[a.instruction.kind](a)
+
+    def _work_mac(self, a):
+        a.held += 1
+        if a.held < self.spec.mac_ii:
+            return
+        a.held, i, part = 0, a.instruction, a.instruction.parts[0]
+        due = a.step if part == "ih" else a.step - 1
+        parts = next(p.parts for p in self.program
+                     if p.kind == "drain" and (p.region, p.gate, p.rows) == (i.region, i.gate, i.rows) and part in p.parts)
+        size = self.layer.input_size if part == "ih" else self.layer.hidden_size
+        for pe, macs in a.todo.items():
+            word, value, row, column, padding = macs.pop(0)
+            x = 0
+            if column < size:
+                tag, x = self.data[i.region, *pe][part, due % 2 if part == "ih" else 0, column]
+                if tag != due:
+                    raise RuntimeError(f"hazard: step {a.step} reads {part} {column} of step {tag} in cycle {self.now}")
+            if not (macs and macs[0][0] == word):  # a word is read once and held while it is used
+                self.counts["weight_reads"] += 1
+            self.counts.update({"macs": 1, "data_reads": 1, "acc_updates": 1, "padding_macs": int(padding)})
+            bank, product = (i.region, self._bank(a.step, i), *pe), value * x
+            self._fly(a, self.spec.mac_latency, lambda bank=bank, key=(i.gate, parts, row), product=product:
+                      self._accumulate(bank, key, product))
+        a.todo = {pe: macs for pe, macs in a.todo.items() if macs}
+
+    def _accumulate(self, bank, key, product):
+        self.acc[bank][key] += product
+        if len(self.acc[bank]) > self.spec.acc_depth:
+            raise RuntimeError(f"hazard: more than {self.spec.acc_depth} accumulators in use, (region, bank, PE): {bank}")
+
+    def _work_drain(self, a):
+        i, local = a.instruction, a.todo.pop(0)
+        block = self.mapping.blocks[i.parts[0], i.gate]
+        for row, pe_row in enumerate(block.pe_row_of_row.tolist()):
+            if block.local_of_row[row] == local:
+                self._pass_on(a, row, pe_row, 0, 0)
+
+    def _pass_on(self, a, row, pe_row, column, partial):
+        """A PE adds its sum to what came over the link and sends it to its neighbour, or from the last column to the edge."""
+        i = a.instruction
+        partial += self.acc[i.region, self._bank(a.step, i), pe_row, column][i.gate, i.parts, row]
+        self.counts.update({"acc_reads": 1, "link_words": 1})
+        if column < self.mapping.layout.regions[i.region].cols - 1:
+            # It enters the neighbour `link_cycles` later: what lands at the end of a cycle is used in the next.
+            self.landing.append((self.now + self.spec.link_cycles, "link", a, (row, pe_row, column + 1, partial)))
+            a.flying += 1
+        else:
+            self._fly(a, 0, lambda: self._reach_edge(a, row, partial))
+
+    def _reach_edge(self, a, row, partial):
+        i = a.instruction
+        shift = self.layer.alignment(i.gate)[1 if i.parts[0] == "ih" else 2]
+        self.edge[a.step, i.gate, row] += partial << shift
+        self.edge_parts[a.step, i.gate, row] += len(i.parts)
+
+    def _work_load(self, a):
+        a.todo = max(0, a.todo - self.spec.load_bits_per_cycle)
+        self._fly(a, 0, lambda: None)
+
+    def _work_multicast(self, a):
+        part, due = ("ih", a.step + 1) if a.number == 0 else ("hh", a.step)
+        for column, value in a.todo[: self.spec.h_words_per_cycle]:
+            self.counts["multicast_words"] += 1
+            self._fly(a, 0, lambda column=column, value=value: self._store(part, due, column, value))
+        del a.todo[: self.spec.h_words_per_cycle]
+
+    def _store(self, part, due, column, value):
+        self.arrived[part, due] += 1
+        for pe in self.keepers[part, column]:
+            self.data[pe][part, due % 2 if part == "ih" else 0, column] = (due, value)
+            self.counts["data_writes"] += 1
+
+    def _work_activation(self, a):
+        a.held += 1
+        if a.held < self.spec.act_ii:
+            return
+        a.held = 0
+        event = "activation_lookups" if a.instruction.kind == "activation" else "elementwise_multiplies"
+        for task in a.todo[: self.spec.act_units]:
+            self.counts[event] += 1
+            self._fly(a, self.spec.act_latency, lambda task=task: self._compute(a.step, *task))
+        del a.todo[: self.spec.act_units]
+
+    def _compute(self, step, j, what):
+        s, tables, value = self.layer.signals, self.layer.tables, self.values
+        if what.startswith("act "):
+            gate = what[4:]
+            pre = half_up(self.edge[step, gate, j] + int(self.layer.bias[gate][j]), self.layer.alignment(gate)[0], s["pre"])
+            function = "tanh" if gate == "g" else "sigmoid"
+            value[step, what][j] = int(tables[function].lookup(pre, s["pre"], s[function]))
+        elif what == "f*c":
+            value[step, what][j] = value[step, "act f"][j] * value[step - 1, "cell"][j]
+        elif what == "i*g":
+            value[step, what][j] = value[step, "act i"][j] * value[step, "act g"][j]
+        elif what == "tanh c":
+            value[step, what][j] = int(tables["tanh"].lookup(value[step, "cell"][j], s["cell"], s["tanh"]))
+        else:
+            product = value[step, "act o"][j] * value[step, "tanh c"][j]
+            value[step, "h"][j] = half_up(product, s["sigmoid"].frac + s["tanh"].frac, s["hidden"])
+        if what in ("f*c", "i*g") and j in value[step, "f*c"] and j in value[step, "i*g"]:
+            kept, new = s["sigmoid"].frac + s["cell"].frac, s["sigmoid"].frac + s["tanh"].frac
+            frac = max(kept, new)
+            total = (value[step, "f*c"][j] << (frac - kept)) + (value[step, "i*g"][j] << (frac - new))
+            value[step, "cell"][j] = half_up(total, frac, s["cell"])
+
+    # What lands at the end of a cycle.
+
+    def _fly(self, a, latency, effect):
+        a.flying += 1
+        self.landing.append((self.now + latency, "value", a, effect))
+
+    def _land(self):
+        # A word on a link enters the next PE during its cycle, so links go before what ends with the cycle.
+        for _, _, a, hop in [item for item in self.landing if item[:2] == (self.now, "link")]:
+            a.flying -= 1
+            self._pass_on(a, *hop)
+        ended = []
+        for _, _, a, effect in [item for item in self.landing if item[:2] == (self.now, "value")]:
+            effect()
+            a.flying -= 1
+            ended.append(a)
+        self.landing = [item for item in self.landing if item[0] > self.now]
+        for a in ended:
+            if not a.todo and not a.flying and (a.step, a.number) not in self.spans:
+                self.spans[a.step, a.number] = (a.start, self.now + 1)
+                self._retire(a)
+
+    def _retire(self, a):
+        i = a.instruction
+        self.retired[a.step, i.kind, i.region, i.gate, i.parts, i.rows] += 1
+        if i.kind == "load":
+            self.loaded.add((i.region, a.step, i.chunk))
+        elif i.kind == "mac" and i.chunk >= 0:
+            del self.buffers[i.region, self._buffer(a.step, i)]
+        elif i.kind == "drain":
+            group = [(p.gate, p.parts, p.rows) for p in self.program
+                     if p.kind == "drain" and (p.region, p.group) == (i.region, i.group)]
+            if all(self._all_retired(a.step, "drain", i.region, *entry) for entry in group):
+                bank = self._bank(a.step, i)
+                del self.owner[i.region, bank]
+                for key in [k for k in self.acc if k[:2] == (i.region, bank)]:
+                    del self.acc[key]

@@ -1,0 +1,592 @@
+"""Which PE stores and computes what, and in which order: blocks -> words per PE, a layer -> one step's program.
+
+Nothing here knows a cycle; schedule.py says when, interpreter.py executes literally.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product, zip_longest
+
+import numpy as np
+
+from workbench.array.spec import GROUP, ArraySpec, ceil_div
+from workbench.fixedpoint import QFormat
+from workbench.packed import PARTS, PackedCirculant, PackedDense, PackedLayer, PackedSparse
+
+STREAM_SHARES = (2, 4, 8, 16, 32, 64)  # one half of the streaming double buffer takes 1/n of the weight memory
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle of whole 4 x 4 groups: first PE row and column, height and width in PEs."""
+
+    row: int
+    col: int
+    rows: int
+    cols: int
+
+    def __post_init__(self):
+        sides = (self.row, self.col, self.rows, self.cols)
+        if any(side % GROUP for side in sides) or min(sides) < 0 or min(self.rows, self.cols) < GROUP:
+            raise ValueError(f"{self} needs whole groups of {GROUP} x {GROUP} PEs")
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """Its place in an array of the grid's shape (rows, cols)."""
+        return slice(self.row, self.row + self.rows), slice(self.col, self.col + self.cols)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One region for all blocks, or two side by side: sparse blocks in the first, the others in the second.
+
+    stream_words: memory words of one half of the streaming double buffer in each PE of a region whose weights do not
+    fit; 0: everything must be resident. split_tiles: circulant tiles may be cut into pieces for several PEs, which
+    balances the load and stores some weights more than once (see tile_unit).
+    """
+
+    regions: tuple[Region, ...]
+    stream_words: int = 0
+    split_tiles: bool = False
+
+    def __post_init__(self):
+        if len(self.regions) not in (1, 2):
+            raise ValueError(f"Layout needs one region or two, got {len(self.regions)}")
+        if self.stream_words < 0:
+            raise ValueError(f"Layout needs stream_words of at least 0, got {self.stream_words}")
+
+    def region_of(self, packed) -> int:
+        """Number of the region that takes a packed block."""
+        return 0 if len(self.regions) == 1 or isinstance(packed, PackedSparse) else 1
+
+    @property
+    def name(self) -> str:
+        parts = zip(("all",) if len(self.regions) == 1 else ("sparse", "others"), self.regions, strict=True)
+        notes = [", split tiles"] * self.split_tiles + [f", streaming {self.stream_words} words"] * (self.stream_words > 0)
+        return " + ".join(f"{what} on {r.rows}x{r.cols}" for what, r in parts) + "".join(notes)
+
+
+@dataclass(frozen=True)
+class _Words:
+    """A block as stored words, before they have a place. A word feeds up to m multiply-accumulates."""
+
+    values: np.ndarray  # (words,)
+    rows: np.ndarray  # (words, m) block rows that its products add to
+    cols: np.ndarray  # (words, m) block columns that it multiplies; from `in` on they are padding zeros
+    used: np.ndarray  # (words, m) bool: which of the m there are
+    padding: np.ndarray  # (words,) multiply-accumulates that only padding causes
+    first_row: np.ndarray  # (words,) of the unit x unit piece that the word belongs to
+    first_col: np.ndarray  # (words,)
+    word_bits: int
+
+
+def _single(values, rows, cols, padding, word_bits):
+    """Words that feed one multiply-accumulate each."""
+    used = np.ones((values.size, 1), dtype=bool)
+    return _Words(values, rows[:, None], cols[:, None], used, padding, rows, cols, word_bits)
+
+
+def _dense_words(packed, pe_cols, unit):
+    rows, cols = np.indices(packed.shape).reshape(2, -1)
+    return _single(packed.values.ravel(), rows, cols, np.zeros(rows.size, dtype=np.int64), packed.fmt.bits)
+
+
+def _sparse_words(packed, pe_cols, unit):
+    """A word is a value, its local column and an end-of-row flag, so a PE's row without weights costs a padding word."""
+    rows, columns = packed.shape
+    empty = np.ones((rows, min(pe_cols, columns)), dtype=bool)  # (row, PE column that has any column)
+    empty[packed.rows, packed.cols % pe_cols] = False
+    pad_rows, pad_cols = np.nonzero(empty)  # the first column of PE column c is column c
+    values = np.concatenate([packed.values, np.zeros(pad_rows.size, dtype=np.int64)])
+    index_bits = (ceil_div(columns, pe_cols) - 1).bit_length()
+    return _single(values, np.concatenate([packed.rows, pad_rows]), np.concatenate([packed.cols, pad_cols]),
+                   np.repeat([0, 1], [packed.values.size, pad_rows.size]), packed.fmt.bits + index_bits + 1)
+
+
+def _circulant_words(packed, pe_cols, unit):
+    """Pieces of unit x unit: each diagonal is one word, read once and multiplied with its inputs in turn. A whole tile
+    (unit = k) has k wrapped diagonals, a smaller piece 2 * unit - 1, so that pieces of a tile hold some weights twice."""
+    k, columns = packed.block, packed.shape[1]
+    diagonals = np.arange(k) if unit == k else np.arange(1 - unit, unit)
+    pieces = np.arange(packed.shape[0] // unit), np.arange(ceil_div(columns, unit))
+    piece_row, piece_col, d = (axis.ravel() for axis in np.meshgrid(*pieces, diagonals, indexing="ij"))
+    first_row, first_col = piece_row * unit, piece_col * unit
+    j = np.arange(unit)
+    i = (j + d[:, None]) % k  # (words, unit) row within the piece, wrapped in a whole tile
+    used = i < unit
+    cols = first_col[:, None] + j
+    values = packed.vectors[first_row // k, first_col // k, (first_row - first_col + d) % k]
+    return _Words(values, first_row[:, None] + np.where(used, i, 0), cols, used, (used & (cols >= columns)).sum(axis=1),
+                  first_row, first_col, packed.fmt.bits)
+
+
+FORMS = {PackedDense: _dense_words, PackedSparse: _sparse_words, PackedCirculant: _circulant_words}
+
+
+def _stored_words(packed, pe_cols, unit):
+    if type(packed) not in FORMS:
+        raise ValueError(f"the array maps {', '.join(form.__name__ for form in FORMS)} so far, got {type(packed).__name__}")
+    return FORMS[type(packed)](packed, pe_cols, unit)
+
+
+def _unit_loads(words, rows, pe_cols, unit):
+    """(units, pe_cols): multiply-accumulates of each unit of rows in each PE column."""
+    units = ceil_div(rows, unit)
+    place = words.first_row // unit * pe_cols + words.first_col // unit % pe_cols
+    loads = np.bincount(place, weights=words.used.sum(axis=1), minlength=units * pe_cols)
+    return loads.astype(np.int64).reshape(units, pe_cols)
+
+
+def tile_unit(packed, region: Region, acc_depth: int, split_tiles: bool) -> int:
+    """Rows and columns of a block that stay together on one PE: 1, or of a circulant tile the largest divisor that the
+    accumulators hold; with split_tiles the divisor with the fewest multiply-accumulates plus words in the fullest PE."""
+    if not isinstance(packed, PackedCirculant):
+        return 1
+    k, (rows, cols) = packed.block, packed.shape
+    units = [u for u in range(min(k, acc_depth), 0, -1) if k % u == 0]
+
+    def fullest_pe(unit):
+        words = k if unit == k else 2 * unit - 1
+        return _pieces_of_fullest_pe(rows, cols, unit, region) * (unit * unit + words)
+
+    return min(units, key=fullest_pe) if split_tiles else units[0]
+
+
+def _pieces_of_fullest_pe(rows, cols, unit, region):
+    return ceil_div(ceil_div(rows, unit), region.rows) * ceil_div(ceil_div(cols, unit), region.cols)
+
+
+def place_units(loads, pe_rows: int) -> np.ndarray:
+    """Greedy placement: loads (units, pe_cols) -> PE row of each unit (units,).
+
+    Heaviest unit first, to the PE row whose fullest PE stays least full (ties: the first), at most ceil(units / pe_rows)
+    units each. Equal loads are dealt in turn.
+    """
+    room = np.full(pe_rows, ceil_div(len(loads), pe_rows))
+    filled = np.zeros((pe_rows, loads.shape[1]), dtype=np.int64)
+    pe_row = np.empty(len(loads), dtype=np.int64)
+    for unit in np.argsort(-loads.sum(axis=1), kind="stable"):
+        fullest = (filled + loads[unit]).max(axis=1)
+        best = np.argmin(np.where(room > 0, fullest, np.iinfo(np.int64).max))
+        pe_row[unit] = best
+        filled[best] += loads[unit]
+        room[best] -= 1
+    return pe_row
+
+
+@dataclass(frozen=True)
+class BlockMapping:
+    """The words of one block in the PEs of one region, ordered by PE, then by the order in which the PE uses them.
+
+    Time of the block alone = multiply-accumulates of the fullest PE + mac_latency + local rows + (pe_cols - 1) * link_cycles.
+    """
+
+    shape: tuple[int, int]
+    fmt: QFormat
+    pe_rows: int
+    pe_cols: int
+    unit: int  # rows and columns that stay together on one PE
+    word_bits: int  # value, and for sparse words local column and end-of-row flag
+    pe_row_of_row: np.ndarray  # (out,)
+    local_of_row: np.ndarray  # (out,) accumulator number within the PE row
+    pe: np.ndarray  # (words,) pe_row * pe_cols + pe_col
+    local_row: np.ndarray  # (words,) the first local row of the word's unit
+    values: np.ndarray  # (words,)
+    rows: np.ndarray  # (words, m) block rows; up to m multiply-accumulates per word
+    cols: np.ndarray  # (words, m) block columns, padding included
+    used: np.ndarray  # (words, m) bool: which of the m there are
+    padding: np.ndarray  # (words,) multiply-accumulates that only padding causes
+
+    @cached_property
+    def word_macs(self) -> np.ndarray:
+        """(words,) multiply-accumulates of each word."""
+        return self.used.sum(axis=1)
+
+    @cached_property
+    def weight_words(self) -> np.ndarray:
+        """(pe_rows, pe_cols) words stored in each PE, padding words included."""
+        return self._per_pe(np.arange(self.pe.size))
+
+    @cached_property
+    def macs(self) -> np.ndarray:
+        """(pe_rows, pe_cols) multiply-accumulates of each PE, those of padding included."""
+        return self._per_pe(np.arange(self.pe.size), self.word_macs)
+
+    @property
+    def local_rows(self) -> np.ndarray:
+        """(pe_rows,) rows accumulated in each PE row."""
+        return np.bincount(self.pe_row_of_row, minlength=self.pe_rows)
+
+    @property
+    def on_chip_bits(self) -> int:
+        """Bits of the words that the array stores, padding words included."""
+        return self.values.size * self.word_bits
+
+    def dense(self) -> np.ndarray:
+        """(out, in) int64 rebuilt from the mapped words, so that a lost or doubled word shows."""
+        out = np.zeros((self.shape[0], max(self.shape[1], int(self.cols.max()) + 1)), dtype=np.int64)
+        np.add.at(out, (self.rows, self.cols), self.values[:, None] * self.used)
+        return out[:, : self.shape[1]]
+
+    def data_columns(self) -> np.ndarray:
+        """(pe_cols, columns) bool: the inputs that each PE column keeps, padding zeros included."""
+        columns = ceil_div(self.shape[1], self.unit) * self.unit
+        return (np.arange(columns) // self.unit % self.pe_cols) == np.arange(self.pe_cols)[:, None]
+
+    def word_order(self, low: int, high: int) -> np.ndarray:
+        """(words,) place of each word in its PE's list for the local rows [low, high); -1 outside."""
+        inside = np.flatnonzero((self.local_row >= low) & (self.local_row < high))  # words are ordered by PE
+        pe = self.pe[inside]
+        order = np.full(self.pe.size, -1)
+        order[inside] = np.arange(inside.size) - np.searchsorted(pe, pe)
+        return order
+
+    def words_between(self, low: int, high: int) -> np.ndarray:
+        """(pe_rows, pe_cols) words for the local rows [low, high)."""
+        return self._per_pe(np.flatnonzero((self.local_row >= low) & (self.local_row < high)))
+
+    def _per_pe(self, chosen, weights=None):
+        """chosen: indices of words. (pe_rows, pe_cols) sums of their weights, or how many they are."""
+        counts = np.bincount(self.pe[chosen], weights, minlength=self.pe_rows * self.pe_cols)
+        return counts.astype(np.int64).reshape(self.pe_rows, self.pe_cols)
+
+    def slice_counts(self, chosen) -> tuple[np.ndarray, np.ndarray, int]:
+        """chosen: indices of words. Their number and their multiply-accumulates, both (pe_rows, pe_cols), and the
+        multiply-accumulates that only padding causes."""
+        return self._per_pe(chosen), self._per_pe(chosen, self.word_macs[chosen]), int(self.padding[chosen].sum())
+
+
+def map_block(packed, pe_rows: int, pe_cols: int, unit: int | None = None, pe_row_of_unit=None) -> BlockMapping:
+    """Deal one packed block over a region of pe_rows x pe_cols PEs, in pieces of unit x unit (default: whole tiles).
+
+    Columns go round the PE columns, rows where place_units says or pe_row_of_unit (units,) asks. An unknown stored form
+    raises ValueError.
+    """
+    if unit is None:
+        unit = packed.block if isinstance(packed, PackedCirculant) else 1
+    words = _stored_words(packed, pe_cols, unit)
+    if pe_row_of_unit is None:
+        pe_row_of_unit = place_units(_unit_loads(words, packed.shape[0], pe_cols, unit), pe_rows)
+    pe_row_of_row = np.repeat(pe_row_of_unit, unit)
+    local_of_row = np.empty_like(pe_row_of_row)
+    for pe_row in range(pe_rows):
+        mine = pe_row_of_row == pe_row
+        local_of_row[mine] = np.arange(mine.sum())
+    pe = pe_row_of_row[words.first_row] * pe_cols + words.first_col // unit % pe_cols
+    local_row = local_of_row[words.first_row]
+    order = np.lexsort((words.first_col, local_row, pe))
+    return BlockMapping(packed.shape, packed.fmt, pe_rows, pe_cols, unit, words.word_bits, pe_row_of_row, local_of_row,
+                        pe[order], local_row[order], words.values[order], words.rows[order], words.cols[order],
+                        words.used[order], words.padding[order])
+
+
+def map_blocks(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> dict[tuple[str, str], BlockMapping]:
+    """(part, gate) -> BlockMapping. Blocks of a gate that share accumulators are placed by their common load."""
+    mapped = {}
+    for gate in layer.gates:
+        blocks = {part: layer.block(part, gate) for part in PARTS}
+        region = {part: layout.regions[layout.region_of(block)] for part, block in blocks.items()}
+        unit = {part: tile_unit(block, region[part], spec.acc_depth, layout.split_tiles) for part, block in blocks.items()}
+        placement = None
+        if _share_accumulators(layer, layout, gate, unit):
+            loads = [_unit_loads(_stored_words(blocks[p], region[p].cols, unit[p]), layer.hidden_size, region[p].cols, unit[p])
+                     for p in PARTS]
+            placement = place_units(sum(loads), region["hh"].rows)
+        for part, block in blocks.items():
+            mapped[part, gate] = map_block(block, region[part].rows, region[part].cols, unit[part], placement)
+    return mapped
+
+
+def _share_accumulators(layer, layout, gate, unit) -> bool:
+    """W_ih and W_hh of a gate add up in the same accumulators if their products have the same fraction, they lie in the
+    same region and their rows are dealt in units of the same size; else each sum is drained and shifted at the edge.
+    unit: part -> rows per unit."""
+    _, *shifts = layer.alignment(gate)
+    regions = [layout.region_of(layer.block(part, gate)) for part in PARTS]
+    return shifts == [0, 0] and regions[0] == regions[1] and unit["ih"] == unit["hh"]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One entry of a step's program. It says what is done, by which resource; never when.
+
+    kind: mac, drain, activation, elementwise, multicast or load. parts: which of ih and hh; an activation has neither.
+    rows: local rows [low, high) of the pass. words: slice of each PE's words for those rows. group: number of the
+    accumulation group in its region and step. chunk: number of the streamed chunk in its region and step, or -1.
+    """
+
+    name: str
+    kind: str
+    resource: str
+    gate: str = ""
+    parts: tuple[str, ...] = ()
+    region: int = -1
+    rows: tuple[int, int] = (0, 0)
+    words: tuple[int, int] = (0, 0)
+    group: int = -1
+    chunk: int = -1
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What is accumulated together and drained once: a gate, one or both parts, local rows [low, high)."""
+
+    gate: str
+    parts: tuple[str, ...]
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class LayerMapping:
+    """A layer on the array: its words in the PEs and the program of one time step, in the order the resources serve it."""
+
+    layer: PackedLayer
+    spec: ArraySpec
+    layout: Layout
+    blocks: dict[tuple[str, str], BlockMapping]  # (part, gate)
+    program: tuple[Instruction, ...]
+    resident_words: np.ndarray  # (rows, cols) memory words of weights that stay in each PE of the array
+    streamed_bits: int  # bits that the loader brings in every step
+
+    @property
+    def on_chip_bits(self) -> int:
+        """Bits of all words as the array stores them (streamed words included: the form is the same)."""
+        return sum(block.on_chip_bits for block in self.blocks.values())
+
+    @property
+    def cr_chip(self) -> float:
+        """32 * dense weights / on_chip_bits."""
+        return 32 * sum(block.shape[0] * block.shape[1] for block in self.blocks.values()) / self.on_chip_bits
+
+    def per_pe(self, count) -> np.ndarray:
+        """(rows, cols) of the array: the sum over the blocks of count(block), a (pe_rows, pe_cols) array."""
+        total = np.zeros((self.spec.rows, self.spec.cols), dtype=np.int64)
+        for (part, gate), block in self.blocks.items():
+            region = self.layout.regions[self.layout.region_of(self.layer.block(part, gate))]
+            total[region.window] += count(block)
+        return total
+
+    @property
+    def memory_words(self) -> np.ndarray:
+        """(rows, cols) memory words that all weights of each PE take, resident or streamed."""
+        return self.per_pe(lambda block: block.weight_words * words_taken(block, self.spec))
+
+    @property
+    def macs(self) -> np.ndarray:
+        """(rows, cols) multiply-accumulates of each PE in one time step."""
+        return self.per_pe(lambda block: block.macs)
+
+
+def words_taken(block: BlockMapping, spec: ArraySpec) -> int:
+    """Memory words of one stored word: wider words take several, narrower ones are not packed together."""
+    return ceil_div(block.word_bits, spec.weight_word_bits)
+
+
+def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None) -> LayerMapping:
+    """Map a layer; blocks: what map_blocks gave for this layout, if at hand. What does not fit raises ValueError."""
+    _check_layer(layer, spec)
+    used = np.zeros((spec.rows, spec.cols), dtype=np.int64)
+    for region in layout.regions:
+        used[region.window] += 1
+    if used.max() > 1 or used.sum() != sum(region.rows * region.cols for region in layout.regions):
+        raise ValueError(f"{layout} needs regions that do not overlap, inside {spec.rows} x {spec.cols} PEs")
+    blocks = map_blocks(layer, spec, layout) if blocks is None else blocks
+    data_words = max(int(words.max()) for words in data_words_kept(layer, layout, blocks))
+    if data_words > spec.data_words:
+        raise ValueError(f"a PE needs {data_words} data words (x twice, h once), the array has {spec.data_words} (data_words)")
+    if 2 * layout.stream_words > spec.weight_words:
+        raise ValueError(f"{layout} needs two buffers of {layout.stream_words} words per PE, the array has {spec.weight_words} "
+                         "(weight_words)")
+    builder = _ProgramBuilder(layer, spec, layout, blocks)
+    return LayerMapping(layer, spec, layout, blocks, builder.program(), builder.resident, builder.streamed_bits)
+
+
+def candidate_layouts(layer: PackedLayer, spec: ArraySpec) -> list[Layout]:
+    """Every arrangement of regions, with whole and with split circulant tiles; where sparse and other blocks meet, the
+    array is also split in two by group columns or by group rows."""
+    kinds = {type(block) for block in layer.blocks.values()}
+    arrangements = [(Region(0, 0, spec.rows, spec.cols),)]
+    if PackedSparse in kinds and len(kinds) > 1:
+        arrangements += [(Region(0, 0, spec.rows, c), Region(0, c, spec.rows, spec.cols - c))
+                         for c in range(GROUP, spec.cols, GROUP)]
+        arrangements += [(Region(0, 0, r, spec.cols), Region(r, 0, spec.rows - r, spec.cols))
+                         for r in range(GROUP, spec.rows, GROUP)]
+    return [Layout(regions, split_tiles=split)
+            for regions, split in product(arrangements, (False, True) if PackedCirculant in kinds else (False,))]
+
+
+def least_cycles(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> int:
+    """A bound that no step of this layout can beat: the multiply-accumulates of the busier region, perfectly balanced
+    where they are sparse."""
+    busy = [0] * len(layout.regions)
+    for block in layer.blocks.values():
+        number = layout.region_of(block)
+        region, (rows, cols) = layout.regions[number], block.shape
+        if isinstance(block, PackedSparse):
+            busy[number] += max(ceil_div(block.stored_values, region.rows * region.cols), ceil_div(rows, region.rows))
+        else:
+            unit = tile_unit(block, region, spec.acc_depth, layout.split_tiles)
+            busy[number] += _pieces_of_fullest_pe(rows, cols, unit, region) * unit * unit
+    return max(busy) * spec.mac_ii
+
+
+def fitting_mappings(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> list[LayerMapping]:
+    """The mapping of a layout; if its weights do not fit, one mapping for each size of the streaming buffers."""
+    _check_layer(layer, spec)
+    blocks = map_blocks(layer, spec, layout)
+    if _fits(layer, spec, layout, blocks):
+        return [map_layer(layer, spec, layout, blocks)]
+    widest = max(words_taken(block, spec) for block in blocks.values())
+    sizes = [spec.weight_words // n for n in STREAM_SHARES if spec.weight_words // n >= widest] or [0]
+    return [map_layer(layer, spec, replace(layout, stream_words=size), blocks) for size in sizes]
+
+
+def _check_layer(layer, spec):
+    """Refuse a layer whose words or sums are wider than the array's."""
+    widest = max([layer.signals[signal] for signal in PARTS.values()] + [block.fmt for block in layer.blocks.values()],
+                 key=lambda fmt: fmt.bits)
+    if widest.bits > spec.word_bits:
+        raise ValueError(f"the array has words of {spec.word_bits} bits (word_bits), got {widest}")
+    if layer.acc_bits > spec.acc_bits:
+        raise ValueError(f"the array has accumulators of {spec.acc_bits} bits (acc_bits), the layer needs {layer.acc_bits}")
+
+
+def data_words_kept(layer, layout: Layout, blocks) -> list[np.ndarray]:
+    """Per region (pe_cols,): data words of each PE, its columns of x twice (one step ahead) and of h once."""
+    kept = [[columns_kept(layer, layout, blocks, part, n).sum(axis=1) for part in PARTS] for n in range(len(layout.regions))]
+    return [2 * x + h for x, h in kept]
+
+
+def columns_kept(layer, layout, blocks, part: str, region: int) -> np.ndarray:
+    """(pe_cols, columns) bool: columns of x ("ih") or h ("hh") that the PE columns of a region keep."""
+    mine = [blocks[part, gate].data_columns() for gate in layer.gates if layout.region_of(layer.block(part, gate)) == region]
+    kept = np.zeros((layout.regions[region].cols, max((m.shape[1] for m in mine), default=0)), dtype=bool)
+    for m in mine:
+        kept[:, : m.shape[1]] |= m
+    return kept
+
+
+def _fits(layer, spec, layout, blocks) -> bool:
+    needed = (_region_words(layer, spec, layout, blocks, n) for n in range(len(layout.regions)))
+    return all(words.max() <= spec.weight_words for words in needed)
+
+
+def _region_words(layer, spec, layout, blocks, region):
+    """(pe_rows, pe_cols) memory words of all blocks of a region."""
+    r = layout.regions[region]
+    return sum((block.weight_words * words_taken(block, spec) for (part, gate), block in blocks.items()
+                if layout.region_of(layer.block(part, gate)) == region), np.zeros((r.rows, r.cols), dtype=np.int64))
+
+
+class _ProgramBuilder:
+    """Builds the program of one LSTM step and notes what stays resident and what is streamed."""
+
+    def __init__(self, layer, spec, layout, blocks):
+        self.layer, self.spec, self.layout, self.blocks = layer, spec, layout, blocks
+        self.resident = np.zeros((spec.rows, spec.cols), dtype=np.int64)
+        self.streamed_bits = 0
+        self.chunks = [0] * len(layout.regions)
+
+    def program(self) -> tuple[Instruction, ...]:
+        """x of the next step first; then the regions' gates, i f g o in turn, so that the cell update can begin while o
+        is still summed; each activation after its gate's last drain; h back to the PEs at the end."""
+        steps = [Instruction("x to PEs", "multicast", "network", parts=("ih",))]
+        regions = [self._region_segments(n) for n in range(len(self.layout.regions))]
+        segments = [segment for turn in zip_longest(*regions) for segment in turn if segment]
+        last_drain = {segment[-1].gate: segment for segment in segments}  # gate -> the segment with its last drain
+        waiting = {"i", "f", "g"}
+        for segment in segments:
+            steps += segment
+            gate = segment[-1].gate
+            if segment is last_drain[gate] and gate in waiting:
+                waiting.remove(gate)
+                steps.append(Instruction(f"act {gate}", "activation", "activation", gate))
+                if not waiting:
+                    steps += [Instruction("cell", "elementwise", "activation"),
+                              Instruction("tanh c", "activation", "activation")]
+        # o last on the activation units: it fills the latency of the cell update instead of delaying it.
+        steps += [Instruction("act o", "activation", "activation", "o"),
+                  Instruction("h", "elementwise", "activation"),
+                  Instruction("h to PEs", "multicast", "network", parts=("hh",))]
+        return tuple(steps)
+
+    def _entries(self, region):
+        for gate in self.layer.gates:
+            parts = [p for p in PARTS if self.layout.region_of(self.layer.block(p, gate)) == region]
+            unit = {p: self.blocks[p, gate].unit for p in PARTS}
+            together = _share_accumulators(self.layer, self.layout, gate, unit)
+            for some in ([tuple(parts)] if together and parts else [(p,) for p in parts]):
+                block = self.blocks[some[0], gate]
+                rows, size = int(block.local_rows.max()), self.spec.acc_depth // block.unit * block.unit
+                for low in range(0, rows, size):
+                    yield _Entry(gate, some, low, min(low + size, rows))
+
+    def _region_segments(self, region):
+        """Lists of instructions, each ending with a drain. In an accumulation group the input parts come first: they need
+        only x, so they may run before h is back."""
+        entries = list(self._entries(region))
+        resident = self._resident_slices(region, entries)
+        segments = []
+        for number, group in enumerate(_groups(entries, self.spec.acc_depth)):
+            pending = [i for e in group if "ih" in e.parts for i in self._macs(region, number, e, "ih", resident)]
+            for e in sorted(group, key=lambda e: "hh" in e.parts):  # stable: input-only sums drain first
+                if "hh" in e.parts:
+                    pending += self._macs(region, number, e, "hh", resident)
+                pending.append(Instruction(f"drain {e.gate} {'+'.join(e.parts)}", "drain", f"links {region}", e.gate, e.parts,
+                                           region, (e.low, e.high), group=number))
+                segments.append(pending)
+                pending = []
+        return segments
+
+    def _resident_slices(self, region, entries):
+        """(entry, part) -> how many words of its fullest PE stay resident; recurrent parts first, as they are urgent."""
+        whole = [(e, p) for p in ("hh", "ih") for e in entries if p in e.parts]
+        counts = {(e, p): self.blocks[p, e.gate].words_between(e.low, e.high) for e, p in whole}
+        used = _region_words(self.layer, self.spec, self.layout, self.blocks, region)
+        all_fit = used.max() <= self.spec.weight_words
+        if not all_fit and not self.layout.stream_words:
+            raise ValueError(f"the weights of a region take {used.max()} words in its fullest PE, the array has "
+                             f"{self.spec.weight_words} (weight_words) and the layout has no streaming buffer")
+        left, kept = self.spec.weight_words - 2 * self.layout.stream_words, {}
+        for key in whole:
+            taken = words_taken(self.blocks[key[1], key[0].gate], self.spec)
+            most = int(counts[key].max())
+            kept[key] = most if all_fit else min(most, left // taken)
+            left -= kept[key] * taken
+            self.resident[self.layout.regions[region].window] += np.minimum(counts[key], kept[key]) * taken
+        return kept
+
+    def _macs(self, region, group, entry, part, resident):
+        """The resident words, then chunk after chunk of the streamed ones, each after its load."""
+        block, rows = self.blocks[part, entry.gate], (entry.low, entry.high)
+        counts, first = block.words_between(*rows), resident[entry, part]
+        name = self.layer.block_name(part, entry.gate)
+
+        def mac(words, chunk=-1):
+            return Instruction(f"mac {name}", "mac", f"PEs {region}", entry.gate, (part,), region, rows, words, group, chunk)
+
+        made = [mac((0, first))] if first else []
+        size = self.layout.stream_words // words_taken(block, self.spec)
+        for low in range(first, int(counts.max()), max(size, 1)):
+            if not size:
+                raise ValueError(f"a streaming buffer of {self.layout.stream_words} words cannot hold one word of {name} "
+                                 f"({block.word_bits} bits)")
+            words, chunk = (low, min(low + size, int(counts.max()))), self.chunks[region]
+            self.chunks[region] += 1
+            self.streamed_bits += int((np.minimum(counts, words[1]) - np.minimum(counts, low)).sum()) * block.word_bits
+            made += [Instruction(f"load {name}", "load", "loader", entry.gate, (part,), region, rows, words, group, chunk),
+                     mac(words, chunk)]
+        return made
+
+
+def _groups(entries, acc_depth):
+    """Consecutive entries whose local rows fit one accumulator bank together."""
+    groups, rows = [], acc_depth + 1
+    for e in entries:
+        rows += e.high - e.low
+        if rows > acc_depth:
+            groups.append([])
+            rows = e.high - e.low
+        groups[-1].append(e)
+    return groups

@@ -1,0 +1,358 @@
+"""When everything runs: a step's program -> operations with start and end. Cycles are read off the schedule, nowhere else.
+
+Model: an operation starts when all that it needs has ended and its resource is free; a resource serves in program order.
+Resources are pipelined: an operation holds its resource for `busy` cycles and its result is there `latency` cycles later.
+Assumed: a barrier per region between operations (the fullest PE counts); a drain takes one row per cycle from every PE
+row, each PE column adding its sum on the way; alignment, bias and rounding belong to the activation latency; every
+activation unit owns a multiplier and keeps its part of c; resident weights and the first h are in place at the start.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from workbench.array.mapping import (
+    LayerMapping,
+    Layout,
+    candidate_layouts,
+    columns_kept,
+    fitting_mappings,
+    least_cycles,
+    map_layer,
+)
+from workbench.array.spec import ArraySpec, ceil_div
+from workbench.packed import PackedLayer
+
+MAX_TRANSIENT = 512  # steps within which a schedule must have become periodic
+MAX_PERIOD = 12  # steps per period that are looked for
+SPLIT = ("multiply", "stall", "drain", "activation", "multicast", "load", "config")
+BOUND_BY = {"compute": ("multiply", "stall"), "memory": ("load",), "links": ("drain", "multicast"),
+            "activation": ("activation",)}
+EVENTS = ("macs", "padding_macs", "weight_reads", "data_reads", "acc_updates", "acc_reads", "link_words",
+          "activation_lookups", "elementwise_multiplies", "multicast_words", "data_writes", "loaded_bits", "weight_writes")
+CONFIG, FIRST_X = -2, -1  # numbers of the two operations before the first step
+X_TO_PES = 0  # every program begins with the multicast of the next step's x, which the last step leaves out
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation. start, end: cycles, end excluded; after: numbers of the operations whose end it waits for."""
+
+    name: str
+    kind: str
+    gate: str
+    region: int
+    step: int
+    resource: str
+    start: int
+    end: int
+    after: tuple[int, ...]
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What the schedule adds to an instruction: cycles, events and what it needs beyond the order of its resource."""
+
+    busy: int  # cycles for which it holds its resource
+    latency: int  # cycles from then to its end
+    needs: tuple[tuple[int, int], ...]  # (steps back, number in the program)
+    counts: dict[str, int]
+    mean_macs: float = 0.0  # multiply-accumulates per PE of its region
+
+
+def _time_program(mapping: LayerMapping) -> tuple[Timed, ...]:
+    """Cycles and events of every instruction."""
+    spec, layer, orders = mapping.spec, mapping.layer, {}
+    needs = _needs(mapping)
+
+    def timed(i, needs):
+        if i.kind in ("mac", "load"):
+            block = mapping.blocks[i.parts[0], i.gate]
+            key = i.parts, i.gate, i.rows
+            if key not in orders:
+                orders[key] = block.word_order(*i.rows)
+            chosen = np.flatnonzero((orders[key] >= i.words[0]) & (orders[key] < i.words[1]))
+            words, macs, padding = block.slice_counts(chosen)
+            stored, total = int(words.sum()), int(macs.sum())
+            if i.kind == "load":
+                bits = stored * block.word_bits
+                return Timed(ceil_div(bits, spec.load_bits_per_cycle), 0, needs, {"loaded_bits": bits, "weight_writes": stored})
+            counts = {"macs": total, "padding_macs": padding, "weight_reads": stored, "data_reads": total, "acc_updates": total}
+            return Timed(int(macs.max()) * spec.mac_ii, spec.mac_latency, needs, counts, float(macs.mean()))
+        if i.kind == "drain":
+            block, (low, high) = mapping.blocks[i.parts[0], i.gate], i.rows
+            words = int(np.clip(block.local_rows - low, 0, high - low).sum()) * block.pe_cols
+            return Timed(high - low, (block.pe_cols - 1) * spec.link_cycles, needs, {"acc_reads": words, "link_words": words})
+        if i.kind == "multicast":
+            size = layer.input_size if i.parts == ("ih",) else layer.hidden_size
+            kept = sum(int(columns_kept(layer, mapping.layout, mapping.blocks, i.parts[0], n)[:, :size].sum()) * region.rows
+                       for n, region in enumerate(mapping.layout.regions))
+            return Timed(ceil_div(size, spec.h_words_per_cycle), 0, needs, {"multicast_words": size, "data_writes": kept})
+        values = 2 * layer.hidden_size if i.name == "cell" else layer.hidden_size
+        event = "elementwise_multiplies" if i.kind == "elementwise" else "activation_lookups"
+        return Timed(ceil_div(values, spec.act_units) * spec.act_ii, spec.act_latency, needs, {event: values})
+
+    return tuple(timed(i, n) for i, n in zip(mapping.program, needs, strict=True))
+
+
+def _needs(mapping):
+    """Per instruction the (steps back, number) of those whose end it waits for. In-order resources spare all but the last
+    of several that end in order."""
+    program, banks = mapping.program, mapping.spec.acc_banks
+    macs, gate_drains, streamed = defaultdict(list), defaultdict(list), defaultdict(list)
+    named, group_drain, input_mac = {}, {}, {}
+    for n, i in enumerate(program):
+        if i.kind == "mac":
+            macs[i.region, i.gate, i.parts[0], i.rows].append(n)
+            if i.chunk >= 0:
+                streamed[i.region].append(n)
+            if i.parts == ("ih",):
+                input_mac[i.region] = n
+        elif i.kind == "drain":
+            gate_drains[i.gate].append(n)
+            group_drain[i.region, i.group] = n
+        else:
+            named[i.name] = n
+    groups = {region: 1 + max(g for r, g in group_drain if r == region) for region, _ in group_drain}
+    before = {"cell": ("act i", "act f", "act g"), "tanh c": ("cell",), "h": ("tanh c", "act o"), "h to PEs": ("h",)}
+
+    def needs(n, i):
+        if i.kind == "mac":
+            yield 1, named["x to PEs" if i.parts == ("ih",) else "h to PEs"]
+            # A group takes the bank of the group `banks` before it, which must be drained.
+            back, group = divmod(i.group - banks, groups[i.region])
+            yield -back, group_drain[i.region, group]
+            if i.chunk >= 0:
+                yield 0, n - 1  # its load
+        elif i.kind == "load":  # double buffer: the chunk before the last must be used up
+            back, chunk = divmod(i.chunk - 2, len(streamed[i.region]))
+            yield -back, streamed[i.region][chunk]
+        elif i.kind == "drain":
+            yield from ((0, macs[i.region, i.gate, part, i.rows][-1]) for part in i.parts)
+        elif n == X_TO_PES:  # x is double-buffered: its place is free when the former step's input sums are done
+            yield from ((1, m) for m in input_mac.values())
+        elif i.gate:
+            yield from ((0, d) for d in gate_drains[i.gate])
+        else:
+            yield from ((0, named[name]) for name in before[i.name])
+
+    return [tuple(needs(n, i)) for n, i in enumerate(program)]
+
+
+def _run(timed, resources, config_end, first_x_end, steps):
+    """Starts (steps, n) of all operations, and the period (steps, cycles) into which they fall."""
+    depth = max(back for op in timed for back, _ in op.needs)
+    rows = []
+
+    def run_step(step, past, leave_out_x):
+        # past: rows of the steps before, latest last
+        if past:
+            free = {resource: past[-1][n] + timed[n].busy for n, resource in enumerate(resources)}
+        else:
+            free = dict.fromkeys(resources, config_end) | {resources[X_TO_PES]: first_x_end}
+        row = []
+        for n, op in enumerate(timed):
+            if leave_out_x and n == X_TO_PES:
+                row.append(-1)
+                continue
+            start = free[resources[n]]
+            for back, m in op.needs:
+                if back <= step:
+                    end = (past[-back][m] if back else row[m]) + timed[m].busy + timed[m].latency
+                else:
+                    end = first_x_end if (m, back - step) == (X_TO_PES, 1) else config_end
+                start = max(start, end)
+            row.append(start)
+            free[resources[n]] = start + op.busy
+        return row
+
+    period = None
+    while period is None:
+        if len(rows) == MAX_TRANSIENT:
+            raise RuntimeError(f"the schedule is not periodic after {MAX_TRANSIENT} steps")
+        rows.append(run_step(len(rows), rows, leave_out_x=False))
+        period = _period(rows, depth)
+    length, advance = period
+    while len(rows) < steps - 1:  # the past that matters repeats, so everything repeats
+        rows.append([start + advance for start in rows[-length]])
+    rows = rows[: steps - 1]
+    rows.append(run_step(steps - 1, rows, leave_out_x=True))
+    return np.array(rows), period
+
+
+def _period(rows, depth):
+    """(steps, cycles) if the last `depth` rows repeat earlier ones, all moved by the same number of cycles."""
+    for length in range(1, min(MAX_PERIOD, len(rows) - depth) + 1):
+        moved = np.subtract(rows[-depth:], rows[len(rows) - depth - length : len(rows) - length])
+        if (moved == moved[0, 0]).all():
+            return length, int(moved[0, 0])
+    return None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The operations of a sequence. candidates: what the scheduler compared, a row each: layout, least_cycles (bound by
+    multiplications), and where it was scheduled steady_state_cycles and cr_chip."""
+
+    mapping: LayerMapping
+    steps: int
+    timed: tuple[Timed, ...]
+    starts: np.ndarray  # (steps, instructions) cycles; -1 where the last step has no next x
+    period: tuple[int, int]  # (steps, cycles) once periodic
+    candidates: tuple[dict, ...] = ()
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """(steps, instructions) cycles."""
+        ends = self.starts + np.array([op.busy + op.latency for op in self.timed])
+        return np.where(self.starts < 0, -1, ends)
+
+    @property
+    def cycles(self) -> int:
+        """Of the whole sequence, configuration included: the last end."""
+        return int(self.ends.max())
+
+    @property
+    def steady_state_cycles(self) -> float:
+        """Cycles from one step's h in the PEs to the next step's, once periodic (mean over a period of several steps)."""
+        return self.period[1] / self.period[0]
+
+    @property
+    def first_step_latency(self) -> int:
+        """Cycles from the start, configuration and first x included, until the first h is in the PEs."""
+        return int(self.ends[0, -1])
+
+    @property
+    def initial_load_cycles(self) -> int:
+        """Cycles that the loader takes once, before the sequence, for the resident weights; in no other figure."""
+        bits = self.mapping.on_chip_bits - self.mapping.streamed_bits
+        return ceil_div(bits, self.mapping.spec.load_bits_per_cycle)
+
+    @property
+    def _first_x_end(self):
+        return self.mapping.spec.config_cycles + self.timed[X_TO_PES].busy
+
+    @cached_property
+    def operations(self) -> tuple[Operation, ...]:
+        """All operations: configuration, the first x, then step by step in program order."""
+        config_end, width, last = self.mapping.spec.config_cycles, len(self.timed), self.steps - 1
+
+        def number(step, n):
+            if step < 0:
+                return 1 if (step, n) == (-1, X_TO_PES) else 0
+            return 2 + step * width + n - (step == last)  # the last step has no next x
+
+        found = [Operation("configuration", "config", "", -1, -1, "config", 0, config_end, (), {}),
+                 Operation("x to PEs", "multicast", "", -1, -1, "network", config_end, self._first_x_end, (0,),
+                           self.timed[X_TO_PES].counts)]
+        for step in range(self.steps):
+            for n, (i, op) in enumerate(zip(self.mapping.program, self.timed, strict=True)):
+                if self.starts[step, n] >= 0:
+                    after = tuple(sorted({number(step - back, m) for back, m in op.needs}))
+                    found.append(Operation(i.name, i.kind, i.gate, i.region, step, i.resource, int(self.starts[step, n]),
+                                           int(self.ends[step, n]), after, op.counts))
+        return tuple(found)
+
+    def table(self, step: int | None = None) -> list[dict]:
+        """The operations as rows, all or those of one step; step -1 holds the configuration and the first x."""
+        return [asdict(op) for op in self.operations if step is None or op.step == step]
+
+    def to_json(self) -> str:
+        return json.dumps({"layout": self.mapping.layout.name, "spec": asdict(self.mapping.spec), "cycles": self.cycles,
+                           "steps": self.steps, "operations": self.table()})
+
+    def counts(self) -> dict[str, int]:
+        """Events of the whole sequence (EVENTS)."""
+        total = dict.fromkeys(EVENTS, 0)
+        for op in self.timed:
+            for event, count in op.counts.items():
+                total[event] += count * self.steps
+        return total
+
+    def split(self) -> dict[str, int]:
+        """The total's cycles by what the critical path waits for, walked back from the last end; sums to `cycles`.
+
+        A mac operation's cycles are multiply as far as the mean PE of its region multiplies, stall beyond (imbalance,
+        pipeline latency). Element-wise operations count as activation.
+        """
+        split = dict.fromkeys(SPLIT, 0)
+        step, n = (int(v) for v in np.unravel_index(self.ends.argmax(), self.ends.shape))
+        boundary = self.cycles
+        while n not in (CONFIG, FIRST_X):
+            kind, cycles = self.mapping.program[n].kind, boundary - int(self.starts[step, n])
+            if kind == "mac":
+                multiply = int(self.timed[n].mean_macs)
+                split["multiply"] += multiply
+                split["stall"] += cycles - multiply
+            else:
+                split["activation" if kind == "elementwise" else kind] += cycles
+            boundary = int(self.starts[step, n])
+            step, n = self._released_by(step, n)
+        split["multicast"] += boundary - self.mapping.spec.config_cycles
+        split["config"] += self.mapping.spec.config_cycles
+        return split
+
+    def _released_by(self, step, n):
+        """(step, number) of the operation whose end, or whose leaving the resource, let this one start."""
+        start = self.starts[step, n]
+        for back, m in self.timed[n].needs:
+            if back <= step and self.ends[step - back, m] == start:
+                return step - back, m
+        program = self.mapping.program
+        same = [m for m, i in enumerate(program) if i.resource == program[n].resource]
+        place = same.index(n)
+        step, m = (step, same[place - 1]) if place else (step - 1, same[-1])
+        if step >= 0 and self.starts[step, m] >= 0 and self.starts[step, m] + self.timed[m].busy == start:
+            return step, m
+        return -1, FIRST_X if start == self._first_x_end else CONFIG
+
+    @property
+    def bound(self) -> str:
+        """What the sequence's cycles mostly wait for: compute, memory (the loader), links (drain, multicast) or activation."""
+        split = self.split()
+        return max(BOUND_BY, key=lambda name: sum(split[kind] for kind in BOUND_BY[name]))
+
+    def utilisation(self) -> np.ndarray:
+        """(rows, cols): the share of all cycles in which each PE multiplies."""
+        return self.mapping.macs * self.steps / self.cycles
+
+
+def schedule_mapping(mapping: LayerMapping, steps: int) -> Schedule:
+    """The schedule of one mapping over `steps` time steps."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"a schedule needs a whole number of steps, at least 1, got {steps!r}")
+    timed = _time_program(mapping)
+    config_end = mapping.spec.config_cycles
+    starts, period = _run(timed, [i.resource for i in mapping.program], config_end, config_end + timed[X_TO_PES].busy, steps)
+    return Schedule(mapping, steps, timed, starts, period)
+
+
+def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layout | None = None) -> Schedule:
+    """Schedule one LSTM layer over `steps` time steps.
+
+    Without a layout the candidate with the fewest steady-state cycles is taken; one whose multiplications alone take as
+    many cycles as the best so far is not scheduled (exact: it cannot win). What the array cannot hold or does not map
+    raises ValueError with the numbers.
+    """
+    if not isinstance(layer, PackedLayer) or not isinstance(spec, ArraySpec):
+        raise TypeError("schedule_layer needs a PackedLayer and an ArraySpec, got "
+                        f"{type(layer).__name__} and {type(spec).__name__}")
+    layouts = [layout] if layout is not None else sorted(
+        candidate_layouts(layer, spec), key=lambda candidate: least_cycles(layer, spec, candidate))
+    best, rows = None, []
+    for candidate in layouts:
+        bound = least_cycles(layer, spec, candidate)
+        if best is not None and bound >= best.steady_state_cycles:
+            rows.append({"layout": candidate.name, "least_cycles": bound})
+            continue
+        for mapping in [map_layer(layer, spec, layout)] if layout is not None else fitting_mappings(layer, spec, candidate):
+            schedule = schedule_mapping(mapping, steps)
+            rows.append({"layout": mapping.layout.name, "least_cycles": bound, "cr_chip": mapping.cr_chip,
+                         "steady_state_cycles": schedule.steady_state_cycles})
+            if best is None or schedule.steady_state_cycles < best.steady_state_cycles:
+                best = schedule
+    return replace(best, candidates=tuple(rows))

@@ -1,0 +1,81 @@
+"""The array processor as data: grid, memories, links, units and clock, with their units; and the presets."""
+
+from dataclasses import dataclass, fields, replace
+
+GROUP = 4  # PEs come in groups of 4 x 4; regions are whole groups
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """A two-dimensional grid of processing elements (PEs). All values are assumptions of the model, shown in reports.
+
+    rows, cols: PEs, multiples of 4. clock_mhz: MHz. word_bits: widest weight or signal word; acc_bits: accumulator.
+    mac_latency: cycles from issuing a multiply-accumulate to reading its accumulator; mac_ii: cycles that it holds its PE.
+    acc_depth: accumulators per bank and PE; acc_banks: banks (two let the next sums overlap a drain).
+    link_cycles: cycles per hop. h_words_per_cycle: words that the multicast network delivers per cycle.
+    act_units, act_latency (cycles), act_ii (cycles per value and unit): activation units.
+    weight_words: words of weight_word_bits per PE; data_words: input and hidden words per PE.
+    load_bits_per_cycle: loader bandwidth from outside. config_cycles: one configuration broadcast, once per sequence.
+    lookahead: coming inputs that a PE may inspect to skip zeros; 1 skips nothing and is the only value so far.
+    """
+
+    rows: int = 16
+    cols: int = 16
+    clock_mhz: int = 200
+    word_bits: int = 16
+    acc_bits: int = 48
+    mac_latency: int = 4
+    mac_ii: int = 1
+    acc_depth: int = 64
+    acc_banks: int = 2
+    link_cycles: int = 1
+    h_words_per_cycle: int = 4
+    act_units: int = 16
+    act_latency: int = 4
+    act_ii: int = 1
+    weight_words: int = 2048
+    weight_word_bits: int = 18
+    data_words: int = 512
+    load_bits_per_cycle: int = 512
+    config_cycles: int = 64
+    lookahead: int = 1
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"ArraySpec needs a whole number for {f.name}, got {value!r}")
+            smallest = 0 if f.name in MAY_BE_ZERO else 1
+            if value < smallest:
+                raise ValueError(f"ArraySpec needs {f.name} of at least {smallest}, got {value}")
+        if self.rows % GROUP or self.cols % GROUP:
+            raise ValueError(f"ArraySpec needs rows and cols in multiples of {GROUP} (groups of 4 x 4 PEs), "
+                             f"got {self.rows} x {self.cols}")
+        if self.lookahead != 1:
+            raise ValueError(f"ArraySpec knows lookahead 1 only so far (no zero skipping), got {self.lookahead}")
+
+    def with_(self, **changes: int) -> "ArraySpec":
+        """A copy with some fields changed; an unknown field raises TypeError."""
+        return replace(self, **changes)
+
+
+MAY_BE_ZERO = ("mac_latency", "act_latency", "config_cycles")
+
+# Assumptions: 200 MHz as published designs on such parts; a fully pipelined DSP48E2; one BRAM36 as 2K x 18 per PE; one
+# multicast word per cycle and column of groups; one activation unit per PE row; 512 bits per cycle are 12.8 GB/s.
+PRESETS = {
+    "group4x4": ArraySpec(rows=4, cols=4, h_words_per_cycle=1, act_units=4, load_bits_per_cycle=64),
+    "array16x16": ArraySpec(),
+    "vu440": ArraySpec(rows=48, cols=48, h_words_per_cycle=12, act_units=48),
+}
+
+
+def preset(name: str) -> ArraySpec:
+    """The preset of that name; an unknown name raises ValueError that lists the known ones."""
+    if name not in PRESETS:
+        raise ValueError(f"preset knows {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]
