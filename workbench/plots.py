@@ -77,14 +77,15 @@ def gantt_figure(schedule, step: int) -> Figure:
     return figure
 
 
-def utilisation_figure(utilisation: dict[str, np.ndarray]) -> Figure:
-    """Share of cycles in which each PE multiplies, one map a plan. utilisation: label -> (PE rows, PE columns) in 0..1."""
-    figure = Figure(figsize=(3 * len(utilisation) + 1, 3.4), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(utilisation)))
-    largest = max(float(values.max()) for values in utilisation.values())
-    for axis, (label, values) in zip(axes, utilisation.items(), strict=True):
-        image = axis.imshow(100 * values, vmin=0, vmax=100 * largest, cmap="cividis")
-        axis.set_title(f"{label}\nmean {100 * values.mean():.0f} %", fontsize="medium")
+def utilisation_figure(schedules: dict) -> Figure:
+    """Share of all cycles in which each PE multiplies, one map a plan. schedules: label -> Schedule."""
+    shares = {label: 100 * schedule.utilisation() for label, schedule in schedules.items()}  # (PE rows, PE columns), percent
+    figure = Figure(figsize=(3 * len(shares) + 1, 3.4), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(shares)))
+    largest = max(float(values.max()) for values in shares.values())
+    for axis, (label, values) in zip(axes, shares.items(), strict=True):
+        image = axis.imshow(values, vmin=0, vmax=largest, cmap="cividis")
+        axis.set_title(f"{label}\nmean {values.mean():.1f} %", fontsize="medium")
         axis.set(xlabel="PE column", ylabel="PE row")
     figure.colorbar(image, ax=list(axes), label="multiplying (% of cycles)", shrink=0.8)
     return figure

@@ -190,3 +190,8 @@ def uniform_topk(model: torch.nn.Module, bits: int, target_cr_disk: float, signa
     """Every gate Top-k with one kept fraction, the largest that meets target_cr_disk."""
     every_gate = sorted({b.gate for b in blocks(model).values()})
     return hybrid_plan(model, every_gate, Strength(block=2, circulant_bits=bits, topk_bits=bits), target_cr_disk, signals)
+
+
+def strengths(hidden_size: int) -> list[Strength]:
+    """The candidates of search_hybrid: power-of-two blocks that divide the hidden size, 4 to 6 bits, Top-k at 6 bits."""
+    return [Strength(block, bits, topk_bits=6) for block in (4, 8, 16, 32) if hidden_size % block == 0 for bits in (4, 5, 6)]

@@ -246,3 +246,8 @@ def _variant(task, dense, plan, variant, seed, dense_epochs, epochs, distillatio
     valid, test = evaluate(measured, task, "valid"), evaluate(measured, task, "test")
     return row | {"valid_accuracy_before": before.accuracy, "valid_accuracy": valid.accuracy, "valid_loss": valid.loss,
                   "test_accuracy": test.accuracy, "test_loss": test.loss, "correct": test.correct}
+
+
+def variants(uniform_controls: bool) -> list[str]:
+    """The variants of a comparison: always the hybrid model and the two dense controls."""
+    return [DENSE, HYBRID, SMALL] + [UNIFORM_TOPK, UNIFORM_CIRCULANT] * uniform_controls

@@ -1,0 +1,95 @@
+"""Tables of a study as pandas DataFrames, one function a table, and the metrics that a run records."""
+
+from dataclasses import fields
+
+import pandas as pd
+
+from workbench.array import ArraySpec, Schedule
+from workbench.array.schedule import SPLIT
+from workbench.array.cost import STATIC_POWER, compare, energy
+from workbench.study import HYBRID, Comparison
+from workbench.tasks import Task
+from workbench.sweep import record
+from workbench.train import evaluate
+
+
+def task_table(task: Task) -> pd.DataFrame:
+    """One row a split: sequences, frames (shortest, mean, longest) and features."""
+    return pd.DataFrame([
+        {"split": name, "sequences": len(split.labels), "classes": task.num_classes, "features": task.num_features,
+         "shortest (frames)": int(split.lengths.min()), "mean (frames)": float(split.lengths.mean()),
+         "longest (frames)": int(split.lengths.max())} for name, split in task.splits.items()])
+
+
+def accuracy_table(models: dict, task: Task) -> pd.DataFrame:
+    """One row a seed: validation loss and accuracy of its dense model (the test split stays unread)."""
+    found = {seed: evaluate(model, task, "valid") for seed, model in models.items()}
+    return pd.DataFrame([{"seed": seed, "validation loss": e.loss, "validation accuracy %": e.accuracy}
+                         for seed, e in found.items()])
+
+
+def sensitivity_summary(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per block and method, numbers averaged over the seeds; recovery_epochs is the mean of the seeds that recover."""
+    return table.drop(columns="seed").groupby(["block", "gate", "method"], sort=False).mean().reset_index()
+
+
+def plan_table(comparison: Comparison, seed: int) -> pd.DataFrame:
+    """The hybrid plan of one seed, block by block, with the sizes of what was packed."""
+    return pd.DataFrame(comparison.plans[HYBRID][seed].table(comparison.packed[HYBRID][seed]))
+
+
+def signal_table(comparison: Comparison, seed: int) -> pd.DataFrame:
+    """Formats of the signals of the hybrid model, and the largest error of the table that writes each, in its last place."""
+    rows = []
+    for name, layer in comparison.packed[HYBRID][seed].layers.items():
+        for signal, fmt in layer.signals.items():
+            error = layer.tables[signal].max_error_ulp(layer.signals["pre"], fmt) if signal in layer.tables else None
+            rows.append({"layer": name, "signal": signal, "bits": fmt.bits, "fraction bits": fmt.frac, "signed": fmt.signed,
+                         "smallest": fmt.min * 2.0**-fmt.frac, "largest": fmt.max * 2.0**-fmt.frac,
+                         "table error (last places)": error})
+    return pd.DataFrame(rows)
+
+
+def spec_table(spec: ArraySpec) -> pd.DataFrame:
+    """Every field of the array and its value."""
+    return pd.DataFrame([{"field": f.name, "value": getattr(spec, f.name)} for f in fields(spec)])
+
+
+def hardware_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
+    """One row a figure, one column a plan: cycles, accelerations, memory, modelled energy and resources."""
+    return pd.DataFrame(compare(schedules)).set_index("label").drop(columns=list(SPLIT)).T
+
+
+def split_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
+    """Cycles of the whole sequence by what its critical path waits for; every column sums to the total."""
+    table = pd.DataFrame({label: schedule.split() for label, schedule in schedules.items()})
+    table.loc["total"] = table.sum()
+    return table
+
+
+def layout_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
+    """Every layout that the scheduler compared for each plan."""
+    return pd.concat([pd.DataFrame(s.candidates).assign(plan=label) for label, s in schedules.items()], ignore_index=True)
+
+
+def energy_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
+    """Modelled dynamic energy of the sequence in nJ, low and high, an event a row; events without a source have none."""
+    rows = []
+    for label, schedule in schedules.items():
+        modelled = energy(schedule.counts())
+        rows += [{"plan": label, "event": row["event"], "count": row["count"], "low (nJ)": row["low_pj"] / 1000,
+                  "high (nJ)": row["high_pj"] / 1000, "source": row["source"]} for row in modelled.rows]
+        rows.append({"plan": label, "event": "dynamic, total", "low (nJ)": modelled.low_pj / 1000,
+                     "high (nJ)": modelled.high_pj / 1000, "source": "sum of the rows above"})
+        rows += [{"plan": label, "event": event, "count": count, "source": "none found: counted, not priced"}
+                 for event, count in modelled.without_source.items()]
+        rows.append({"plan": label, "event": "static", "source": STATIC_POWER})
+    return pd.DataFrame(rows)
+
+
+def record_study(comparison: Comparison, schedules: dict[str, Schedule], classes: pd.DataFrame, search: pd.DataFrame) -> dict:
+    """Hand the study's figures over to the run: summary, every seed's row, classes, candidates, hardware rows."""
+    return record(
+        summary=comparison.summary(), results=comparison.results, classes=classes,
+        search=search.assign(strength=search["strength"].astype(str)), hardware=compare(schedules),
+    )
