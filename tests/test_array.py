@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.array import PRESETS, ArraySpec, Layout, Region, execute, map_block, map_layer, preset, schedule_layer
+from workbench.array import PRESETS, ArraySpec, Layout, Region, execute_layer, map_block, map_layer, preset, schedule_layer
 from workbench.array.interpreter import interpret
-from workbench.array.mapping import candidate_layouts, fitting_mappings, least_cycles, place_units
-from workbench.array.schedule import schedule_mapping
+from workbench.array.mapping import candidate_layouts, fitting_mappings, least_cycles, place_units, tile_unit
+from workbench.array.schedule import _period, schedule_mapping
 from workbench.engine import run_layer
 from workbench.fixedpoint import ActivationTable, QFormat
 from workbench.packed import PackedCirculant, PackedDense, PackedLayer, PackedSparse
@@ -97,6 +97,17 @@ def test_circulant_tiles_by_hand():
     assert (whole.weight_words.max(), whole.macs.max(), whole.macs.sum()) == (4, 16, 16)  # one PE does it all
     split = map_block(packed, 4, 4, unit=2)
     assert (split.weight_words.sum(), split.macs.max(), split.macs.sum()) == (12, 4, 16)  # 4 pieces of 3 words and 4 products
+
+
+@pytest.mark.parametrize("shape, side, acc_depth, split, unit", [
+    ((128, 128), 4, 64, True, 16),  # 8 x 8 tiles keep 4 x 4 PEs busy: nothing is won by cutting
+    ((128, 128), 16, 64, True, 8),  # 16 x 16 pieces for 16 x 16 PEs: 64 products + 15 words; whole tiles 256 + 16
+    ((128, 40), 16, 64, True, 4),  # 2 pieces of 16 products and 7 words; of 8 x 8 one with 64 and 15
+    ((128, 128), 16, 64, False, 16), ((128, 128), 16, 8, False, 8),  # a tile never outgrows the accumulators
+])
+def test_tile_unit_by_hand(shape, side, acc_depth, split, unit):
+    packed = circulant(shape, np.random.default_rng(0), 16)
+    assert tile_unit(packed, Region(0, 0, side, side), acc_depth, split) == unit
 
 
 def test_circulant_padding_is_counted():
@@ -206,6 +217,9 @@ def test_regions_run_side_by_side_and_the_best_layout_wins():
     assert best.steady_state_cycles == min(s.steady_state_cycles for s in every)
     for schedule in every:
         assert schedule.steady_state_cycles >= least_cycles(layer, spec, schedule.mapping.layout)
+    skipped = [row for row in best.candidates if "steady_state_cycles" not in row]
+    assert len(best.candidates) == 6 and skipped
+    assert all(row["least_cycles"] >= best.steady_state_cycles for row in skipped)
     two = next(s for s in every if len(s.mapping.layout.regions) == 2)
     macs = [op for op in two.operations if op.kind == "mac" and op.step == 0]
     assert {op.region for op in macs} == {0, 1}
@@ -234,11 +248,17 @@ def test_steady_state_is_the_distance_of_late_steps():
 # The interpreter and the engine as oracles.
 
 
+def test_period_needs_the_whole_past_that_matters():
+    assert _period([[0, 0], [5, 3], [10, 8]], depth=2) is None
+    assert _period([[0, 0], [5, 3], [10, 8], [15, 13]], depth=2) == (1, 5)
+    assert _period([[0, 0], [4, 5], [10, 10], [14, 15], [20, 20]], depth=1) == (2, 10)
+
+
 def check_against_interpreter(mapping, steps, seed):
     layer = mapping.layer
     x = np.random.default_rng(seed).integers(-4096, 4096, (steps, 1, layer.input_size))
     literal, schedule = interpret(mapping, x[:, 0]), schedule_mapping(mapping, steps)
-    engine, executed = run_layer(layer, x), execute(layer, mapping.spec, x, mapping.layout)
+    engine, executed = run_layer(layer, x), execute_layer(layer, mapping.spec, x, mapping.layout)
     np.testing.assert_array_equal(np.array(literal.output), engine.output[:, 0])
     np.testing.assert_array_equal(np.array(literal.c), engine.c[0])
     np.testing.assert_array_equal(executed.output, engine.output)
@@ -292,11 +312,17 @@ def test_interpreter_agrees_beyond_the_transient(changes):
         check_against_interpreter(mapping, 12, seed=3)
 
 
+def test_passes_keep_whole_pieces():
+    layer = layer_of(lambda part, gate, shape, rng: circulant(shape, rng, 3), 24, 2)
+    mapping = map_layer(layer, SMALL.with_(acc_depth=4), one_region(SMALL))  # 6 local rows in two passes of 3, not 4 + 2
+    check_against_interpreter(mapping, 2, seed=0)
+
+
 @pytest.mark.parametrize("layer", [dense_layer(32, 12, bits=16), hybrid_layer(32, 12)], ids=["dense", "hybrid"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_execution_equals_the_engine(layer, name):
     x = np.random.default_rng(1).integers(-9000, 9000, (10, 1, 12))
-    executed, engine = execute(layer, preset(name), x), run_layer(layer, x)
+    executed, engine = execute_layer(layer, preset(name), x), run_layer(layer, x)
     np.testing.assert_array_equal(executed.output, engine.output)
     np.testing.assert_array_equal(executed.h, engine.h)
     np.testing.assert_array_equal(executed.c, engine.c)
@@ -362,11 +388,11 @@ def test_unknown_form_step_count_and_preset_are_refused():
 
 
 @pytest.mark.parametrize("x, message", [
-    (np.zeros((2, 2, 4), dtype=int), "execute needs x of shape"), (np.zeros((0, 1, 4), dtype=int), "T of at least 1"),
+    (np.zeros((2, 2, 4), dtype=int), "execute_layer needs x of shape"), (np.zeros((0, 1, 4), dtype=int), "T of at least 1"),
     (np.zeros((2, 1, 4)), "needs integers of"), (np.full((2, 1, 4), 40000), "needs integers of")])
 def test_execute_refuses(x, message):
     with pytest.raises(ValueError, match=message):
-        execute(dense_layer(), SMALL, x)
+        execute_layer(dense_layer(), SMALL, x)
 
 
 def test_the_array_never_loads_torch():

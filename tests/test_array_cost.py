@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_array import PRESETS, SMALL, dense_layer, hybrid_layer
 
-from workbench.array import schedule_layer
+from workbench.array import schedule_layer, schedule_layers
 from workbench.array.cost import DEVICES, PJ_PER_EVENT, Memory, compare, energy, resources
 from workbench.array.schedule import EVENTS
 
@@ -57,15 +57,15 @@ def test_streaming_buffers_count_twice():
 
 def test_compare_against_the_dense_baseline():
     layers = {"dense 16-bit": dense_layer(16, 6, bits=16), "hybrid": hybrid_layer(16, 6)}
-    base, hybrid = compare(layers, SMALL, 5)
+    base, hybrid = compare(schedule_layers(layers, SMALL, 5))
     assert (base["acceleration"], base["acceleration_sequence"], base["acceleration_multiply"]) == (1, 1, 1)
     assert hybrid["acceleration"] == base["steady_state_cycles"] / hybrid["steady_state_cycles"]
     schedule = schedule_layer(layers["hybrid"], SMALL, 5)
     assert hybrid["cycles"] == schedule.cycles == sum(schedule.split().values())
     assert hybrid["energy_low_pj"] == energy(schedule.counts()).low_pj
     assert hybrid["cr_chip"] == pytest.approx(32 * 4 * 16 * 22 / schedule.mapping.on_chip_bits)
-    with pytest.raises(ValueError, match="compare needs a layer labelled 'dense 16-bit', got hybrid"):
-        compare({"hybrid": layers["hybrid"]}, SMALL, 5)
+    with pytest.raises(ValueError, match="compare needs a schedule labelled 'dense 16-bit', got hybrid"):
+        compare(schedule_layers({"hybrid": layers["hybrid"]}, SMALL, 5))
 
 
 def test_a_narrower_memory_word_takes_several():

@@ -9,17 +9,22 @@ from workbench.fixedpoint import QFormat
 from workbench.gates import check_supported, rnns
 
 
+# Finest weight: with a 16-bit hidden state (15 fraction bits) the 32-bit bias then still reaches 4.
+MAX_WEIGHT_FRAC = 14
+
+
 def weight_format(w: torch.Tensor, bits: int) -> QFormat:
     """The signed format of that width with the least squared error over the non-zero entries of w.
 
-    Candidates: the finest format that saturates nothing, and three finer ones that clip the largest values.
+    Candidates: the finest format that saturates nothing, and three finer ones that clip the largest values; none is
+    finer than MAX_WEIGHT_FRAC, because the bias is stored in 32 bits at the fraction bits of the products.
     """
     values = w.detach().double()
     values = values[values != 0].cpu().numpy()
     if values.size == 0:
-        return QFormat(bits, bits - 1)
+        return QFormat(bits, min(bits - 1, MAX_WEIGHT_FRAC))
     first = bits - 1 - math.ceil(math.log2(abs(values).max()))
-    candidates = [QFormat(bits, frac) for frac in range(first, first + 4)]
+    candidates = [QFormat(bits, min(frac, MAX_WEIGHT_FRAC)) for frac in range(first, first + 4)]
     return min(candidates, key=lambda fmt: float(((fmt.dequantise(fmt.quantise(values)) - values) ** 2).sum()))
 
 

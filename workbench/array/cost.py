@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from workbench.array.mapping import LayerMapping, data_words_kept
-from workbench.array.schedule import EVENTS, Schedule, schedule_layer
-from workbench.array.spec import ArraySpec, ceil_div
-from workbench.packed import PARTS, PackedLayer
+from workbench.array.schedule import EVENTS, Schedule
+from workbench.array.spec import ceil_div
+from workbench.packed import PARTS
 
 HOROWITZ = "M. Horowitz, Computing's energy problem, ISSCC 2014, 45 nm, 0.9 V"
 SEEN = "as quoted in stillwater-sc/universal, generic_45nm.hpp"
@@ -121,15 +121,16 @@ def resources(mapping: LayerMapping) -> Resources:
 BASELINE = "dense 16-bit"
 
 
-def compare(layers: dict[str, PackedLayer], spec: ArraySpec, steps: int) -> list[dict]:
-    """One row per layer, each with its own best layout; accelerations against the layer labelled "dense 16-bit".
+def compare(schedules: dict[str, Schedule]) -> list[dict]:
+    """One row per schedule of equal length; accelerations against the one labelled "dense 16-bit".
 
     cycles: of the whole sequence; energy: modelled, of the whole sequence; multiply_cycles: multiply-accumulates of the
     fullest PE in one step, so that `acceleration_multiply` is what would be won with no overhead at all.
     """
-    if BASELINE not in layers:
-        raise ValueError(f"compare needs a layer labelled {BASELINE!r}, got {', '.join(layers) or 'none'}")
-    schedules = {label: schedule_layer(layer, spec, steps) for label, layer in layers.items()}
+    if BASELINE not in schedules:
+        raise ValueError(f"compare needs a schedule labelled {BASELINE!r}, got {', '.join(schedules) or 'none'}")
+    if len(lengths := {schedule.steps for schedule in schedules.values()}) > 1:
+        raise ValueError(f"compare needs schedules of one number of steps, got {', '.join(map(str, sorted(lengths)))}")
     base = schedules[BASELINE]
     return [_row(label, schedule, base) for label, schedule in schedules.items()]
 

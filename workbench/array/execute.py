@@ -20,17 +20,17 @@ class Execution:
     schedule: Schedule
 
 
-def execute(layer: PackedLayer, spec: ArraySpec, x, layout: Layout | None = None) -> Execution:
+def execute_layer(layer: PackedLayer, spec: ArraySpec, x, layout: Layout | None = None) -> Execution:
     """Run one sequence on the array: x (T, 1, input_size) integers in the input format, h and c zero at the start.
 
     The sums come from the words as they lie in the PEs; each part is drained, then shifted once, as the engine defines.
     """
     x = np.asarray(x)
     if x.ndim != 3 or x.shape[1:] != (1, layer.input_size) or not len(x):
-        raise ValueError(f"execute needs x of shape (T, 1, {layer.input_size}) with T of at least 1, got {x.shape}")
+        raise ValueError(f"execute_layer needs x of shape (T, 1, {layer.input_size}) with T of at least 1, got {x.shape}")
     fmt = layer.signals["input"]
     if x.dtype.kind not in "iu" or x.min() < fmt.min or x.max() > fmt.max:
-        raise ValueError(f"execute needs integers of {fmt}, got {x.dtype} from {x.min()} to {x.max()}")
+        raise ValueError(f"execute_layer needs integers of {fmt}, got {x.dtype} from {x.min()} to {x.max()}")
     schedule = schedule_layer(layer, spec, len(x), layout)
     sums = {(part, gate): ExactMatrix(block.dense(), layer.signals[PARTS[part]].magnitude)
             for (part, gate), block in schedule.mapping.blocks.items()}

@@ -505,7 +505,7 @@ class _ProgramBuilder:
                 if not waiting:
                     steps += [Instruction("cell", "elementwise", "activation"),
                               Instruction("tanh c", "activation", "activation")]
-        # o last on the activation units: it fills the latency of the cell update instead of delaying it.
+        # o last on the activation units, so that a late drain of o never holds up the cell update.
         steps += [Instruction("act o", "activation", "activation", "o"),
                   Instruction("h", "elementwise", "activation"),
                   Instruction("h to PEs", "multicast", "network", parts=("hh",))]

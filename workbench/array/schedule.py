@@ -104,14 +104,12 @@ def _needs(mapping):
     of several that end in order."""
     program, banks = mapping.program, mapping.spec.acc_banks
     macs, gate_drains, streamed = defaultdict(list), defaultdict(list), defaultdict(list)
-    named, group_drain, input_mac = {}, {}, {}
+    named, group_drain = {}, {}
     for n, i in enumerate(program):
         if i.kind == "mac":
             macs[i.region, i.gate, i.parts[0], i.rows].append(n)
             if i.chunk >= 0:
                 streamed[i.region].append(n)
-            if i.parts == ("ih",):
-                input_mac[i.region] = n
         elif i.kind == "drain":
             gate_drains[i.gate].append(n)
             group_drain[i.region, i.group] = n
@@ -133,8 +131,8 @@ def _needs(mapping):
             yield -back, streamed[i.region][chunk]
         elif i.kind == "drain":
             yield from ((0, macs[i.region, i.gate, part, i.rows][-1]) for part in i.parts)
-        elif n == X_TO_PES:  # x is double-buffered: its place is free when the former step's input sums are done
-            yield from ((1, m) for m in input_mac.values())
+        elif n == X_TO_PES:  # its place in the double buffer is free once the former h has passed on the same network
+            return
         elif i.gate:
             yield from ((0, d) for d in gate_drains[i.gate])
         else:
@@ -356,3 +354,8 @@ def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layo
             if best is None or schedule.steady_state_cycles < best.steady_state_cycles:
                 best = schedule
     return replace(best, candidates=tuple(rows))
+
+
+def schedule_layers(layers: dict[str, PackedLayer], spec: ArraySpec, steps: int) -> dict[str, Schedule]:
+    """Label -> schedule_layer of that layer, each with its own best layout."""
+    return {label: schedule_layer(layer, spec, steps) for label, layer in layers.items()}
