@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from workbench import models, plots, study, tables
-from workbench.constrain import attach, bake
-from workbench.sensitivity import Strength, classify
-from workbench.methods import BlockCirculant, TopK
 from workbench.array import preset, schedule_layers
+from workbench.constrain import attach, bake
+from workbench.methods import BlockCirculant, TopK
+from workbench.sensitivity import Strength, classify
 from workbench.train import evaluate
 
 TARGET = 10.0

@@ -88,7 +88,7 @@ def test_japanese_vowels_values_come_from_the_file_by_train_statistics(vowels):
     raw = [np.array(case, float).T for case in cases]
     train = np.concatenate([case for n, case in enumerate(raw) if n % 30 < 24])
     number = 5 * 30 + 27  # validation utterance 5 * 6 + 3
-    expected = (raw[number] - train.mean(0)) / train.std(0)
+    expected = (raw[number] - train.mean(0)) / np.sqrt(train.std(0) * train.std(0).mean())
     split = vowels.splits["valid"]
     assert split.lengths[33] == len(expected)
     np.testing.assert_allclose(split.x[33, : len(expected)], expected, atol=1e-6)
@@ -232,6 +232,12 @@ def test_pad_and_standardise_by_hand():
     split = pad(centred, [0, 1], ["a", "b"])
     np.testing.assert_array_equal(split.x[1], [[3, 3], [0, 0]])
     np.testing.assert_array_equal(split.lengths, [2, 1])
+
+
+def test_half_standardised_by_hand():
+    """Deviations 1 and 16: divided by 1 and 4 they are 1 and 4, of mean variance 8.5."""
+    (centred,) = standardise([np.array([[1.0, 16], [3, 48]])], train=[0], power=0.5)
+    np.testing.assert_allclose(centred, np.array([[-1, -4], [1, 4]]) / np.sqrt(8.5), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def toy_split(count, seed):
 @pytest.fixture(scope="module")
 def task():
     splits = {"train": toy_split(70, 0), "valid": toy_split(40, 1), "test": toy_split(40, 2)}
-    return Task("toy", "official", ("down", "up"), splits, "", "", "", "", Recipe(epochs=5, batch_size=16))
+    return Task("toy", "official", ("down", "up"), splits, "", "", "", "", Recipe(epochs=5, batch_size=16, select_after=0.0))
 
 
 @pytest.fixture
@@ -82,6 +82,34 @@ def test_keeps_the_first_epoch_of_least_validation_loss(task, model):
     assert evaluate(model, task, "valid").loss == losses[history.best_epoch - 1]
 
 
+def test_of_equal_losses_the_first_epoch_is_kept(task, model):
+    assert fit(model, task, seed=0, lr=1e-30, progress=False).best_epoch == 1
+
+
+def test_steps_written_out(task):
+    """Without dropout and noise, on one batch, a training is the plain loop."""
+    split = task.splits["train"]
+    x, lengths, labels = (torch.from_numpy(array) for array in (split.x, split.lengths, split.labels))
+    model = build_classifier(task, 6, seed=0, dropout=0.0)
+    with torch.no_grad():
+        model.classifier.weight.mul_(20)  # so wrong at first that its gradient is clipped
+    plain = copy.deepcopy(model)
+    arguments = {"epochs": 20, "lr": 0.05, "batch_size": 70, "weight_decay": 0.1, "feature_noise": 0.0}
+    fit(model, task, seed=0, select_after=0.95, progress=False, **arguments)
+    optimizer = torch.optim.AdamW(plain.parameters(), 0.05, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, 21, pct_start=0.15)
+    norms = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain(x, lengths), labels).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(plain.parameters(), 1.0)))
+        optimizer.step()
+        schedule.step()
+    assert max(norms) > 1 > min(norms)  # clipping matters, sometimes
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
 def test_select_after_leaves_out_early_epochs(task, model):
     history = fit(model, task, seed=0, lr=0.3, epochs=8, select_after=0.5, progress=False)
     losses = [row["valid_loss"] for row in history.epochs]
@@ -100,12 +128,12 @@ def test_same_seed_same_weights(task):
 
 
 def test_random_states_of_the_caller_are_untouched(task, model):
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
     fit(model, task, seed=0, time_mask=0.3, feature_mask=0.3, progress=False)
     evaluate(model, task, "valid")
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
-    np.testing.assert_array_equal(np.random.get_state()[1], before[2][1])  # noqa: NPY002
+    np.testing.assert_array_equal(np.random.get_state()[1], before[2][1])
 
 
 def test_the_test_split_is_not_read(task, model):
@@ -208,7 +236,7 @@ def test_loss_that_is_not_finite_is_reported(task, model):
         (ValueError, {"lr": -1.0}, "lr above 0, got -1"),
         (ValueError, {"distillation_weight": 2.0}, r"distillation_weight in \[0, 1\].*got 2.0"),
         (ValueError, {"distillation_temperature": 0.0}, "distillation_temperature above 0.*got 0.5 and 0.0"),
-        (ValueError, {"select_after": 1.0}, r"select_after in \[0, 1\), got 1.0"),
+        (ValueError, {"select_after": 1.0}, r"Recipe needs select_after in \[0, 1\), got 1.0"),
         (ValueError, {"device": "tpu"}, '"cpu" or "cuda" as device, got \'tpu\''),
     ],
 )
@@ -217,6 +245,24 @@ def test_fit_refuses_before_it_starts(task, model, error, arguments, message):
     with pytest.raises(error, match=message):
         fit(model, task, seed=0, progress=False, **arguments)
     assert same(before, model.state_dict())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_cuda(task, model):
+    parametrize.register_parametrization(model.lstm, "weight_hh_l0", Counted())
+    before = torch.get_rng_state(), torch.cuda.get_rng_state()
+    fit(model, task, seed=0, epochs=12, time_mask=0.1, feature_mask=0.1, device="cuda", progress=False)
+    assert torch.equal(torch.get_rng_state(), before[0]) and torch.equal(torch.cuda.get_rng_state(), before[1])
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    accuracy = evaluate(copy.deepcopy(model), task, "test").accuracy
+    assert accuracy > 85
+    assert evaluate(model.to("cuda"), task, "test").accuracy == pytest.approx(accuracy, abs=3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_missing(task, model):
+    with pytest.raises(ValueError, match='cannot train on device="cuda": torch finds no CUDA device'):
+        fit(model, task, seed=0, device="cuda", progress=False)
 
 
 def test_bar_goes_to_stderr(task, model, capfd):

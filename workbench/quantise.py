@@ -8,7 +8,6 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from workbench.fixedpoint import QFormat
 from workbench.gates import check_supported, rnns
 
-
 # Finest weight: with a 16-bit hidden state (15 fraction bits) the 32-bit bias then still reaches 4.
 MAX_WEIGHT_FRAC = 14
 

@@ -5,11 +5,11 @@ from dataclasses import fields
 import pandas as pd
 
 from workbench.array import ArraySpec, Schedule
-from workbench.array.schedule import SPLIT
 from workbench.array.cost import STATIC_POWER, compare, energy
+from workbench.array.schedule import SPLIT
 from workbench.study import HYBRID, Comparison
-from workbench.tasks import Task
 from workbench.sweep import record
+from workbench.tasks import Task
 from workbench.train import evaluate
 
 

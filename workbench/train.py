@@ -74,11 +74,11 @@ def fit(
     feature_noise: float | None = None,
     time_mask: float | None = None,
     feature_mask: float | None = None,
+    select_after: float | None = None,
     teacher: nn.Module | None = None,
     distillation_weight: float = 0.5,
     distillation_temperature: float = 2.0,
     callback: Callable[[int, int], None] | None = None,
-    select_after: float = 0.0,
     device: str = "cpu",
     progress: bool = True,
 ) -> History:
@@ -92,8 +92,8 @@ def fit(
         teacher: its logits on the clean training split are distilled into the model.
         distillation_weight: share of the teacher's term in the loss, 0 to 1.
         distillation_temperature: divides the logits of both in that term.
-        callback: called with (step, total steps) before each training step, for example to tighten a mask.
-        select_after: no epoch that ends within this first fraction of the steps is kept; for a callback that changes the model.
+        callback: called with (step, total steps) before each training step, for example to tighten a mask; it must be
+            done with changing the model after `select_after` of them.
         device: "cpu" or "cuda"; the model is returned to where it came from.
         progress: show a bar.
 
@@ -103,6 +103,7 @@ def fit(
     given = {
         "epochs": epochs, "lr": lr, "batch_size": batch_size, "weight_decay": weight_decay,
         "feature_noise": feature_noise, "time_mask": time_mask, "feature_mask": feature_mask,
+        "select_after": select_after,
     }  # fmt: skip
     recipe = replace(task.recipe, **{name: value for name, value in given.items() if value is not None})
     if not 0 <= distillation_weight <= 1 or not distillation_temperature > 0:
@@ -110,8 +111,6 @@ def fit(
             f"fit needs a distillation_weight in [0, 1] and a distillation_temperature above 0, "
             f"got {distillation_weight} and {distillation_temperature}"
         )
-    if not 0 <= select_after < 1:
-        raise ValueError(f"fit needs select_after in [0, 1), got {select_after}")
     if device not in ("cpu", "cuda"):
         raise ValueError(f'fit needs "cpu" or "cuda" as device, got {device!r}')
     if device == "cuda" and not torch.cuda.is_available():
@@ -126,18 +125,17 @@ def fit(
                 logits, _ = _logits(teacher, task.splits["train"], batch_size=256)
                 targets = (logits / distillation_temperature).softmax(1).to(device)  # (N, classes)
             loss = _Loss(targets, distillation_weight, distillation_temperature)
-            return _fit(model, task, recipe, loss, callback, select_after, progress)
+            return _fit(model, task, recipe, loss, callback, progress)
     finally:
         _move(model, home)
 
 
-def _fit(model, task, recipe, loss_of, callback, select_after, progress):
+def _fit(model, task, recipe, loss_of, callback, progress):
     device = _device(model)
     x, lengths, labels = (tensor.to(device) for tensor in _tensors(task.splits["train"]))
     steps_per_epoch = -(-len(labels) // recipe.batch_size)
     total_steps = recipe.epochs * steps_per_epoch
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps + 1, pct_start=0.15)
     was_training = model.training
     history, best, step = [], None, 0
@@ -157,7 +155,7 @@ def _fit(model, task, recipe, loss_of, callback, select_after, progress):
             loss = loss_of(logits, labels[batch], batch)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+            nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
             optimizer.step()
             schedule.step()
             total_loss += loss.detach() * len(batch)
@@ -177,7 +175,7 @@ def _fit(model, task, recipe, loss_of, callback, select_after, progress):
                 f"validation {row['valid_loss']}); the learning rate was {lr:g}, its peak is {recipe.lr:g}: lower lr"
             )
         history.append(row)
-        if step > select_after * total_steps and (best is None or valid.loss < history[best - 1]["valid_loss"]):
+        if step > recipe.select_after * total_steps and (best is None or valid.loss < history[best - 1]["valid_loss"]):
             best, weights = epoch, {name: tensor.clone() for name, tensor in model.state_dict().items()}
         bar.set_postfix_str(f"valid loss {valid.loss:.3f}, {valid.accuracy:.1f} %")
     model.load_state_dict(weights)

@@ -65,7 +65,7 @@ def load(split: str) -> Task:
         description=f"spoken digits: {BANDS} log-mel bands, 25 ms window, 12.5 ms hop, first {MAX_FRAMES} frames",
         source="Jackson et al. 2018, doi:10.5281/zenodo.1342401",
         licence="CC BY-SA 4.0",
-        recipe=Recipe(),
+        recipe=Recipe(epochs=60, feature_noise=0.4, time_mask=0.1, feature_mask=0.1),
     )
 
 

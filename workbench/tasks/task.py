@@ -20,6 +20,7 @@ class Recipe:
     feature_noise: float = 0.2  # standard deviation of the noise added to the standardised features
     time_mask: float = 0.0  # largest fraction of a sequence's frames blanked in one training example
     feature_mask: float = 0.0  # largest fraction of the features blanked in one training example
+    select_after: float = 0.75  # only epochs that end behind this fraction of the steps, where lr is low, can be kept
 
     def __post_init__(self):
         for name, least in (("epochs", 1), ("batch_size", 1)):
@@ -30,6 +31,8 @@ class Recipe:
                 raise ValueError(f"Recipe needs {name} of at least {least}, got {value}")
         if not self.lr > 0:
             raise ValueError(f"Recipe needs a learning rate lr above 0, got {self.lr}")
+        if not 0 <= self.select_after < 1:
+            raise ValueError(f"Recipe needs select_after in [0, 1), got {self.select_after}")
         for name, most in (("weight_decay", np.inf), ("feature_noise", np.inf), ("time_mask", 1), ("feature_mask", 1)):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"Recipe needs {name} from 0 to {most}, got {getattr(self, name)}")
@@ -97,8 +100,13 @@ def pad(sequences: list[np.ndarray], labels: list[int], items: list[str]) -> Spl
     return Split(x, lengths, np.array(labels), tuple(items))
 
 
-def standardise(sequences: list[np.ndarray], train: list[int]) -> list[np.ndarray]:
-    """Every feature with mean 0 and deviation 1 over the frames of the `train` sequences; nothing else is looked at."""
+def standardise(sequences: list[np.ndarray], train: list[int], power: float = 1.0) -> list[np.ndarray]:
+    """Features with mean 0 and mean variance 1 over the frames of the `train` sequences; nothing else is looked at.
+
+    power: each feature is divided by its deviation to this power. 1 makes all equally large; less leaves small features
+    smaller, which suits features whose small components are mostly noise.
+    """
     frames = np.concatenate([sequences[n] for n in train])  # (frames, F)
     mean, deviation = frames.mean(0), frames.std(0)
-    return [(sequence - mean) / deviation for sequence in sequences]
+    scale = deviation**power * np.sqrt((deviation ** (2 - 2 * power)).mean())
+    return [((sequence - mean) / scale).astype(np.float32) for sequence in sequences]
