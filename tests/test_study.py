@@ -93,7 +93,8 @@ def test_summary_gives_mean_spread_and_the_paired_loss(comparison):
 
 def test_bad_input_is_refused_before_any_training(tiny_task, dense):
     def compare(**changes):
-        arguments = {"variants": study.variants(False), "dense_epochs": 1, "epochs": 1, "distillation_weight": 0.0, "workers": 1}
+        arguments = {"variants": study.variants(False), "dense_epochs": 1, "epochs": 1, "distillation_weight": 0.0,
+                     "workers": 1}
         target = changes.pop("target", TARGET)
         return study.compare(tiny_task, dense, ["g"], STRENGTH, target, **(arguments | changes))
 

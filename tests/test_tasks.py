@@ -97,7 +97,7 @@ def test_japanese_vowels_values_come_from_the_file_by_train_statistics(vowels):
 
 
 def test_japanese_vowels_refuses_other_splits_and_other_files(monkeypatch):
-    with pytest.raises(ValueError, match='japanese_vowels knows only split="official", got \'speaker:1\''):
+    with pytest.raises(ValueError, match="japanese_vowels knows only split=\"official\", got 'speaker:1'"):
         tasks.load("japanese_vowels", split="speaker:1")
     monkeypatch.setitem(japanese_vowels.FILES, "JapaneseVowels_TEST.ts", "0" * 64)
     with pytest.raises(ValueError, match=r"JapaneseVowels_TEST\.ts is not the published file: SHA-256 b3d41d6a"):
@@ -265,6 +265,7 @@ def test_split_refuses(change, message):
         (ValueError, {"lr": 0.0}, "lr above 0, got 0.0"),
         (ValueError, {"lr": float("nan")}, "lr above 0, got nan"),
         (ValueError, {"weight_decay": -1}, "weight_decay from 0"),
+        (ValueError, {"select_after": 1.0}, r"select_after in \[0, 1\), got 1.0"),
         (ValueError, {"feature_mask": 1.5}, "feature_mask from 0 to 1, got 1.5"),
     ],
 )

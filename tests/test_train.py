@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import random
 from dataclasses import replace
@@ -95,13 +96,15 @@ def test_steps_written_out(task):
         model.classifier.weight.mul_(20)  # so wrong at first that its gradient is clipped
     plain = copy.deepcopy(model)
     arguments = {"epochs": 20, "lr": 0.05, "batch_size": 70, "weight_decay": 0.1, "feature_noise": 0.0}
-    fit(model, task, seed=0, select_after=0.95, progress=False, **arguments)
+    history = fit(model, task, seed=0, select_after=0.95, progress=False, **arguments)
     optimizer = torch.optim.AdamW(plain.parameters(), 0.05, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, 21, pct_start=0.15)
     norms = []
-    for _ in range(20):
+    for row in history.epochs:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(plain(x, lengths), labels).backward()
+        loss = nn.functional.cross_entropy(plain(x, lengths), labels)
+        loss.backward()
+        assert row["train_loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-4)
         norms.append(float(nn.utils.clip_grad_norm_(plain.parameters(), 1.0)))
         optimizer.step()
         schedule.step()
@@ -155,7 +158,7 @@ def test_one_evaluation_of_a_constraint_per_step(task, model):
     fit(model, task, seed=0, epochs=2, progress=False, callback=lambda step, _: weights.append(
         model.lstm.parametrizations.weight_hh_l0.original.detach().clone()))  # fmt: skip
     assert counted.calls == 2 * (5 + 1)  # 5 steps and one validation per epoch
-    assert all(not torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False))
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(weights))
     clone = copy.deepcopy(model)  # raises where a training forward has left tensors with a graph behind
     torch.testing.assert_close(evaluate(clone, task, "valid").loss, evaluate(model, task, "valid").loss)
 

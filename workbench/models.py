@@ -33,9 +33,7 @@ class SequenceClassifier(nn.Module):
         pooling: "mean" of the outputs over the real frames or "last" real output.
     """
 
-    def __init__(
-        self, num_features: int, hidden_size: int, num_classes: int, dropout: float = 0.3, pooling: str = "mean"
-    ):
+    def __init__(self, num_features: int, hidden_size: int, num_classes: int, dropout: float = 0.3, pooling: str = "mean"):
         super().__init__()
         for name, size in (("num_features", num_features), ("hidden_size", hidden_size), ("num_classes", num_classes)):
             if isinstance(size, bool) or not isinstance(size, int):

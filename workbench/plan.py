@@ -8,7 +8,7 @@ import torch
 
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, rnns, weight
-from workbench.methods import Method, method_from_json, method_to_json
+from workbench.methods import Method, method_from_json, method_label, method_to_json
 from workbench.packed import SIGNALS, PackedModel
 from workbench.quantise import layer_name, weight_format
 
@@ -97,7 +97,7 @@ class Plan:
         rows = []
         for name, entry in self.blocks.items():
             block = packed.blocks[name]
-            rows.append({"block": name, "shape": "x".join(map(str, block.shape)), "method": str(entry.method),
+            rows.append({"block": name, "shape": "x".join(map(str, block.shape)), "method": method_label(entry.method),
                          "weight bits": entry.format.bits, "fraction bits": entry.format.frac,
                          "stored values": block.stored_values, "value bits": block.value_bits,
                          "index bits": block.index_bits,

@@ -22,13 +22,14 @@ def sensitivity_figure(table: pd.DataFrame, classes: pd.DataFrame) -> Figure:
                   label=method, color=list(COLOURS.values())[n])
     left.set(yticks=place, yticklabels=pivot.index, xlabel="excess validation loss (nats)", title="each block compressed alone")
     left.invert_yaxis()
-    left.legend(fontsize="small")
+    left.legend(fontsize="small", loc="lower right")
     colours = [SENSITIVE if c == "sensitive" else INSENSITIVE for c in classes["class"]]
     right.bar(classes["gate"], classes["score"], color=colours)
     right.axhline(classes["mean of gates"].iloc[0], color="black", linestyle="--", linewidth=1)
     right.set(xlabel="gate", ylabel="score (nats)", title="class of each gate")
-    right.legend(handles=[Patch(color=SENSITIVE, label="sensitive"), Patch(color=INSENSITIVE, label="insensitive"),
-                          *right.get_lines()[:1]], labels=["sensitive", "insensitive", "mean of the gates"], fontsize="small")
+    right.legend([Patch(color=SENSITIVE), Patch(color=INSENSITIVE), right.get_lines()[0]],
+                 ["sensitive", "insensitive", "mean of the gates"], fontsize="small", loc="upper center",
+                 bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False, columnspacing=1, handlelength=1.2)
     return figure
 
 

@@ -12,7 +12,7 @@ import torch
 from workbench.constrain import compress, pack
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, weight
-from workbench.methods import BlockCirculant, Dense, Method, TopK
+from workbench.methods import BlockCirculant, Dense, Method, TopK, method_label
 from workbench.plan import Plan, pack_block, plan_block, uniform
 from workbench.quantise import calibrate
 from workbench.tasks import Task
@@ -52,7 +52,7 @@ def sensitivity_table(model: torch.nn.Module, task: Task, methods: list[Method],
             back = 1 - excess / excess.iloc[0] if excess.iloc[0] > 0 else excess * 0 + 1
             recovered_at = back.index[back >= RECOVERED]
             rows.append({
-                "block": name, "gate": block.gate, "method": str(method),
+                "block": name, "gate": block.gate, "method": method_label(method),
                 "loss_dense": dense["loss"].iloc[-1], "accuracy_dense": dense["accuracy"].iloc[-1],
                 "loss_before": curve["loss"].iloc[0], "accuracy_before": curve["accuracy"].iloc[0],
                 "loss_after": curve["loss"].iloc[-1], "accuracy_after": curve["accuracy"].iloc[-1],
@@ -106,6 +106,9 @@ class Strength:
     block: int  # block size of the circulant gates
     circulant_bits: int
     topk_bits: int
+
+    def __str__(self) -> str:
+        return f"block {self.block}, circulant {self.circulant_bits} bits, Top-k {self.topk_bits} bits"
 
 
 def hybrid_plan(model: torch.nn.Module, sensitive: list[str], strength: Strength, target_cr_disk: float, signals) -> Plan:

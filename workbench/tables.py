@@ -1,6 +1,8 @@
 """Tables of a study as pandas DataFrames, one function a table, and the metrics that a run records."""
 
+import hashlib
 from dataclasses import fields
+from numbers import Number
 
 import pandas as pd
 
@@ -11,6 +13,29 @@ from workbench.study import HYBRID, Comparison
 from workbench.sweep import record
 from workbench.tasks import Task
 from workbench.train import evaluate
+
+LONG_TEXT = 40  # characters; longer texts may wrap
+
+
+def present(frame: pd.DataFrame, index: bool = False):
+    """A table as a notebook and its report show it: whole texts to the left, numbers to the right with four significant
+    digits, nothing where nothing is."""
+    texts = [name for name in frame.columns if frame[name].map(lambda value: not isinstance(value, Number)).all()]
+    long = [name for name in texts if frame[name].astype(str).str.len().max() > LONG_TEXT]
+    # Styler's own identifiers are random; the same table must give the same report.
+    identifier = hashlib.sha256(frame.to_csv().encode()).hexdigest()[:8]
+    style = frame.style.set_uuid(identifier).format(_cell, escape="html").format_index(escape="html", axis=1)
+    style = style.set_table_attributes('class="dataframe"').set_properties(subset=texts, **{"text-align": "left"})
+    style = style.set_properties(subset=long, **{"white-space": "normal", "min-width": "16em"})
+    return style if index else style.hide(axis="index")
+
+
+def _cell(value):
+    if value is None or value != value:  # NaN is the one value that differs from itself
+        return ""
+    if not isinstance(value, Number) or isinstance(value, bool):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
 
 
 def task_table(task: Task) -> pd.DataFrame:
@@ -57,7 +82,7 @@ def spec_table(spec: ArraySpec) -> pd.DataFrame:
 
 def hardware_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
     """One row a figure, one column a plan: cycles, accelerations, memory, modelled energy and resources."""
-    return pd.DataFrame(compare(schedules)).set_index("label").drop(columns=list(SPLIT)).T
+    return pd.DataFrame(compare(schedules)).set_index("label").drop(columns=list(SPLIT)).T.rename_axis(columns=None)
 
 
 def split_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
@@ -67,9 +92,9 @@ def split_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
     return table
 
 
-def layout_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
-    """Every layout that the scheduler compared for each plan."""
-    return pd.concat([pd.DataFrame(s.candidates).assign(plan=label) for label, s in schedules.items()], ignore_index=True)
+def layout_table(schedule: Schedule) -> pd.DataFrame:
+    """Every layout that the scheduler considered for one plan; those without steady-state cycles could not win any more."""
+    return pd.DataFrame(schedule.candidates)
 
 
 def energy_table(schedules: dict[str, Schedule]) -> pd.DataFrame:

@@ -253,9 +253,7 @@ def _logits(model, split, batch_size):
         with torch.no_grad(), parametrize.cached():
             # Sorted by length, so that little of a batch is padding.
             batches = lengths.argsort(stable=True).split(batch_size)
-            logits = [
-                model(x[batch, : lengths[batch].max()].to(device), lengths[batch].to(device)).cpu() for batch in batches
-            ]
+            logits = [model(x[batch, : lengths[batch].max()].to(device), lengths[batch].to(device)).cpu() for batch in batches]
     finally:
         model.train(was_training)
     order = torch.cat(batches).argsort()
@@ -325,9 +323,7 @@ def _digest(about, tensors):
     return digest.hexdigest()
 
 
-def paired_interval(
-    correct_a: np.ndarray, correct_b: np.ndarray, seed: int, resamples: int = 10_000
-) -> Interval:
+def paired_interval(correct_a: np.ndarray, correct_b: np.ndarray, seed: int, resamples: int = 10_000) -> Interval:
     """95 % bootstrap interval of accuracy a minus accuracy b in percentage points, paired by seed and test item.
 
     Seeds and items are resampled independently (percentile bootstrap).
@@ -338,9 +334,7 @@ def paired_interval(
     """
     correct_a, correct_b = np.asarray(correct_a), np.asarray(correct_b)
     if correct_a.ndim != 2 or correct_a.shape != correct_b.shape or not correct_a.size:
-        raise ValueError(
-            f"paired_interval needs two equal (seeds, items) arrays, got {correct_a.shape} and {correct_b.shape}"
-        )
+        raise ValueError(f"paired_interval needs two equal (seeds, items) arrays, got {correct_a.shape} and {correct_b.shape}")
     if correct_a.dtype != bool or correct_b.dtype != bool:
         raise TypeError(f"paired_interval needs arrays of bool, got {correct_a.dtype} and {correct_b.dtype}")
     difference = 100.0 * (correct_a.astype(float) - correct_b)  # (S, N)

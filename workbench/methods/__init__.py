@@ -7,7 +7,7 @@ from workbench.methods.circulant import BlockCirculant
 from workbench.methods.dense import Dense
 from workbench.methods.sparse import TopK
 
-__all__ = ["METHODS", "BlockCirculant", "Dense", "Method", "TopK", "method_from_json", "method_to_json"]
+__all__ = ["METHODS", "BlockCirculant", "Dense", "Method", "TopK", "method_from_json", "method_label", "method_to_json"]
 
 METHODS = {
     "Dense": Dense,
@@ -18,6 +18,12 @@ METHODS = {
 
 def method_to_json(method: Method) -> dict:
     return {"name": type(method).__name__} | asdict(method)
+
+
+def method_label(method: Method) -> str:
+    """Short text for tables and legends, for example "TopK 0.1694" or "BlockCirculant 8 time"."""
+    values = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in asdict(method).values())
+    return " ".join((type(method).__name__, *values))
 
 
 def method_from_json(data) -> Method:
