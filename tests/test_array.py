@@ -151,17 +151,17 @@ def spans(schedule, step=0):
 def test_one_block_by_hand():
     """8 x 8 on 4 x 4 PEs: 4 multiply-accumulates, 4 cycles of pipeline, 2 rows, 3 hops = 13 cycles."""
     found = spans(schedule_layer(dense_layer(hidden_frac=6), SMALL, 1))
-    assert found["drain i hh"][1] - found["mac lstm.weight_hh_l0.i"][0] == 13
+    assert found["drain i hh"][1] - found["mac i hh"][0] == 13
 
 
 def test_one_step_by_hand():
     schedule = schedule_layer(dense_layer(hidden=8, inputs=4), SMALL, 1)
     assert spans(schedule, -1)["x to PEs"] == (0, 4)  # one word per cycle
     assert spans(schedule) == {
-        "mac lstm.weight_ih_l0.i": (4, 10), "mac lstm.weight_ih_l0.f": (6, 12),  # 2 rows x 1 column, then 4 cycles of pipeline
-        "mac lstm.weight_ih_l0.g": (8, 14), "mac lstm.weight_ih_l0.o": (10, 16),
-        "mac lstm.weight_hh_l0.i": (12, 20), "mac lstm.weight_hh_l0.f": (16, 24),  # 2 rows x 2 columns
-        "mac lstm.weight_hh_l0.g": (20, 28), "mac lstm.weight_hh_l0.o": (24, 32),
+        "mac i ih": (4, 10), "mac f ih": (6, 12),  # 2 rows x 1 column, then 4 cycles of pipeline
+        "mac g ih": (8, 14), "mac o ih": (10, 16),
+        "mac i hh": (12, 20), "mac f hh": (16, 24),  # 2 rows x 2 columns
+        "mac g hh": (20, 28), "mac o hh": (24, 32),
         "drain i ih+hh": (20, 25), "drain f ih+hh": (24, 29),  # 2 rows, 3 hops
         "drain g ih+hh": (28, 33), "drain o ih+hh": (32, 37),
         "act i": (25, 31), "act f": (29, 35), "act g": (33, 39),  # 8 values on 4 units: 2 cycles, then 4 of latency

@@ -84,7 +84,7 @@ def test_the_small_control_takes_at_least_the_budget():
 def test_summary_gives_mean_spread_and_the_paired_loss(comparison):
     summary = comparison.summary().set_index("variant")
     rows = comparison.results[comparison.results["variant"] == study.HYBRID]["test_accuracy"]
-    assert summary.loc[study.HYBRID, "test accuracy %"] == pytest.approx(rows.mean())
+    assert summary.loc[study.HYBRID, "accuracy %"] == pytest.approx(rows.mean())
     assert summary.loc[study.HYBRID, "std"] == pytest.approx(np.std(rows, ddof=1))
     dense_rows = comparison.results[comparison.results["variant"] == study.DENSE]["test_accuracy"]
     assert summary.loc[study.HYBRID, "loss (points)"] == pytest.approx(dense_rows.mean() - rows.mean())
@@ -128,9 +128,12 @@ def test_tables_and_figures_of_a_study(comparison, dense, tiny_task):
         "input": False, "pre": False, "sigmoid": True, "tanh": True, "cell": False, "hidden": False}
     assert len(tables.task_table(tiny_task)) == 3 and len(tables.accuracy_table(dense, tiny_task)) == 2
     assert tables.hardware_table(schedules).loc["acceleration", study.DENSE_16] == 1
-    energy = tables.energy_table(schedules)
-    assert energy.query("event == 'macs'")["source"].str.contains("Horowitz").all()
-    assert not tables.layout_table(schedules).empty and not tables.spec_table(preset("vu440")).empty
+    assert list(tables.energy_table(schedules)) == list(schedules)
+    prices = tables.price_table().set_index("event")
+    assert set(prices.index) == set(tables.count_table(schedules).index)
+    assert "Horowitz" in prices.loc["macs", "source"] and "not priced" in prices.loc["link_words", "source"]
+    assert len(tables.sensitivity_summary(sensitivity)) == 16 and len(comparison.by_seed()) == 10
+    assert not tables.layout_table(schedules[study.HYBRID]).empty and not tables.spec_table(preset("vu440")).empty
     recorded = tables.record_study(comparison, schedules, classes, tables.task_table(tiny_task).assign(strength=STRENGTH))
     assert len(recorded["results"]) == 10
     for figure in (plots.sensitivity_figure(sensitivity, classes), plots.accuracy_figure(comparison.results),

@@ -23,8 +23,8 @@ _NAMES = {
         "sensitivity": "Strength classify hybrid_plan search_hybrid sensitive_gates sensitivity_table strengths",
         "study": "array_layers compare sensitivity_over_seeds train_dense variants",
         "sweep": "record run",
-        "tables": "accuracy_table energy_table hardware_table layout_table plan_table present record_study sensitivity_summary"
-        " signal_table spec_table split_table task_table",
+        "tables": "accuracy_table count_table energy_table hardware_table layout_table plan_table present price_table"
+        " record_study sensitivity_summary signal_table spec_table split_table task_table",
         "train": "evaluate fit load_checkpoint paired_interval save_checkpoint",
     }.items()
     for name in names.split()

@@ -121,33 +121,47 @@ def attach(model: nn.Module, packed: PackedModel) -> nn.Module:
         if (layer.input_size, layer.hidden_size) != (rnn.input_size, rnn.hidden_size):
             raise ValueError(f"attach needs input and hidden sizes {(rnn.input_size, rnn.hidden_size)} for {path!r}, "
                              f"got {(layer.input_size, layer.hidden_size)}")
+        integer = IntegerLSTM(layer, rnn.batch_first)
         if not path:
-            return IntegerLSTM(layer, rnn.batch_first)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, IntegerLSTM(layer, rnn.batch_first))
+            return integer
+        # Under every name that the model has for it: under another one the float layer would go on running.
+        for alias in [name for name, module in model.named_modules(remove_duplicate=False) if module is rnn]:
+            parent, _, name = alias.rpartition(".")
+            setattr(model.get_submodule(parent), name, integer)
     return model
 
 
 class IntegerLSTM(nn.Module):
-    """Stands where an nn.LSTM stood and computes it with the integer engine."""
+    """Stands where an nn.LSTM stood and computes it with the integer engine.
+
+    It has the sizes that the module around it may ask for, for example to make an initial state.
+    """
+
+    num_layers, bidirectional, proj_size = 1, False, 0
 
     def __init__(self, layer: PackedLayer, batch_first: bool):
         super().__init__()
         self.layer, self.batch_first = layer, batch_first
+        self.input_size, self.hidden_size = layer.input_size, layer.hidden_size
         self.engine = LayerEngine(layer)
 
-    def forward(self, x, state=None):
-        """x and state as nn.LSTM takes them; returns (output, (h, c)) in x's shape conventions and dtype."""
-        if isinstance(x, PackedSequence):
-            padded, lengths = pad_packed_sequence(x)  # (T, B, input_size); sorted back to the caller's order
-            output, state = self._run(padded, state, lengths.numpy())
-            return pack_padded_sequence(output, lengths, enforce_sorted=False), state
-        if x.ndim == 2:
-            state = state and tuple(s.unsqueeze(1) for s in state)
-            output, (h, c) = self._run(x.unsqueeze(1), state, None)
+    def flatten_parameters(self):
+        """What nn.LSTM offers and modules call; there is nothing to flatten."""
+
+    def forward(self, input, hx=None):
+        """input and hx as nn.LSTM takes and names them; returns (output, (h, c)) in input's shape conventions and dtype."""
+        if isinstance(input, PackedSequence):
+            padded, lengths = pad_packed_sequence(input)  # (T, B, input_size); sorted back to the caller's order
+            output, hx = self._run(padded, hx, lengths.numpy())
+            order = torch.arange(len(lengths)) if input.sorted_indices is None else input.sorted_indices.cpu()
+            packed = pack_padded_sequence(output[:, order.to(output.device)], lengths[order])
+            return PackedSequence(packed.data, input.batch_sizes, input.sorted_indices, input.unsorted_indices), hx
+        if input.ndim == 2:
+            hx = hx and tuple(s.unsqueeze(1) for s in hx)
+            output, (h, c) = self._run(input.unsqueeze(1), hx, None)
             return output.squeeze(1), (h.squeeze(1), c.squeeze(1))
-        output, state = self._run(x.transpose(0, 1) if self.batch_first else x, state, None)
-        return output.transpose(0, 1) if self.batch_first else output, state
+        output, hx = self._run(input.transpose(0, 1) if self.batch_first else input, hx, None)
+        return output.transpose(0, 1) if self.batch_first else output, hx
 
     def _run(self, x, state, lengths):
         signals = self.layer.signals

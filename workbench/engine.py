@@ -31,6 +31,18 @@ def cell_update(layer: PackedLayer, i, f, g, o, c) -> tuple[np.ndarray, np.ndarr
     return requantise(o * tanh_c, s["sigmoid"].frac + s["tanh"].frac, s["hidden"]), c
 
 
+def _integers(name, values, shape, fmt):
+    values = np.asarray(values)
+    # A letter in the expected shape stands for any size.
+    if values.ndim != len(shape) or any(isinstance(n, int) and n != m for n, m in zip(shape, values.shape, strict=True)):
+        raise ValueError(f"the engine needs {name} of shape ({', '.join(map(str, shape))}), got {values.shape}")
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"the engine needs integers as {name}, got {values.dtype}")
+    if values.size and (values.min() < fmt.min or values.max() > fmt.max):
+        raise ValueError(f"the engine needs {name} in {fmt}, got {values.min()} to {values.max()}")
+    return values
+
+
 @dataclass(frozen=True)
 class LayerResult:
     output: np.ndarray  # (T, B, hidden_size) int64 in the hidden format
@@ -55,12 +67,17 @@ class LayerEngine:
         self.bias = np.concatenate([layer.bias[gate] for gate in layer.gates])  # (gates * hidden_size,)
 
     def run(self, x, h=None, c=None, lengths=None) -> LayerResult:
-        """x: (T, B, input_size) integers in the input format; h, c: (B, hidden_size), zero by default;
-        lengths: (B,), the number of steps after which each sequence keeps its state (output 0 from there on)."""
-        layer, (steps, batch, _) = self.layer, x.shape
-        hidden = layer.hidden_size
-        h = np.zeros((batch, hidden), dtype=np.int64) if h is None else h
-        c = np.zeros((batch, hidden), dtype=np.int64) if c is None else c
+        """x: (T, B, input_size) integers in the input format; h, c: (B, hidden_size) in their formats, zero by default;
+        lengths: (B,), the number of steps after which each sequence keeps its state (output 0 from there on).
+        Other shapes, floats and integers outside their format raise ValueError."""
+        layer, hidden = self.layer, self.layer.hidden_size
+        x = _integers("x", x, ("T", "B", layer.input_size), layer.signals["input"])
+        steps, batch, _ = x.shape
+        zeros = np.zeros((batch, hidden), dtype=np.int64)
+        h = _integers("h", zeros if h is None else h, (batch, hidden), layer.signals["hidden"])
+        c = _integers("c", zeros if c is None else c, (batch, hidden), layer.signals["cell"])
+        if lengths is not None and np.shape(lengths) != (batch,):
+            raise ValueError(f"the engine needs lengths of shape ({batch},), got {np.shape(lengths)}")
         from_input = self.products["ih"](x) + self.bias  # (T, B, gates * hidden_size)
         output = np.zeros((steps, batch, hidden), dtype=np.int64)
         for t in range(steps):
@@ -69,7 +86,7 @@ class LayerEngine:
                      for gate, part in zip(layer.gates, np.split(acc, len(layer.gates), axis=1), strict=True))
             new_h, new_c = cell_update(layer, *gates, c)
             if lengths is not None:
-                alive = (t < lengths)[:, None]
+                alive = (t < np.asarray(lengths))[:, None]
                 new_c, h = np.where(alive, new_c, c), np.where(alive, new_h, h)
                 output[t] = np.where(alive, new_h, 0)
             else:
@@ -79,11 +96,5 @@ class LayerEngine:
 
 
 def run_layer(layer: PackedLayer, x, h0=None, c0=None, lengths=None) -> LayerResult:
-    """One layer over a batch of integer sequences; see LayerEngine.run for shapes. Bad input raises ValueError."""
-    x = np.asarray(x)
-    if x.ndim != 3 or x.shape[2] != layer.input_size:
-        raise ValueError(f"run_layer needs x of shape (T, B, {layer.input_size}), got {x.shape}")
-    fmt = layer.signals["input"]
-    if x.dtype.kind not in "iu" or (x.size and (x.min() < fmt.min or x.max() > fmt.max)):
-        raise ValueError(f"run_layer needs integers of {fmt}, got {x.dtype} from {x.min()} to {x.max()}")
+    """One layer over a batch of integer sequences: LayerEngine.run, for a single call."""
     return LayerEngine(layer).run(x, h0, c0, lengths)

@@ -48,11 +48,12 @@ class QFormat:
 
     def quantise(self, x) -> np.ndarray:
         """Real numbers -> int64 integers of this format, half up, saturating. NaN raises ValueError."""
-        t = np.ldexp(np.asarray(x, dtype=np.float64), self.frac)
-        if np.isnan(t).any():
-            raise ValueError(f"{self} cannot hold NaN: {int(np.isnan(t).sum())} of {t.size} values are NaN")
-        # Half up through floor: adding 0.5 first would round 0.49999999999999994 up. Saturating first keeps infinities out.
-        t = np.clip(t, self.min, self.max)
+        x = np.asarray(x, dtype=np.float64)
+        if np.isnan(x).any():
+            raise ValueError(f"{self} cannot hold NaN: {int(np.isnan(x).sum())} of {x.size} values are NaN")
+        # Saturating before scaling keeps infinities and overflow out. Half up through floor: adding 0.5 first would
+        # round 0.49999999999999994 up.
+        t = np.ldexp(np.clip(x, self.dequantise(self.min), self.dequantise(self.max)), self.frac)
         floor = np.floor(t)
         return (floor + (t - floor >= 0.5)).astype(np.int64)
 
@@ -111,6 +112,7 @@ class ExactMatrix:
 TABLE_RANGE_LOG2 = 3  # the table covers |x| in [0, 8); beyond it the last knot holds
 TABLE_SEGMENTS_LOG2 = 8  # 256 segments
 KNOT_FRAC = 15  # knots are 16-bit unsigned words with 15 fraction bits, so that 1.0 is one of them
+MAX_LOOKUP_FRAC = 48  # of a table's input: interpolation at more fraction bits would leave 64-bit integers
 
 
 @dataclass(frozen=True)
@@ -141,11 +143,14 @@ class ActivationTable:
         return self.knots[:-1], np.diff(self.knots)
 
     def lookup(self, q, in_fmt: QFormat, out_fmt: QFormat) -> np.ndarray:
-        """Integers of in_fmt -> integers of out_fmt, the same shape."""
+        """Integers of in_fmt (at most MAX_LOOKUP_FRAC fraction bits) -> integers of out_fmt, the same shape."""
+        if in_fmt.frac > MAX_LOOKUP_FRAC:
+            raise ValueError(f"ActivationTable needs inputs of at most {MAX_LOOKUP_FRAC} fraction bits, got {in_fmt}")
         q = np.asarray(q, dtype=np.int64)
         # Position = segment + remainder / 2**rest; a coarse input format falls on the knots themselves.
         rest = max(in_fmt.frac - (TABLE_SEGMENTS_LOG2 - TABLE_RANGE_LOG2), 0)
-        coarse = max((TABLE_SEGMENTS_LOG2 - TABLE_RANGE_LOG2) - in_fmt.frac, 0)
+        # With steps of 8 and more every code but 0 lies at or beyond the last knot, as it does with steps of 8.
+        coarse = min(max((TABLE_SEGMENTS_LOG2 - TABLE_RANGE_LOG2) - in_fmt.frac, 0), TABLE_SEGMENTS_LOG2)
         end = 1 << TABLE_SEGMENTS_LOG2
         magnitude = np.minimum(np.abs(q), (end << rest) >> coarse) << coarse
         segment = np.minimum(magnitude >> rest, end - 1)

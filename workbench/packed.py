@@ -5,6 +5,7 @@ A block's storage is counted from the byte arrays that are really written. Nothi
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,7 +31,9 @@ def pack_bits(values, bits: int) -> np.ndarray:
 
 
 def unpack_bits(data, bits: int, count: int, signed: bool) -> np.ndarray:
-    """The inverse of pack_bits: (count,) int64."""
+    """The inverse of pack_bits: (count,) int64. Bytes that are not of that count raise ValueError."""
+    if data.size != -(-bits * count // 8):
+        raise ValueError(f"unpack_bits needs {-(-bits * count // 8)} bytes for {count} words of {bits} bits, got {data.size}")
     planes = np.unpackbits(data, count=bits * count).reshape(count, bits).astype(np.int64)
     weights = 1 << np.arange(bits - 1, -1, -1, dtype=np.int64)
     if signed:
@@ -39,8 +42,21 @@ def unpack_bits(data, bits: int, count: int, signed: bool) -> np.ndarray:
 
 
 def _check_values(who, values, fmt):
+    if values.dtype != np.int64:
+        raise ValueError(f"{who} needs integers of {fmt} as int64, got {values.dtype}")
     if values.size and (values.min() < fmt.min or values.max() > fmt.max):
         raise ValueError(f"{who} needs integers of {fmt}, got {values.min()} to {values.max()}")
+
+
+def _ratio(dense, stored) -> float:
+    return dense / stored if stored else math.inf  # a block that is all zero may store nothing
+
+
+def _check_product(who, *formats):
+    # The multiplier is signed: an unsigned operand takes one bit more.
+    widths = sorted(fmt.bits + (not fmt.signed) for fmt in formats)
+    if widths[0] > 18 or widths[1] > 27:
+        raise ValueError(f"{who} needs operands of 18 x 27 bits (DSP48E2), got {formats[0]} x {formats[1]}")
 
 
 class _Stored:
@@ -59,6 +75,11 @@ class _Stored:
     @property
     def storage_bits(self) -> int:
         return 8 * sum(a.nbytes for a in self.arrays.values())
+
+    @property
+    def cr_disk(self) -> float:
+        """32 * weights of the block / every bit written for it."""
+        return _ratio(32 * self.shape[0] * self.shape[1], self.storage_bits)
 
 
 @dataclass(frozen=True)
@@ -115,10 +136,10 @@ class PackedSparse(_Stored):
 
     def __post_init__(self):
         _check_values("PackedSparse", self.values, self.fmt)
-        positions = self._positions
         if not self.rows.shape == self.cols.shape == self.values.shape or self.values.ndim != 1:
             raise ValueError("PackedSparse needs rows, cols and values of one length, got "
                              f"{self.rows.shape}, {self.cols.shape} and {self.values.shape}")
+        positions = self._positions
         if positions.size and (
             np.any(np.diff(positions) <= 0) or positions[0] < 0 or self.rows[-1] >= self.shape[0]
             or self.cols.min() < 0 or self.cols.max() >= self.shape[1]
@@ -253,7 +274,7 @@ class PackedLayer:
 
     blocks: block name -> packed block; bias: gate -> (hidden_size,) integers at the gate's aligned fraction bits;
     signals: input, pre, sigmoid, tanh, cell, hidden -> QFormat; tables: sigmoid, tanh -> ActivationTable.
-    Refused when an operand exceeds the 18 x 27 bits of a DSP48E2, a bias exceeds 32 bits or a row could leave acc_bits.
+    Refused when an operand exceeds the 18 x 27 bits of a DSP48E2, a bias exceeds 32 bits or a sum could leave acc_bits.
     """
 
     cell: str
@@ -266,13 +287,14 @@ class PackedLayer:
     def __post_init__(self):
         if self.cell != "LSTM":
             raise ValueError(f"PackedLayer holds LSTM layers so far, got {self.cell!r}")
-        if tuple(self.signals) != SIGNALS:
+        if set(self.signals) != set(SIGNALS):
             raise ValueError(f"PackedLayer needs the signals {', '.join(SIGNALS)}, got {', '.join(self.signals)}")
         for (part, signal), gate in ((p, g) for p in PARTS.items() for g in self.gates):
-            widths = sorted((self.block(part, gate).fmt.bits, self.signals[signal].bits))
-            if widths[0] > 18 or widths[1] > 27:
-                raise ValueError(f"{self.block_name(part, gate)} needs operands of 18 x 27 bits (DSP48E2), got "
-                                 f"{self.block(part, gate).fmt} x {self.signals[signal]}")
+            _check_product(self.block_name(part, gate), self.block(part, gate).fmt, self.signals[signal])
+            expected = (self.hidden_size, self.input_size if part == "ih" else self.hidden_size)
+            if self.block(part, gate).shape != expected:
+                raise ValueError(f"{self.block_name(part, gate)} needs shape {expected}, got {self.block(part, gate).shape}")
+        self._check_cell()
         for gate in self.gates:
             if self.bias[gate].shape != (self.hidden_size,):
                 raise ValueError(f"the bias of gate {gate} needs shape ({self.hidden_size},), got {self.bias[gate].shape}")
@@ -281,6 +303,16 @@ class PackedLayer:
             if bound >= 1 << (self.acc_bits - 1):
                 raise ValueError(f"gate {gate} needs an accumulator under {self.acc_bits} bits, but a row could reach "
                                  f"{bound} ({bound.bit_length() + 1} bits)")
+
+    def _check_cell(self):
+        s = self.signals
+        _check_product("f*c", s["sigmoid"], s["cell"])
+        _check_product("i*g and o*tanh(c)", s["sigmoid"], s["tanh"])
+        frac = max(s["cell"].frac, s["tanh"].frac)
+        bound = s["sigmoid"].magnitude * sum(s[name].magnitude << (frac - s[name].frac) for name in ("cell", "tanh"))
+        if bound >= 1 << (self.acc_bits - 1):
+            raise ValueError(f"f*c + i*g needs an accumulator under {self.acc_bits} bits, but could reach {bound} "
+                             f"({bound.bit_length() + 1} bits) with cell {s['cell']} and tanh {s['tanh']}")
 
     @classmethod
     def from_float_bias(cls, cell, blocks, bias, signals, tables, acc_bits=48) -> "PackedLayer":
@@ -345,7 +377,7 @@ PARTS = {"ih": "input", "hh": "hidden"}  # part of a gate -> the signal that it 
 class PackedModel:
     """All packed layers of a model. layers: layer name ("lstm.l0") -> PackedLayer.
 
-    rnn_bias_params and other_params: numbers of float parameters of the source model outside the RNN weight matrices,
+    rnn_bias_params (b_ih and b_hh merged) and other_params: numbers of parameters outside the RNN weight matrices,
     reported apart from the ratios and never hidden.
     """
 
@@ -380,23 +412,23 @@ class PackedModel:
     @property
     def cr_params(self) -> float:
         """Dense weights / stored values."""
-        return self.dense_weights / self._sum(lambda b: b.stored_values)
+        return _ratio(self.dense_weights, self._sum(lambda b: b.stored_values))
 
     @property
     def cr_bits(self) -> float:
         """32 * dense weights / value bits."""
-        return 32 * self.dense_weights / self.value_bits
+        return _ratio(32 * self.dense_weights, self.value_bits)
 
     @property
     def cr_disk(self) -> float:
         """32 * dense weights / every bit written for the RNN weight matrices."""
-        return 32 * self.dense_weights / self.storage_bits
+        return _ratio(32 * self.dense_weights, self.storage_bits)
 
     @property
     def cr_model(self) -> float:
         """The whole model: biases and all other parameters stay at 32 bits."""
         rest = 32 * (self.rnn_bias_params + self.other_params)
-        return (32 * self.dense_weights + rest) / (self.storage_bits + rest)
+        return _ratio(32 * self.dense_weights + rest, self.storage_bits + rest)
 
     def save(self, path) -> Path:
         """Write one safetensors file (atomically): bit-packed payload, JSON manifest, SHA-256 of both."""
@@ -419,7 +451,7 @@ class PackedModel:
         manifest = json.dumps({
             "layers": layers, "rnn_bias_params": self.rnn_bias_params, "other_params": self.other_params,
             "metadata": self.metadata,
-        }, sort_keys=True)
+        })
         header = {"format": FILE_FORMAT, "version": str(FILE_VERSION), "manifest": manifest,
                   "sha256": _digest(manifest, tensors)}
         temporary = path.with_name(path.name + f".tmp{os.getpid()}")
@@ -460,7 +492,7 @@ def load(path) -> PackedModel:
         manifest = json.loads(header["manifest"])
         layers = {name: _restore_layer(name, about, tensors) for name, about in manifest["layers"].items()}
         return PackedModel(layers, manifest["rnn_bias_params"], manifest["other_params"], manifest["metadata"])
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"load found a packed model with a broken manifest in {path}: {error!r}") from error
 
 

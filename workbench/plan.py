@@ -1,6 +1,7 @@
 """Plan: which method and number format each block gets, and the formats of the signals. Plain data, JSON in and out."""
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Plan:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"Plan knows the activations {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         for layer, signals in self.signals.items():
-            if tuple(signals) != SIGNALS:
+            if set(signals) != set(SIGNALS):
                 raise ValueError(f"Plan needs the signals {', '.join(SIGNALS)} of {layer}, got {', '.join(signals) or 'none'}")
 
     def check(self, model: torch.nn.Module) -> None:
@@ -70,7 +71,7 @@ class Plan:
         if isinstance(source, (str, Path)):
             text = str(source)
             if not text.lstrip().startswith("{"):
-                if not Path(text).is_file():
+                if not os.path.isfile(text):  # unlike Path.is_file, also for text too long for a path
                     raise ValueError(f"Plan.read needs a dict, a JSON object or the path of a file, got {text!r}")
                 text = Path(text).read_text()
             try:
@@ -80,7 +81,10 @@ class Plan:
         keys = {"blocks", "signals", "activation"}
         if not isinstance(source, dict) or set(source) != keys:
             raise ValueError(f"a plan needs exactly the keys {', '.join(sorted(keys))}, got {_keys(source)}")
-        planned = {}
+        for key in ("blocks", "signals"):
+            if not isinstance(source[key], dict):
+                raise ValueError(f"a plan needs an object as {key}, got {source[key]!r}")
+        planned, signals = {}, {}
         for name, entry in source["blocks"].items():
             if not isinstance(entry, dict) or set(entry) != {"method", "format"}:
                 raise ValueError(f"block {name} of a plan needs exactly the keys method and format, got {_keys(entry)}")
@@ -88,8 +92,13 @@ class Plan:
                 planned[name] = BlockPlan(method_from_json(entry["method"]), QFormat.from_json(entry["format"]))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"block {name}: {error}") from error
-        signals = {layer: {name: QFormat.from_json(fmt) for name, fmt in formats.items()}
-                   for layer, formats in source["signals"].items()}
+        for layer, formats in source["signals"].items():
+            if not isinstance(formats, dict):
+                raise ValueError(f"the signals of layer {layer} need an object, got {formats!r}")
+            try:
+                signals[layer] = {name: QFormat.from_json(fmt) for name, fmt in formats.items()}
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"the signals of layer {layer}: {error}") from error
         return cls(planned, signals, source["activation"])
 
     def table(self, packed: PackedModel) -> list[dict]:
@@ -101,7 +110,7 @@ class Plan:
                          "weight bits": entry.format.bits, "fraction bits": entry.format.frac,
                          "stored values": block.stored_values, "value bits": block.value_bits,
                          "index bits": block.index_bits,
-                         "cr_disk": 32 * block.shape[0] * block.shape[1] / block.storage_bits})
+                         "cr_disk": block.cr_disk})
         return rows
 
 

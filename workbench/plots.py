@@ -66,8 +66,9 @@ def gantt_figure(schedule, step: int) -> Figure:
         axis.barh(row, width, 0.7, left=op["start"] - first, color=COLOURS[op["kind"]], edgecolor="white", linewidth=0.6)
     last = max(op["end"] for op in operations) - first
     for op in operations:
-        if op["end"] - op["start"] > 0.05 * last:
-            axis.text((op["start"] + op["end"]) / 2 - first, resources.index(op["resource"]), op["name"], ha="center",
+        label = op["name"].removeprefix(f"{op['kind']} ")
+        if op["end"] - op["start"] > 0.011 * last * len(label):  # where the label has room
+            axis.text((op["start"] + op["end"]) / 2 - first, resources.index(op["resource"]), label, ha="center",
                       va="center", fontsize=7, color="white", clip_on=True)
     kinds = list(dict.fromkeys(op["kind"] for op in operations))
     axis.legend(handles=[Patch(color=COLOURS[kind], label=kind) for kind in kinds], ncols=len(kinds), fontsize="small",

@@ -15,15 +15,15 @@ MAX_WEIGHT_FRAC = 14
 def weight_format(w: torch.Tensor, bits: int) -> QFormat:
     """The signed format of that width with the least squared error over the non-zero entries of w.
 
-    Candidates: the finest format that saturates nothing, and three finer ones that clip the largest values; none is
-    finer than MAX_WEIGHT_FRAC, because the bias is stored in 32 bits at the fraction bits of the products.
+    Candidates: the finest format that holds the power of two at or above the largest magnitude, and four finer ones
+    (of equal ones the finest is taken); none is finer than MAX_WEIGHT_FRAC, because the bias is stored in 32 bits at the fraction bits of the products.
     """
     values = w.detach().double()
     values = values[values != 0].cpu().numpy()
     if values.size == 0:
         return QFormat(bits, min(bits - 1, MAX_WEIGHT_FRAC))
-    first = bits - 1 - math.ceil(math.log2(abs(values).max()))
-    candidates = [QFormat(bits, min(frac, MAX_WEIGHT_FRAC)) for frac in range(first, first + 4)]
+    first = bits - 2 - math.ceil(math.log2(abs(values).max()))
+    candidates = [QFormat(bits, min(frac, MAX_WEIGHT_FRAC)) for frac in range(first + 4, first - 1, -1)]
     return min(candidates, key=lambda fmt: float(((fmt.dequantise(fmt.quantise(values)) - values) ** 2).sum()))
 
 
@@ -35,24 +35,28 @@ def _range_format(largest: float, bits: int) -> QFormat:
 def calibrate(model: torch.nn.Module, batches, bits: int = 16) -> dict[str, dict[str, QFormat]]:
     """Signal formats of every layer from data: layer name -> {input, pre, sigmoid, tanh, cell, hidden -> QFormat}.
 
-    batches: iterable of the model's arguments, each a tuple or one tensor. Ranges of input, pre-activations and cell
+    batches: iterable of the model's arguments, each a tuple, one tensor or one packed sequence. Ranges of input, pre-activations and cell
     are the largest magnitudes seen, plus one bit of headroom; pre-activations need no range beyond the tables' 8.
+    The model runs in evaluation mode and is left as it was. No batch and values that are not finite raise ValueError.
     """
     check_supported(model)
     ranges = {name: {"input": 0.0, "pre": 0.0, "cell": 0.0} for name in rnns(model)}
-    hooks = [rnn.register_forward_pre_hook(lambda rnn, args, name=name: _record(rnn, args, ranges[name]))
+    hooks = [rnn.register_forward_pre_hook(lambda rnn, args, kwargs, name=name: _record(rnn, args, kwargs, ranges[name]),
+                                           with_kwargs=True)
              for name, rnn in rnns(model).items()]
-    training, seen = model.training, 0
+    training, seen = {module: module.training for module in model.modules()}, 0
     model.eval()
     try:
         with torch.no_grad():
             for batch in batches:
-                model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+                several = isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence)
+                model(*batch) if several else model(batch)
                 seen += 1
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
     if not seen:
         raise ValueError("calibrate needs at least one batch, got none")
     return {layer_name(name): {
@@ -70,22 +74,33 @@ def layer_name(rnn: str) -> str:
     return f"{rnn}.l0" if rnn else "l0"
 
 
-def _record(lstm, args, largest):
-    x, *state = args
+def _record(lstm, args, kwargs, largest):
+    arguments = dict(zip(("input", "hx"), args, strict=False)) | kwargs  # the names of nn.LSTM.forward
+    x, state, lengths = arguments["input"], arguments.get("hx"), None
     if isinstance(x, PackedSequence):
-        x, _ = pad_packed_sequence(x, batch_first=lstm.batch_first)
-    if lstm.batch_first:
+        x, lengths = pad_packed_sequence(x)
+    elif x.ndim == 2:
+        x, state = x.unsqueeze(1), state and tuple(s.unsqueeze(1) for s in state)
+    elif lstm.batch_first:
         x = x.transpose(0, 1)  # (T, B, input_size)
-    batch = x.shape[1]
-    h, c = (s[0] for s in state[0]) if state and state[0] is not None else [x.new_zeros(batch, lstm.hidden_size)] * 2
+    h, c = [x.new_zeros(x.shape[1], lstm.hidden_size)] * 2 if state is None else (s[0] for s in state)
     bias = lstm.bias_ih_l0 + lstm.bias_hh_l0 if lstm.bias else x.new_zeros(4 * lstm.hidden_size)
     from_input = x @ lstm.weight_ih_l0.T + bias  # (T, B, 4 * hidden_size)
     w_hh = lstm.weight_hh_l0.T
-    for step in from_input:
+    _widen(largest, "input", x)
+    _widen(largest, "cell", c)
+    for t, step in enumerate(from_input):
         pre = step + h @ w_hh
         i, f, g, o = pre.chunk(4, dim=1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
-        largest["pre"] = max(largest["pre"], pre.abs().max().item())
-        largest["cell"] = max(largest["cell"], c.abs().max().item())
-    largest["input"] = max(largest["input"], x.abs().max().item())
+        alive = slice(None) if lengths is None else t < lengths  # a packed sequence has no steps beyond its own
+        _widen(largest, "pre", pre[alive])
+        _widen(largest, "cell", c[alive])
+
+
+def _widen(largest, name, values):
+    value = values.abs().max().item()
+    if not math.isfinite(value):
+        raise ValueError(f"calibrate needs finite values, got {value} in {name}")
+    largest[name] = max(largest[name], value)

@@ -120,6 +120,13 @@ class Comparison:
     packed: dict[str, dict[int, PackedModel]]
     plans: dict[str, dict[int, Plan]]
 
+    def by_seed(self) -> pd.DataFrame:
+        """One row per variant and seed: ratio, validation before and after retraining, test (accuracies in percent)."""
+        names = {"variant": "variant", "seed": "seed", "cr_disk": "cr_disk", "valid_accuracy_before": "validation before %",
+                 "valid_accuracy": "after %", "valid_loss": "cross-entropy", "test_accuracy": "test %",
+                 "test_loss": "test cross-entropy"}
+        return self.results[list(names)].rename(columns=names)
+
     def ratios(self) -> pd.DataFrame:
         """One row a variant: every compression ratio, mean over the seeds; cr_model counts the whole model."""
         columns = ["cr_params", "cr_bits", "cr_disk", "cr_model", "rnn_bytes"]
@@ -132,11 +139,10 @@ class Comparison:
         for variant, group in self.results.groupby("variant", sort=False):
             low, mean, high = paired_interval(self.correct[DENSE], self.correct[variant], seed=0)
             rows.append({
-                "variant": variant, "hidden size": int(group["hidden_size"].iloc[0]), "arithmetic": group["arithmetic"].iloc[0],
-                "cr_disk": group["cr_disk"].mean(), "RNN bytes": group["rnn_bytes"].mean(),
-                "test accuracy %": group["test_accuracy"].mean(), "std": group["test_accuracy"].std(ddof=1),
-                "cross-entropy": group["test_loss"].mean(), "loss (points)": mean, "low": low, "high": high,
-                "seeds": len(group),
+                "variant": variant, "units": int(group["hidden_size"].iloc[0]), "arithmetic": group["arithmetic"].iloc[0],
+                "cr_disk": group["cr_disk"].mean(), "accuracy %": group["test_accuracy"].mean(),
+                "std": group["test_accuracy"].std(ddof=1), "cross-entropy": group["test_loss"].mean(),
+                "loss (points)": mean, "low": low, "high": high, "seeds": len(group),
             })
         return pd.DataFrame(rows)
 

@@ -7,8 +7,8 @@ from numbers import Number
 import pandas as pd
 
 from workbench.array import ArraySpec, Schedule
-from workbench.array.cost import STATIC_POWER, compare, energy
-from workbench.array.schedule import SPLIT
+from workbench.array.cost import PJ_PER_EVENT, STATIC_POWER, compare, energy
+from workbench.array.schedule import EVENTS, SPLIT
 from workbench.study import HYBRID, Comparison
 from workbench.sweep import record
 from workbench.tasks import Task
@@ -25,8 +25,9 @@ def present(frame: pd.DataFrame, index: bool = False):
     # Styler's own identifiers are random; the same table must give the same report.
     identifier = hashlib.sha256(frame.to_csv().encode()).hexdigest()[:8]
     style = frame.style.set_uuid(identifier).format(_cell, escape="html").format_index(escape="html", axis=1)
-    style = style.set_table_attributes('class="dataframe"').set_properties(subset=texts, **{"text-align": "left"})
-    style = style.set_properties(subset=long, **{"white-space": "normal", "min-width": "16em"})
+    left, wrapped = ("text-align", "left"), [("white-space", "normal"), ("min-width", "16em")]
+    style = style.set_table_attributes('class="dataframe"').set_table_styles(
+        {name: [{"selector": "", "props": [left, *(wrapped if name in long else [])]}] for name in texts})
     return style if index else style.hide(axis="index")
 
 
@@ -54,8 +55,12 @@ def accuracy_table(models: dict, task: Task) -> pd.DataFrame:
 
 
 def sensitivity_summary(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per block and method, numbers averaged over the seeds; recovery_epochs is the mean of the seeds that recover."""
-    return table.drop(columns="seed").groupby(["block", "gate", "method"], sort=False).mean().reset_index()
+    """One row per block and method, averaged over the seeds (recovery epochs: over the seeds that recover)."""
+    names = {"loss_before": "loss before", "loss_after": "after", "accuracy_before": "accuracy before %",
+             "accuracy_after": "after %", "recovered": "recovered", "recovery_epochs": "in epochs",
+             "excess_loss": "excess loss"}
+    means = table.astype({"recovery_epochs": float}).groupby(["block", "method"], sort=False)[list(names)].mean()
+    return means.reset_index().rename(columns=names)
 
 
 def plan_table(comparison: Comparison, seed: int) -> pd.DataFrame:
@@ -98,18 +103,30 @@ def layout_table(schedule: Schedule) -> pd.DataFrame:
 
 
 def energy_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
-    """Modelled dynamic energy of the sequence in nJ, low and high, an event a row; events without a source have none."""
-    rows = []
+    """Modelled dynamic energy of the sequence, "low to high" in nJ: a row an event and their sum, a column a plan."""
+    columns = {}
     for label, schedule in schedules.items():
         modelled = energy(schedule.counts())
-        rows += [{"plan": label, "event": row["event"], "count": row["count"], "low (nJ)": row["low_pj"] / 1000,
-                  "high (nJ)": row["high_pj"] / 1000, "source": row["source"]} for row in modelled.rows]
-        rows.append({"plan": label, "event": "dynamic, total", "low (nJ)": modelled.low_pj / 1000,
-                     "high (nJ)": modelled.high_pj / 1000, "source": "sum of the rows above"})
-        rows += [{"plan": label, "event": event, "count": count, "source": "none found: counted, not priced"}
-                 for event, count in modelled.without_source.items()]
-        rows.append({"plan": label, "event": "static", "source": STATIC_POWER})
-    return pd.DataFrame(rows)
+        columns[label] = {row["event"]: _interval(row["low_pj"], row["high_pj"]) for row in modelled.rows}
+        columns[label] |= {"dynamic, total": _interval(modelled.low_pj, modelled.high_pj), "static": STATIC_POWER}
+    return pd.DataFrame(columns)
+
+
+def _interval(low_pj, high_pj):
+    return f"{_cell(low_pj / 1000)} to {_cell(high_pj / 1000)}"
+
+
+def price_table() -> pd.DataFrame:
+    """Every event that the array counts: its price, low and high in pJ, and where the price comes from."""
+    priced = {event: {"low (pJ)": low, "high (pJ)": high, "source": source}
+              for event, (low, high, source) in PJ_PER_EVENT.items()}
+    return pd.DataFrame([{"event": event} | priced.get(event, {"source": "none found: counted, not priced"})
+                         for event in EVENTS])
+
+
+def count_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
+    """Events of the whole sequence: a row an event, a column a plan."""
+    return pd.DataFrame({label: schedule.counts() for label, schedule in schedules.items()})
 
 
 def record_study(comparison: Comparison, schedules: dict[str, Schedule], classes: pd.DataFrame, search: pd.DataFrame) -> dict:

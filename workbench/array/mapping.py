@@ -561,10 +561,10 @@ class _ProgramBuilder:
         """The resident words, then chunk after chunk of the streamed ones, each after its load."""
         block, rows = self.blocks[part, entry.gate], (entry.low, entry.high)
         counts, first = block.words_between(*rows), resident[entry, part]
-        name = self.layer.block_name(part, entry.gate)
 
         def mac(words, chunk=-1):
-            return Instruction(f"mac {name}", "mac", f"PEs {region}", entry.gate, (part,), region, rows, words, group, chunk)
+            return Instruction(f"mac {entry.gate} {part}", "mac", f"PEs {region}", entry.gate, (part,), region, rows, words,
+                               group, chunk)
 
         made = [mac((0, first))] if first else []
         size = self.layout.stream_words // words_taken(block, self.spec)

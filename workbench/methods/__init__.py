@@ -31,7 +31,7 @@ def method_from_json(data) -> Method:
     if not isinstance(data, dict) or "name" not in data:
         raise ValueError(f'a method needs {{"name": ..., parameters}}, got {data!r}')
     arguments = {key: value for key, value in data.items() if key != "name"}
-    if data["name"] not in METHODS:
+    if data["name"] not in list(METHODS):  # of a list, so that a name that cannot be hashed is refused likewise
         raise ValueError(f"the methods are {', '.join(METHODS)}, got {data['name']!r}")
     cls = METHODS[data["name"]]
     known = [f.name for f in fields(cls)]

@@ -26,7 +26,8 @@ class TopK:
         return torch.topk(w.detach().abs().flatten(), count, sorted=False).indices.sort().values
 
     def project(self, w):
-        return _scatter(w.flatten()[self.support(w)], self.support(w), w.shape)
+        support = self.support(w)
+        return _scatter(w.flatten()[support], support, w.shape)
 
     def constrain(self, w, fmt):
         return _SparseWeights(self.support(w), w.shape, fmt)
