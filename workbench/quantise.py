@@ -16,7 +16,8 @@ def weight_format(w: torch.Tensor, bits: int) -> QFormat:
     """The signed format of that width with the least squared error over the non-zero entries of w.
 
     Candidates: the finest format that holds the power of two at or above the largest magnitude, and four finer ones
-    (of equal ones the finest is taken); none is finer than MAX_WEIGHT_FRAC, because the bias is stored in 32 bits at the fraction bits of the products.
+    (of equal ones the finest is taken); none is finer than MAX_WEIGHT_FRAC, because the bias is stored in 32 bits at the
+    fraction bits of the products.
     """
     values = w.detach().double()
     values = values[values != 0].cpu().numpy()
@@ -35,8 +36,9 @@ def _range_format(largest: float, bits: int) -> QFormat:
 def calibrate(model: torch.nn.Module, batches, bits: int = 16) -> dict[str, dict[str, QFormat]]:
     """Signal formats of every layer from data: layer name -> {input, pre, sigmoid, tanh, cell, hidden -> QFormat}.
 
-    batches: iterable of the model's arguments, each a tuple, one tensor or one packed sequence. Ranges of input, pre-activations and cell
-    are the largest magnitudes seen, plus one bit of headroom; pre-activations need no range beyond the tables' 8.
+    batches: iterable of the model's arguments, each a tuple, one tensor or one packed sequence. Ranges of input,
+    pre-activations and cell are the largest magnitudes seen, plus one bit of headroom; pre-activations need no range
+    beyond the tables' 8.
     The model runs in evaluation mode and is left as it was. No batch and values that are not finite raise ValueError.
     """
     check_supported(model)

@@ -570,12 +570,14 @@ class _ProgramBuilder:
         size = self.layout.stream_words // words_taken(block, self.spec)
         for low in range(first, int(counts.max()), max(size, 1)):
             if not size:
-                raise ValueError(f"a streaming buffer of {self.layout.stream_words} words cannot hold one word of {name} "
+                raise ValueError(f"a streaming buffer of {self.layout.stream_words} words cannot hold one word of "
+                                 f"{entry.gate} {part} "
                                  f"({block.word_bits} bits)")
             words, chunk = (low, min(low + size, int(counts.max()))), self.chunks[region]
             self.chunks[region] += 1
             self.streamed_bits += int((np.minimum(counts, words[1]) - np.minimum(counts, low)).sum()) * block.word_bits
-            made += [Instruction(f"load {name}", "load", "loader", entry.gate, (part,), region, rows, words, group, chunk),
+            made += [Instruction(f"load {entry.gate} {part}", "load", "loader", entry.gate, (part,), region, rows, words, group,
+                                 chunk),
                      mac(words, chunk)]
         return made
 
