@@ -113,6 +113,25 @@ def test_bad_input_is_refused_before_any_training(tiny_task, dense):
         study.train_dense(tiny_task, -8, [0], epochs=1, workers=1)
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    ({"hidden_size": -8}, "positive hidden_size that 8 divides, got -8"),
+    ({"hidden_size": 12}, "that 8 divides, got 12"),
+    ({"target_cr_disk": 0.9}, "at least 1, got 0.9"),
+    ({"seeds": [1, 1]}, "different seeds"),
+    ({"epochs": 0}, "epochs of at least 1, got 0"),
+    ({"retrain_epochs": -1}, "epochs of at least 1, got -1"),
+    ({"distillation_weight": 1.5}, r"distillation_weight in \[0, 1\], got 1.5"),
+    ({"steps": 0}, "at least 1 step, got 0"),
+    ({"workers": 0}, "at least 1 worker, got 0"),
+])
+def test_a_study_is_checked_before_training(tiny_task, change, message):
+    good = {"hidden_size": 16, "target_cr_disk": 10.0, "seeds": [0], "epochs": 1, "retrain_epochs": 1,
+            "distillation_weight": 0.0, "steps": 1, "workers": 1}
+    study.check_study(tiny_task, **good)
+    with pytest.raises(ValueError, match=message):
+        study.check_study(tiny_task, **(good | change))
+
+
 def test_tables_and_figures_of_a_study(comparison, dense, tiny_task):
     sensitivity = study.sensitivity_over_seeds(tiny_task, dense, [TopK(0.25), BlockCirculant(4)], bits=8, epochs=0, workers=2)
     assert len(sensitivity) == 2 * 2 * 8

@@ -21,7 +21,7 @@ _NAMES = {
         "quantise": "calibrate weight_format",
         "report": "show",
         "sensitivity": "Strength classify hybrid_plan search_hybrid sensitive_gates sensitivity_table strengths",
-        "study": "array_layers compare sensitivity_over_seeds train_dense variants",
+        "study": "array_layers check_study compare sensitivity_over_seeds train_dense variants",
         "sweep": "record run",
         "tables": "accuracy_table count_table energy_table hardware_table layout_table plan_table present price_table"
         " record_study sensitivity_summary signal_table spec_table split_table task_table",

@@ -287,6 +287,8 @@ class PackedLayer:
     def __post_init__(self):
         if self.cell != "LSTM":
             raise ValueError(f"PackedLayer holds LSTM layers so far, got {self.cell!r}")
+        if not isinstance(self.acc_bits, int) or not 2 <= self.acc_bits <= 62:  # above 62 a rounding could leave int64
+            raise ValueError(f"PackedLayer needs whole acc_bits from 2 to 62, got {self.acc_bits!r}")
         if set(self.signals) != set(SIGNALS):
             raise ValueError(f"PackedLayer needs the signals {', '.join(SIGNALS)}, got {', '.join(self.signals)}")
         for (part, signal), gate in ((p, g) for p in PARTS.items() for g in self.gates):

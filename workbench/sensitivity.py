@@ -159,6 +159,7 @@ def search_hybrid(model: torch.nn.Module, task: Task, sensitive: list[str], targ
     Columns: strength, keep (fraction of the sensitive gates, None without one), cr_disk, valid_loss, valid_accuracy.
     ValueError when none meets it.
     """
+    check_target(target_cr_disk)
     signals = calibrate(model, calibration_batches(task))
     rows, refused = [], []
     for strength in strengths:
@@ -196,5 +197,10 @@ def uniform_topk(model: torch.nn.Module, bits: int, target_cr_disk: float, signa
 
 
 def strengths(hidden_size: int) -> list[Strength]:
-    """The candidates of search_hybrid: power-of-two blocks that divide the hidden size, 4 to 6 bits, Top-k at 6 bits."""
+    """The candidates of search_hybrid: power-of-two blocks that divide the hidden size, 4 to 6 bits, Top-k at 6 bits.
+
+    ValueError for a hidden size that 8, the block of the sensitivity measurement, does not divide.
+    """
+    if hidden_size < 1 or hidden_size % 8:
+        raise ValueError(f"a hybrid study needs a positive hidden_size that 8 divides, got {hidden_size}")
     return [Strength(block, bits, topk_bits=6) for block in (4, 8, 16, 32) if hidden_size % block == 0 for bits in (4, 5, 6)]

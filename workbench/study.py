@@ -6,7 +6,7 @@ Every training runs single-threaded in a process of its own, so results do not d
 import hashlib
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from workbench.sensitivity import (
     hybrid_plan,
     sensitivity_table,
     smallest_uniform,
+    strengths,
     uniform_topk,
 )
 from workbench.tasks import Task
@@ -63,6 +64,21 @@ def parallel(function, jobs: list[tuple], workers: int, description: str) -> lis
 def check_seeds(seeds: list[int]) -> None:
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ValueError(f"a study needs different seeds of at least 0, got {seeds}")
+
+
+def check_study(task: Task, *, hidden_size: int, target_cr_disk: float, seeds: list[int], epochs: int, retrain_epochs: int,
+                distillation_weight: float, steps: int, workers: int) -> None:
+    """Refuse bad values before any training."""
+    strengths(hidden_size)
+    check_target(target_cr_disk)
+    check_seeds(seeds)
+    for count in (epochs, retrain_epochs):
+        replace(task.recipe, epochs=count)
+    if not 0 <= distillation_weight <= 1:
+        raise ValueError(f"a study needs a distillation_weight in [0, 1], got {distillation_weight}")
+    for name, count in (("step", steps), ("worker", workers)):
+        if count < 1:
+            raise ValueError(f"a study needs at least 1 {name}, got {count}")
 
 
 def train_dense(task: Task, hidden_size: int, seeds: list[int], *, epochs: int, workers: int,

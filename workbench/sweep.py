@@ -376,6 +376,9 @@ def _publish(build, final):
     shutil.rmtree(aside, ignore_errors=True)
 
 
+TRACEBACK = "traceback.txt"  # how the child hands the traceback of a failed cell over
+
+
 def _execute(build, threads, timeout_s, echo):
     """Run the child process and give its exit status, None where it was stopped at the limit."""
     environment = os.environ | {
@@ -411,6 +414,11 @@ def _execute(build, threads, timeout_s, echo):
         process.stdin.close()
         reader.join()
         process.stdout.close()
+        # The traceback belongs into the log but not on the screen, where one message names the error.
+        if (found := build / TRACEBACK).exists():
+            with open(build / "log.txt", "a") as log:
+                log.write(found.read_text())
+            found.unlink()
 
 
 def _copy_log(stream, path, echo):
@@ -543,10 +551,10 @@ def _run_notebook(build):
                 raise RuntimeError("a cell stopped the notebook early: cells must not call sys.exit")
         except papermill.PapermillExecutionError as error:
             failure = {"class": error.ename, "message": error.evalue}
-            print(error, file=sys.stderr)
+            Path(TRACEBACK).write_text(str(error))
         except Exception as error:
             failure = {"class": type(error).__name__, "message": str(error)}
-            traceback.print_exc()
+            Path(TRACEBACK).write_text(traceback.format_exc())
         else:
             return 0
         _write_json(Path("status.json"), status | {"error": failure})
