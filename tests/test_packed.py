@@ -1,0 +1,471 @@
+"""Packed blocks and files: hand-counted bits, an independent decoder, payload bytes, damaged files, messages."""
+
+import json
+import os
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.linalg import circulant
+
+from workbench.fixedpoint import ActivationTable, QFormat
+from workbench.packed import (
+    FORMS,
+    PackedCirculant,
+    PackedDense,
+    PackedLayer,
+    PackedModel,
+    PackedSparse,
+    load,
+    pack_bits,
+    unpack_bits,
+)
+
+SIGNALS = {"input": QFormat(16, 12), "pre": QFormat(16, 12), "sigmoid": QFormat(16, 16, signed=False), "tanh": QFormat(16, 15),
+           "cell": QFormat(16, 12), "hidden": QFormat(16, 15)}
+TABLES = {name: ActivationTable.build(name) for name in ("sigmoid", "tanh")}
+INT4, INT5, INT6, INT8 = QFormat(4, 3), QFormat(5, 4), QFormat(6, 5), QFormat(8, 7)
+
+
+def dense(shape, rng, fmt=INT8):
+    return PackedDense(rng.integers(fmt.min, fmt.max + 1, shape), fmt)
+
+
+def sparse(shape, rng, density=0.2, fmt=INT6):
+    return PackedSparse.from_dense(rng.integers(1, fmt.max + 1, shape) * (rng.random(shape) < density), fmt)
+
+
+def block_circulant(shape, rng, block=4, fmt=INT5):
+    vectors = rng.integers(fmt.min, fmt.max + 1, (shape[0] // block, -(-shape[1] // block), block))
+    return PackedCirculant(shape, fmt, block, vectors)
+
+
+MAKERS = {"dense": dense, "sparse": sparse, "circulant": block_circulant}
+
+
+def layer_of(make=None, hidden=8, inputs=6, seed=0, signals=SIGNALS, acc_bits=48, bias=None):
+    """make(part, gate, shape, rng) -> block; without it the forms alternate over the gates."""
+    rng = np.random.default_rng(seed)
+    forms = dict(zip("ifgo", ("dense", "sparse", "circulant", "sparse"), strict=True))
+    make = make or (lambda part, gate, shape, rng: MAKERS[forms[gate]](shape, rng))
+    blocks = {f"lstm.weight_{part}_l0.{gate}": make(part, gate, (hidden, columns), rng)
+              for part, columns in (("ih", inputs), ("hh", hidden)) for gate in "ifgo"}
+    bias = bias or {gate: rng.integers(-5000, 5000, hidden) for gate in "ifgo"}
+    return PackedLayer("LSTM", blocks, bias, signals, TABLES, acc_bits)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return PackedModel({"lstm.l0": layer_of()}, rnn_bias_params=32, other_params=18, metadata={"task": "tiny"})
+
+
+# Bits.
+
+
+def test_pack_bits_by_hand():
+    assert pack_bits([5, -1, -8], 4).tolist() == [0b0101_1111, 0b1000_0000]
+    assert pack_bits([1, 0, 1], 1).tolist() == [0b1010_0000]
+    assert pack_bits([], 3).size == 0
+    assert unpack_bits(np.array([0b0101_1111, 0b1000_0000], dtype=np.uint8), 4, 3, signed=True).tolist() == [5, -1, -8]
+    assert unpack_bits(np.array([0b0101_1111, 0b1000_0000], dtype=np.uint8), 4, 3, signed=False).tolist() == [5, 15, 8]
+
+
+@given(st.data(), st.integers(1, 32), st.booleans())
+def test_bits_round_trip(data, bits, signed):
+    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
+    values = data.draw(st.lists(st.integers(low, high) | st.sampled_from([low, high]), max_size=30))
+    packed = pack_bits(values, bits)
+    assert packed.dtype == np.uint8 and packed.size == -(-bits * len(values) // 8)
+    assert unpack_bits(packed, bits, len(values), signed).tolist() == values
+
+
+def bit_words(data, bits):
+    """The first words of a byte array, read from the text of its bits."""
+    text = "".join(f"{byte:08b}" for byte in data.tolist())
+    return [int(text[n : n + bits], 2) for n in range(0, len(text) - bits + 1, bits)]
+
+
+def signed_word(word, bits):
+    return word - (1 << bits) if word >> (bits - 1) else word
+
+
+def decode_sparse(block):
+    """A sparse block's bytes -> rows of a matrix, by a walk over the words; only shape, bits and index width are taken
+    from the block."""
+    rows, columns = block.shape
+    about, flat = block.describe(), [0] * (rows * columns)
+    words = [signed_word(w, block.fmt.bits) for w in bit_words(block.arrays["values"], block.fmt.bits)][: about["words"]]
+    if about["index_width"] == 0:
+        present = [n for n, bit in enumerate(bit_words(block.arrays["indices"], 1)) if bit]
+        for position, word in zip(present, words, strict=True):
+            flat[position] = word
+    else:
+        position = 0
+        for skip, word in zip(bit_words(block.arrays["indices"], about["index_width"])[: about["words"]], words, strict=True):
+            flat[position + skip] = word
+            position += skip + 1
+    return [flat[r * columns : (r + 1) * columns] for r in range(rows)]
+
+
+# What each form stores.
+
+
+def test_dense_bits_by_hand():
+    block = PackedDense(np.array([[1, -2, 3], [4, -5, 6]]), INT4)
+    assert (block.shape, block.stored_values) == ((2, 3), 6)
+    assert (block.value_bits, block.index_bits, block.storage_bits) == (24, 0, 24)
+    assert block.arrays["values"].tolist() == [0x1E, 0x34, 0xB6]
+    odd = PackedDense(np.array([[1, 2, 3]]), QFormat(3, 0))
+    assert (odd.value_bits, odd.index_bits) == (9, 7)  # 9 bits take 2 bytes: the padding counts as index bits
+
+
+def test_relative_index_bits_by_hand():
+    # 60 positions, weights at 0, 20 and 59: gaps of 0, 19 and 38 zeros. Per word 4 value bits, and
+    # 2 index bits: 3 + 4 + 9 padding words -> 16 * 6 = 96; 3: 3 + 2 + 4 -> 9 * 7 = 63; 4: 3 + 1 + 2 -> 6 * 8 = 48;
+    # 5: 3 + 0 + 1 -> 4 * 9 = 36; 6: 3 * 10 = 30; bitmap: 60 + 12.
+    values = np.zeros((6, 10), dtype=np.int64)
+    values[0, 0], values[2, 0], values[5, 9] = 1, -2, 3
+    block = PackedSparse.from_dense(values, INT4)
+    assert block.index_width == 6
+    assert (block.stored_values, block.value_bits) == (3, 12)
+    assert {name: array.size for name, array in block.arrays.items()} == {"values": 2, "indices": 3}  # 12 and 18 bits
+    assert (block.storage_bits, block.index_bits) == (40, 28)
+    assert bit_words(block.arrays["indices"], 6)[:3] == [0, 19, 38]
+
+
+def test_padding_words_by_hand():
+    values = np.zeros((1, 1600), dtype=np.int64)
+    values[0, 3:200:4] = 1  # 50 weights, 3 zeros before each
+    values[0, 240] = 5  # 40 zeros before it; the zeros after it need nothing
+    block = PackedSparse.from_dense(values, INT4)
+    # Index bits 2: 51 + 10 padding words, 61 * 6 = 366; 3: 56 * 7 = 392; 4: 53 * 8 = 424; 5: 52 * 9 = 468; bitmap 1804.
+    assert block.index_width == 2
+    assert block.describe() == {"index_width": 2, "words": 61}
+    assert bit_words(block.arrays["indices"], 2)[:61] == [3] * 50 + [3] * 10 + [0]
+    assert (block.stored_values, block.value_bits) == (51, 204)
+    assert block.storage_bits == 8 * (31 + 16)  # 61 * 4 = 244 and 61 * 2 = 122 bits
+    assert block.index_bits == 8 * 47 - 204
+    assert np.array_equal(decode_sparse(block), values)
+
+
+def test_bitmap_bits_by_hand():
+    values = np.array([[1, 2, 0, 4, 5], [1, 2, 3, 0, 5]])
+    block = PackedSparse.from_dense(values, INT4)  # relative: 8 * 2 bits of indices; bitmap: 10
+    assert block.index_width == 0
+    assert block.arrays["indices"].tolist() == [0b11011_111, 0b01_000000]
+    assert (block.value_bits, block.index_bits) == (32, 16)
+    assert np.array_equal(decode_sparse(block), values)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 300), st.sampled_from([0, 0.003, 0.02, 0.1, 0.3, 0.8, 1]))
+def test_sparse_bytes_against_an_independent_decoder(seed, rows, columns, density):
+    rng = np.random.default_rng(seed)
+    block = sparse((rows, columns), rng, density, QFormat(int(rng.integers(2, 17)), 1))
+    assert np.array_equal(decode_sparse(block), block.dense())
+    assert block.value_bits == np.count_nonzero(block.dense()) * block.fmt.bits
+    assert block.value_bits + block.index_bits == 8 * sum(a.nbytes for a in block.arrays.values())
+
+
+def test_the_cheapest_index_is_chosen():
+    rng = np.random.default_rng(0)
+    for density in (0.01, 0.03, 0.1, 0.2, 0.5):
+        block = sparse((64, 64), rng, density)
+        gaps = np.diff(np.flatnonzero(block.dense()), prepend=-1) - 1
+        costs = {width: int(sum(1 + gap // 2**width for gap in gaps)) * (width + 6) for width in range(2, 9)}
+        costs[0] = 64 * 64 + 6 * gaps.size
+        assert costs[block.index_width] == min(costs.values())
+
+
+def test_circulant_bits_and_matrix_by_hand():
+    block = PackedCirculant((2, 3), INT4, 2, np.array([[[1, 2], [3, 4]]]))
+    assert block.dense().tolist() == [[1, 2, 3], [2, 1, 4]]  # the fourth column is padding
+    assert (block.stored_values, block.value_bits, block.index_bits) == (4, 16, 0)  # padding stored and counted
+    assert block.arrays["values"].tolist() == [0x12, 0x34]
+    three = PackedCirculant((3, 3), INT4, 3, np.array([[[1, 2, 3]]]))
+    assert three.dense().tolist() == [[1, 3, 2], [2, 1, 3], [3, 2, 1]]
+    assert (three.value_bits, three.index_bits) == (12, 4)
+
+
+@pytest.mark.parametrize(("shape", "block"), [((8, 8), 4), ((6, 7), 3), ((4, 3), 4), ((10, 11), 5), ((4, 6), 1), ((4, 9), 2)])
+def test_circulant_against_scipy(shape, block):
+    packed = block_circulant(shape, np.random.default_rng(1), block)
+    tiles = [[circulant(vector) for vector in row] for row in packed.vectors]
+    assert np.array_equal(packed.dense(), np.block(tiles)[:, : shape[1]])
+    # The definition, element by element.
+    assert all(packed.dense()[i, j] == packed.vectors[i // block, j // block, (i - j) % block] for i in range(shape[0])
+               for j in range(shape[1]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("fmt", [QFormat(2, 1), QFormat(5, 9), QFormat(16, 14), QFormat(3, 3, signed=False)], ids=str)
+def test_restore_gives_the_same_block(form, fmt):
+    block = MAKERS[form]((12, 10), np.random.default_rng(2), fmt=fmt)
+    again = FORMS[form].restore(block.arrays, block.shape, fmt, block.describe())
+    assert type(again) is FORMS[form] and again.fmt == fmt and again.shape == block.shape
+    assert again.dense().dtype == np.int64 and np.array_equal(again.dense(), block.dense())
+    assert (again.value_bits, again.index_bits) == (block.value_bits, block.index_bits)
+
+
+def test_makers_cover_every_form():
+    assert set(MAKERS) == set(FORMS)
+
+
+# Layers.
+
+
+def test_layer_names_sizes_and_alignment():
+    fracs = {("ih", "i"): 7, ("hh", "i"): 3, ("ih", "f"): 2, ("hh", "f"): 7}
+    layer = layer_of(lambda part, gate, shape, rng: dense(shape, rng, QFormat(8, fracs.get((part, gate), 7))))
+    assert (layer.input_size, layer.hidden_size, layer.gates) == (6, 8, ("i", "f", "g", "o"))
+    assert layer.block("hh", "f") is layer.blocks["lstm.weight_hh_l0.f"]
+    # Product fracs: input has 12, hidden 15.
+    assert layer.alignment("i") == (19, 0, 1)  # 7 + 12 = 19; 3 + 15 = 18
+    assert layer.alignment("f") == (22, 8, 0)  # 2 + 12 = 14; 7 + 15 = 22
+    assert layer.alignment("g") == (22, 3, 0)
+
+
+def test_row_bound_by_hand():
+    values = {"ih": np.array([[3, -4]]), "hh": np.array([[-2]])}
+    bias = {gate: np.array([-7]) for gate in "ifgo"}
+    layer = layer_of(lambda part, gate, shape, rng: PackedDense(values[part], QFormat(8, 7)), 1, 2, bias=bias)
+    assert layer.row_bound("i") == (7 * 2**15 << 3) + 2 * 2**15 + 7  # |-2**15| of a 16-bit signal is the largest
+
+
+def test_overflow_is_refused_at_the_very_bound():
+    def layer(bias):
+        return layer_of(lambda part, gate, shape, rng: PackedDense(np.full(shape, weight), QFormat(18, 17)), 1, 1,
+                        bias={gate: np.array([bias]) for gate in "ifgo"}, acc_bits=36)
+
+    weight = 116508  # the input's frac is 3 less: 116508 * 2**15 * (2**3 + 1) = 2**35 - 131072
+    layer(131071)
+    message = r"gate i needs an accumulator under 36 bits, but a row could reach 34359738368 \(37 bits\)"
+    with pytest.raises(ValueError, match=message):
+        layer(-131072)
+
+
+def test_float_bias_is_stored_at_the_aligned_fraction_bits():
+    rng = np.random.default_rng(0)
+    bias = {gate: rng.normal(size=8) for gate in "ifgo"}
+    blocks = layer_of().blocks
+    layer = PackedLayer.from_float_bias("LSTM", blocks, bias, SIGNALS, TABLES)
+    for gate in "ifgo":
+        frac = layer.alignment(gate)[0]
+        assert layer.bias[gate].tolist() == [int(np.floor(b * 2**frac + 0.5)) for b in bias[gate]]
+    bias["f"][3] = 2.0 ** (31 - layer.alignment("f")[0])
+    with pytest.raises(ValueError, match="the bias of gate f needs 32 bits at 20 fraction bits, got 2048.0; fewer"):
+        PackedLayer.from_float_bias("LSTM", blocks, bias, SIGNALS, TABLES)
+
+
+# Ratios.
+
+
+def test_ratios_by_hand():
+    def make(part, gate, shape, rng):
+        if gate == "i":
+            return PackedDense(np.ones(shape, dtype=np.int64), QFormat(8, 7))
+        if gate == "f":
+            return PackedSparse.from_dense(np.eye(*shape, dtype=np.int64), QFormat(4, 3))
+        return PackedCirculant(shape, QFormat(4, 3), 4, np.ones((1, 1, 4), dtype=np.int64))
+
+    model = PackedModel({"lstm.l0": layer_of(make, hidden=4, inputs=3)}, rnn_bias_params=16, other_params=10)
+    # Per gate 4 x 3 and 4 x 4. Stored: i 12 + 16, f 3 + 4, g and o 4 + 4 each; bits: i 96 + 128, f 12 + 16, g, o 16 + 16.
+    assert model.dense_weights == 4 * 28
+    assert model.value_bits == 224 + 28 + 2 * 32
+    # f: the diagonal of 4 x 3 at 0, 4, 8 and of 4 x 4 at 0, 5, 10, 15: gaps of 3 and 4. Bytes: ih values 2, indices 1 (2 bits);
+    # hh with 2-bit indices 4 + 3 words, 42 bits; 3-bit 4 words, 28 bits; bitmap 32 -> 3-bit: values 2, indices 2.
+    assert model.blocks["lstm.weight_ih_l0.f"].index_bits == 8 * 3 - 12
+    assert model.blocks["lstm.weight_hh_l0.f"].index_bits == 8 * 4 - 16
+    assert model.index_bits == 28
+    assert model.cr_params == 112 / (28 + 7 + 16)
+    assert model.cr_bits == 32 * 112 / 316
+    assert model.cr_disk == 32 * 112 / 344
+    assert model.cr_model == (32 * 112 + 32 * 26) / (344 + 32 * 26)
+
+
+def file_header(path):
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length])
+
+
+def test_the_bytes_of_the_file_are_the_ratio(model, tmp_path):
+    header = file_header(model.save(tmp_path / "model.safetensors"))
+    about = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in about.items()}
+    weights = sum(size for name, size in sizes.items() if ".weight_" in name)
+    assert weights * model.cr_disk == pytest.approx(4 * model.dense_weights, rel=1e-15)
+    assert weights * 8 == model.value_bits + model.index_bits
+    # Everything else is biases (32 bits) and tables (16 bits).
+    rest = {name: size for name, size in sizes.items() if ".weight_" not in name}
+    assert rest == {f"lstm.l0.bias/{gate}": 4 * 8 for gate in "ifgo"} | {f"lstm.l0.table/{t}": 2 * 257 for t in TABLES}
+
+
+# Files.
+
+
+def test_save_and_load_round_trip(model, tmp_path):
+    path = model.save(tmp_path / "model.safetensors")
+    again = load(str(path))
+    layer, loaded = model.layers["lstm.l0"], again.layers["lstm.l0"]
+    assert list(again.layers) == ["lstm.l0"] and list(loaded.blocks) == list(layer.blocks)
+    for name, block in layer.blocks.items():
+        assert type(loaded.blocks[name]) is type(block) and loaded.blocks[name].fmt == block.fmt
+        assert np.array_equal(loaded.blocks[name].dense(), block.dense())
+    for gate in "ifgo":
+        assert loaded.bias[gate].dtype == np.int64 and np.array_equal(loaded.bias[gate], layer.bias[gate])
+    for name, table in layer.tables.items():
+        assert np.array_equal(loaded.tables[name].knots, table.knots)
+    assert (loaded.signals, loaded.cell, loaded.acc_bits) == (layer.signals, "LSTM", 48)
+    assert (again.rnn_bias_params, again.other_params, again.metadata) == (32, 18, {"task": "tiny"})
+    assert (again.cr_params, again.cr_bits, again.cr_disk) == (model.cr_params, model.cr_bits, model.cr_disk)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_block_of_zeros_survives_the_file(tmp_path):
+    layer = layer_of(lambda part, gate, shape, rng: PackedSparse.from_dense(np.zeros(shape, dtype=np.int64), INT4))
+    again = load(PackedModel({"lstm.l0": layer}, 32, 0).save(tmp_path / "zeros"))
+    assert not again.layers["lstm.l0"].block("ih", "i").dense().any()
+
+
+def test_every_changed_byte_is_noticed(model, tmp_path):
+    raw = model.save(tmp_path / "model").read_bytes()
+    header = 8 + struct.unpack("<Q", raw[:8])[0]
+    rng = np.random.default_rng(0)
+    places = [*range(8), *rng.integers(8, header, 400).tolist(), *rng.integers(header, len(raw), 150).tolist(), len(raw) - 1]
+    damaged = tmp_path / "damaged"
+    for place in places:
+        broken = bytearray(raw)
+        broken[place] ^= 1 << int(rng.integers(8))
+        damaged.write_bytes(broken)
+        with pytest.raises(ValueError, match="^load (needs|reads|found) "):
+            load(damaged)
+
+
+def test_a_changed_type_is_noticed(model, tmp_path):
+    raw = model.save(tmp_path / "model").read_bytes()
+    assert b'"dtype":"U8"' in raw
+    (tmp_path / "damaged").write_bytes(raw.replace(b'"dtype":"U8"', b'"dtype":"I8"', 1))
+    with pytest.raises(ValueError, match="load found damage in .*damaged"):
+        load(tmp_path / "damaged")
+
+
+def test_truncated_files_are_refused(model, tmp_path):
+    raw = model.save(tmp_path / "model").read_bytes()
+    for length in (0, 1, 7, 8, 100, len(raw) // 2, len(raw) - 1):
+        (tmp_path / "short").write_bytes(raw[:length])
+        with pytest.raises(ValueError, match="load needs a whole safetensors file, got "):
+            load(tmp_path / "short")
+    (tmp_path / "long").write_bytes(raw + b"x")
+    with pytest.raises(ValueError, match="load needs a whole safetensors file, got "):
+        load(tmp_path / "long")
+
+
+def rewrite(source, target, **changes):
+    """A safetensors file of the same tensors with changed metadata; None removes an entry."""
+    header = file_header(source)["__metadata__"] | changes
+    safetensors.numpy.save_file(safetensors.numpy.load_file(source), target, {k: v for k, v in header.items() if v is not None})
+    return target
+
+
+def test_foreign_files_are_refused(model, tmp_path):
+    good = model.save(tmp_path / "model")
+    pickled = tmp_path / "pickled"
+    pickled.write_bytes(pickle.dumps({"weights": [1.0]}))
+    plain = tmp_path / "plain"
+    safetensors.numpy.save_file({"w": np.zeros(3)}, plain)
+    for path, message in (
+        (tmp_path / "missing", "load needs a packed model file, got .*missing, which is no file"),
+        (tmp_path, "which is no file"),
+        (pickled, "load needs a whole safetensors file"),
+        (plain, "load needs a packed model, got .*plain, a safetensors file of format None"),
+        (rewrite(good, tmp_path / "other", format="other"), "a safetensors file of format 'other'"),
+        (rewrite(good, tmp_path / "newer", version="2"), "load reads version 1 of packed models, got version '2' in .*newer"),
+        (rewrite(good, tmp_path / "no digest", sha256=None), "load found damage in .*no digest"),
+        (rewrite(good, tmp_path / "no manifest", manifest=None), "load found damage in .*no manifest"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(path)
+
+
+def test_a_failed_save_leaves_the_old_file(model, tmp_path, monkeypatch):
+    path = model.save(tmp_path / "model")
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            model.save(path)
+    with pytest.raises(TypeError):
+        PackedModel(model.layers, 0, 0, {"not": {"json"}}).save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="PackedModel.save needs an existing directory, got .*nowhere"):
+        model.save(tmp_path / "nowhere" / "model")
+
+
+# Messages.
+
+
+def arrays(*rows):
+    return [np.array(row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PackedDense(np.array([[8]]), INT4),
+         "PackedDense needs integers of QFormat(bits=4, frac=3, signed=True), got 8 to 8"),
+        (lambda: PackedDense(np.array([[1.0]]), INT4),
+         "PackedDense needs integers of QFormat(bits=4, frac=3, signed=True) as int64, got float64"),
+        (lambda: PackedDense(np.array([[1]], dtype=np.int8), INT4), "as int64, got int8"),
+        (lambda: layer_of(bias={gate: np.zeros(8) for gate in "ifgo"}), "as int64, got float64"),
+        (lambda: PackedSparse((2, 2), INT4, *arrays([0, 1], [1], [3, 3])),
+         "PackedSparse needs rows, cols and values of one length, got (2,), (1,) and (2,)"),
+        (lambda: PackedSparse((2, 2), INT4, *arrays([1, 0], [0, 0], [3, 3])), "sorted row by row and each once"),
+        (lambda: PackedSparse((2, 2), INT4, *arrays([0, 0], [1, 1], [3, 3])), "sorted row by row and each once"),
+        (lambda: PackedSparse((2, 2), INT4, *arrays([0, 2], [0, 0], [3, 3])), "PackedSparse needs positions inside (2, 2)"),
+        (lambda: PackedSparse((2, 2), INT4, *arrays([0, 0], [0, 2], [3, 3])), "PackedSparse needs positions inside (2, 2)"),
+        (lambda: PackedSparse((2, 2), INT4, *arrays([0, 0], [0, 1], [3, 0])), "PackedSparse stores no zeros, got 1"),
+        (lambda: PackedSparse((2, 2), INT4, *arrays([0], [0], [-9])), "PackedSparse needs integers of"),
+        (lambda: PackedCirculant((6, 4), INT4, 4, np.zeros((1, 1, 4), dtype=np.int64)),
+         "PackedCirculant needs rows divisible by block 4, got (6, 4)"),
+        (lambda: PackedCirculant((4, 5), INT4, 4, np.zeros((1, 1, 4), dtype=np.int64)),
+         "PackedCirculant needs vectors (1, 2, 4), got (1, 1, 4)"),
+        (lambda: PackedCirculant((4, 4), INT4, 4, np.zeros((1, 1, 4), dtype=np.int64), "fft"),
+         "PackedCirculant has the datapath \"time\" only so far, got 'fft'"),
+        (lambda: PackedCirculant((4, 4), INT4, 4, np.full((1, 1, 4), 9)), "PackedCirculant needs integers of"),
+        (lambda: layer_of(signals={k: v for k, v in SIGNALS.items() if k != "cell"}),
+         "PackedLayer needs the signals input, pre, sigmoid, tanh, cell, hidden, got input, pre, sigmoid, tanh, hidden"),
+        (lambda: layer_of(signals=SIGNALS | {"input": QFormat(28, 12)}),
+         "lstm.weight_ih_l0.i needs operands of 18 x 27 bits (DSP48E2), got QFormat(bits=8"),
+        (lambda: layer_of(lambda p, g, shape, rng: dense(shape, rng, QFormat(19, 12)),
+                          signals=SIGNALS | {"hidden": QFormat(19, 12)}),
+         "lstm.weight_hh_l0.i needs operands of 18 x 27 bits"),
+        (lambda: layer_of(signals=SIGNALS | {"sigmoid": QFormat(18, 18, signed=False), "tanh": QFormat(19, 18)}),
+         "i*g and o*tanh(c) needs operands of 18 x 27 bits"),
+        (lambda: layer_of(signals=SIGNALS | {"cell": QFormat(16, -8)}),
+         "f*c + i*g needs an accumulator under 48 bits, but could reach"),
+        (lambda: layer_of(lambda p, g, shape, rng: dense((5, 6) if g == "f" else shape, rng)),
+         "lstm.weight_ih_l0.f needs shape (8, 6), got (5, 6)"),
+        (lambda: layer_of(bias={gate: np.zeros(3, dtype=np.int64) for gate in "ifgo"}),
+         "the bias of gate i needs shape (8,), got (3,)"),
+        (lambda: layer_of(bias={gate: np.full(8, 2**31) for gate in "ifgo"}),
+         "the bias of gate i needs integers of QFormat(bits=32"),
+        (lambda: layer_of(acc_bits=63), "PackedLayer needs whole acc_bits from 2 to 62, got 63"),
+        (lambda: layer_of(acc_bits="48"), "PackedLayer needs whole acc_bits from 2 to 62, got '48'"),
+        (lambda: layer_of().block("hr", "i"), "none of part 'hr', gate 'i'"),
+        (lambda: PackedLayer("GRU", {}, {}, SIGNALS, TABLES), "PackedLayer holds LSTM layers so far, got 'GRU'"),
+        (lambda: unpack_bits(np.zeros(2, dtype=np.uint8), 4, 5, signed=True), "needs 3 bytes for 5 words of 4 bits, got 2"),
+    ],
+)
+def test_messages(make, message):
+    with pytest.raises(ValueError) as caught:
+        make()
+    assert message in str(caught.value)
