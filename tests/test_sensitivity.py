@@ -102,7 +102,7 @@ def test_retraining_cannot_push_the_ratio_under_the_target(model, signals):
 
 
 def test_unreachable_targets_are_refused_with_the_numbers(model, signals, tiny_task):
-    with pytest.raises(ValueError, match=r"cannot reach cr_disk 200.0 with Strength.*circulant gates take \d+ of \d+ bits"):
+    with pytest.raises(ValueError, match=r"cannot reach cr_disk 200.0 with block 2.*circulant gates take \d+ of \d+ bits"):
         hybrid_plan(model, ["g"], Strength(2, 8, 8), 200.0, signals)
     with pytest.raises(ValueError, match="no sensitive gate"):
         hybrid_plan(model, [], Strength(2, 8, 8), 200.0, signals)

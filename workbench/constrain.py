@@ -1,7 +1,6 @@
 """A torch model and its plan: compress (train inside the plan), bake, pack to integers, attach the integer engine."""
 
 import copy
-import weakref
 
 import torch
 from torch import nn
@@ -51,8 +50,7 @@ def bake(model: nn.Module) -> nn.Module:
             rnn.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
             for name in names:
                 parametrize.remove_parametrizations(rnn, name, leave_parametrized=True)
-            rnn._flat_weights = [getattr(rnn, name) for name in rnn._flat_weights_names]
-            rnn._flat_weight_refs = [weakref.ref(w) for w in rnn._flat_weights]
+            rnn._init_flat_weights()
     return model
 
 

@@ -1,0 +1,280 @@
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch.nn.utils import parametrize
+
+from workbench.fixedpoint import QFormat
+from workbench.methods import METHODS, BlockCirculant, Dense, TopK, method_from_json, method_label, method_to_json
+from workbench.methods.base import fake_quantise
+from workbench.quantise import weight_format
+
+# Every method is under contract here: (method, shape), with shapes that a parameter divides and does not divide.
+CASES = [
+    (Dense(), (6, 5)),
+    (TopK(0.3), (6, 5)),
+    (TopK(1), (4, 7)),
+    (TopK(0.01), (4, 7)),
+    (BlockCirculant(2), (6, 5)),
+    (BlockCirculant(3), (6, 6)),
+    (BlockCirculant(4), (8, 3)),
+    (BlockCirculant(8), (16, 19)),
+]
+contract = pytest.mark.parametrize(("method", "shape"), CASES, ids=str)
+
+
+def random_matrix(shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_contract_covers_every_method():
+    assert {type(method).__name__ for method, _ in CASES} == set(METHODS)
+    assert all(cls.__name__ == name for name, cls in METHODS.items())
+
+
+@contract
+def test_project_is_idempotent_and_leaves_its_input(method, shape):
+    w = random_matrix(shape)
+    before = w.clone()
+    projected = method.project(w)
+    assert projected.shape == w.shape and projected.data_ptr() != w.data_ptr()
+    torch.testing.assert_close(method.project(projected), projected, rtol=1e-14, atol=0)
+    assert torch.equal(w, before)
+
+
+@contract
+def test_nothing_in_the_set_is_nearer(method, shape):
+    w = random_matrix(shape)
+    projected = method.project(w)
+    distance = (w - projected).norm()
+    for seed in range(1, 40):
+        # Far and near members of the set, each scaled to its best (the sets are closed under scaling).
+        for scale in (10, 1, 0.1, 0.01):
+            member = method.project(projected + scale * random_matrix(shape, seed))
+            best = member * (w * member).sum() / (member * member).sum()
+            assert (w - best).norm() >= distance - 1e-12
+
+
+@contract
+def test_pack_holds_the_quantised_projection(method, shape):
+    projected = method.project(random_matrix(shape))
+    for fmt in (QFormat(8, 5), QFormat(3, 1), QFormat(16, 12)):  # the narrow one rounds weights to zero and saturates
+        packed = method.pack(projected, fmt)
+        assert packed.shape == shape and packed.fmt == fmt
+        np.testing.assert_array_equal(packed.dense(), fmt.quantise(projected.numpy()))
+
+
+@contract
+def test_json_round_trip(method, shape):
+    data = method_to_json(method)
+    assert data["name"] == type(method).__name__
+    assert method_from_json(data) == method
+    assert method_label(method).startswith(data["name"])
+
+
+@contract
+def test_constrained_weights_are_the_quantised_projection(method, shape):
+    w, fmt = random_matrix(shape), QFormat(8, 5)
+    module = method.constrain(w, fmt)
+    expected = fmt.dequantise(fmt.quantise(method.project(w).numpy()))
+    np.testing.assert_array_equal(module(module.right_inverse(w)).numpy(), expected)
+    without = method.constrain(w, None)
+    torch.testing.assert_close(without(without.right_inverse(w)), method.project(w), rtol=1e-15, atol=0)
+
+
+@contract
+def test_the_gradient_is_that_of_the_expansion(method, shape):
+    w = random_matrix(shape)
+    module = method.constrain(w, None)
+    stored = module.right_inverse(w).requires_grad_()
+    assert torch.autograd.gradcheck(module, stored)
+
+
+@contract
+def test_the_constrained_set_is_trained_in(method, shape):
+    """A step of any size on the stored values stays inside the set, and packs to what the module shows."""
+    w, fmt = random_matrix(shape), QFormat(8, 5)
+    module = method.constrain(w, fmt)
+    stored = module.right_inverse(w)
+    shown = module(stored + random_matrix(stored.shape, 7))
+    torch.testing.assert_close(method.project(shown), shown, rtol=0, atol=0)
+    np.testing.assert_array_equal(method.pack(shown, fmt).dense(), fmt.quantise(shown.numpy()))
+
+
+@contract
+def test_float32_training_shows_the_same_grid(method, shape):
+    w, fmt = random_matrix(shape).float(), QFormat(8, 5)
+    module = method.constrain(w, fmt)
+    shown = module(module.right_inverse(w))
+    assert shown.dtype == torch.float32
+    np.testing.assert_array_equal(fmt.dequantise(method.pack(shown, fmt).dense()), shown.double().numpy())
+
+
+@contract
+@pytest.mark.parametrize("bad", [(8,), (2, 2, 2), (0, 5), (8, 0)], ids=str)
+def test_what_is_no_matrix_is_refused(method, shape, bad):
+    for call in (method.project, lambda w: method.constrain(w, None), lambda w: method.pack(w, QFormat(8, 5))):
+        with pytest.raises(ValueError, match="needs an .out, in. matrix with rows and columns, got shape"):
+            call(torch.zeros(bad))
+
+
+@contract
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(method, shape, bad):
+    w = random_matrix(shape)
+    w[1, 1] = w[0, 2] = bad
+    for call in (method.project, lambda w: method.constrain(w, None), lambda w: method.pack(w, QFormat(8, 5))):
+        with pytest.raises(ValueError, match="needs finite weights, got 2 that are not"):
+            call(w)
+
+
+# --- the number format with a straight-through gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fmt", [QFormat(8, 5), QFormat(2, 0), QFormat(4, -2), QFormat(16, 20), QFormat(8, 8, False)], ids=str)
+def test_fake_quantise_equals_the_number_format(fmt, dtype):
+    rng = np.random.default_rng(0)
+    ties = (np.arange(-40, 40) / 2) * 2.0**-fmt.frac
+    normal = rng.normal(size=200) * 2.0 ** (fmt.bits - fmt.frac - 1)
+    w = torch.tensor(np.concatenate([ties, normal, [0.49999999999999994, 1e30, -1e30]]), dtype=dtype)
+    expected = fmt.dequantise(fmt.quantise(w.double().numpy()))
+    np.testing.assert_array_equal(fake_quantise(w, fmt).double().numpy(), expected)
+
+
+def test_the_gradient_passes_inside_the_range_only():
+    w = torch.tensor([-3.0, -2.0, -2.25, -2.26, 0.3, 1.5, 1.74, 1.75, 9.0], requires_grad=True)
+    fake_quantise(w, QFormat(3, 1)).backward(torch.arange(1.0, 10))  # the grid is -2, -1.5, ..., 1.5
+    assert w.grad.tolist() == [0, 2, 3, 0, 5, 6, 7, 0, 0]
+
+
+# --- TopK
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, 30), (0.5, 15), (0.1, 3), (0.117, 4), (0.116, 3), (1 / 30, 1), (0.001, 1)])
+def test_topk_keeps_the_stated_count(keep, kept):
+    w = random_matrix((6, 5))
+    assert int((TopK(keep).project(w) != 0).sum()) == kept
+    assert TopK(keep).pack(TopK(keep).project(w), QFormat(24, 20)).stored_values == kept
+    assert TopK(keep).constrain(w, None).right_inverse(w).shape == (kept,)
+
+
+def test_topk_by_hand():
+    w = torch.tensor([[0.5, -4.0, 1.0], [3.0, -0.25, -2.0]])
+    assert TopK(0.5).project(w).tolist() == [[0, -4, 0], [3, 0, -2]]
+    assert TopK(0.5).constrain(w, None).right_inverse(w).tolist() == [-4, 3, -2]
+
+
+def test_topk_keeps_its_count_among_equal_weights():
+    assert int(TopK(0.5).project(torch.ones(4, 5)).sum()) == 10
+
+
+def test_the_support_stays_when_weights_move():
+    w = torch.tensor([[0.5, -4.0], [3.0, -0.25]])
+    module = TopK(0.5).constrain(w, None)
+    assert module(module.right_inverse(torch.tensor([[9.0, 0.125], [0.0, 9.0]]))).tolist() == [[0, 0.125], [0, 0]]
+
+
+@pytest.mark.parametrize("keep", [0, -0.1, 1.01, float("nan"), "0.5", True, None])
+def test_topk_refuses(keep):
+    with pytest.raises(ValueError, match=r"TopK needs keep in \(0, 1\], got"):
+        TopK(keep)
+
+
+# --- BlockCirculant
+
+
+@pytest.mark.parametrize(("block", "shape"), [(2, (6, 5)), (4, (8, 8)), (4, (8, 3)), (3, (6, 7))])
+def test_circulant_is_scipys(block, shape):
+    method = BlockCirculant(block)
+    module = method.constrain(torch.zeros(shape), None)
+    vectors = random_matrix((shape[0] // block, -(-shape[1] // block), block))
+    tiles = np.block([[scipy.linalg.circulant(v) for v in row] for row in vectors.numpy()])[:, : shape[1]]
+    np.testing.assert_array_equal(module(vectors).numpy(), tiles)
+    # A circulant member is its own projection, from the same vectors: the padding is filled by the real entries.
+    np.testing.assert_allclose(method.vectors(torch.from_numpy(tiles)), vectors, rtol=1e-14)
+    fmt = QFormat(24, 20)
+    np.testing.assert_array_equal(method.pack(torch.from_numpy(tiles), fmt).vectors, fmt.quantise(vectors))
+
+
+def test_circulant_means_by_hand():
+    # Block 2, three columns: the last tile has one real column, so its means run over one entry each.
+    w = torch.tensor([[1.0, 10.0, 5.0], [20.0, 3.0, 6.0]])
+    assert BlockCirculant(2).vectors(w).tolist() == [[[2, 15], [5, 6]]]
+    assert BlockCirculant(2).project(w).tolist() == [[2, 15, 5], [15, 2, 6]]
+
+
+def test_circulant_gradient_is_that_of_naive_indexing():
+    method, w, k = BlockCirculant(4), random_matrix((8, 10)), 4
+    module = method.constrain(w, None)
+    stored = module.right_inverse(w).requires_grad_()
+    weight = random_matrix((8, 10), 3)
+    (module(stored) * weight).sum().backward()
+    naive = stored.detach().clone().requires_grad_()
+    rows = [torch.stack([naive[i // k, j // k, (i - j) % k] for j in range(10)]) for i in range(8)]
+    (torch.stack(rows) * weight).sum().backward()
+    torch.testing.assert_close(stored.grad, naive.grad)
+
+
+@pytest.mark.parametrize(("block", "shape", "stored"), [(8, (16, 16), 32), (8, (16, 19), 48), (2, (6, 5), 18)])
+def test_circulant_has_fewer_parameters(block, shape, stored):
+    linear = torch.nn.Linear(shape[1], shape[0], bias=False)
+    parametrize.register_parametrization(linear, "weight", BlockCirculant(block).constrain(linear.weight.detach(), None))
+    assert sum(p.numel() for p in linear.parameters()) == stored
+    packed = BlockCirculant(block).pack(linear.weight, QFormat(8, 5))
+    assert packed.stored_values == stored
+    assert packed.value_bits == 8 * stored
+
+
+def test_circulant_refuses_rows_that_the_block_does_not_divide():
+    method = BlockCirculant(4)
+    message = r"BlockCirculant\(block=4, datapath='time'\) needs rows divisible by 4, got a 30x16 block"
+    for call in (method.project, lambda w: method.constrain(w, None), lambda w: method.pack(w, QFormat(8, 5))):
+        with pytest.raises(ValueError, match=message):
+            call(torch.zeros(30, 16))
+
+
+@pytest.mark.parametrize("block", [0, 1, -4, 4.0, "4", True, None])
+def test_circulant_refuses_the_block(block):
+    with pytest.raises(ValueError, match="BlockCirculant needs a whole block of at least 2, got"):
+        BlockCirculant(block)
+
+
+def test_circulant_refuses_other_datapaths():
+    with pytest.raises(ValueError, match='BlockCirculant has the datapath "time" only so far, got \'fft\''):
+        BlockCirculant(4, "fft")
+
+
+# --- JSON and labels
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    ("TopK", "a method needs .*, got 'TopK'"),
+    ({"keep": 0.5}, "a method needs"),
+    ({"name": "Topk", "keep": 0.5}, "the methods are Dense, TopK, BlockCirculant, got 'Topk'"),
+    ({"name": ["TopK"]}, r"the methods are .*, got \['TopK'\]"),
+    ({"name": "TopK"}, r"TopK needs keep, got \{\}"),
+    ({"name": "TopK", "keep": 0.5, "k": 3, "a": 1}, "TopK has the parameters keep, got a, k"),
+    ({"name": "Dense", "keep": 0.5}, "Dense has the parameters none, got keep"),
+    ({"name": "TopK", "keep": "0.5"}, r"TopK needs keep in \(0, 1\], got '0.5'"),
+    ({"name": "BlockCirculant", "block": 2.5}, "BlockCirculant needs a whole block of at least 2, got 2.5"),
+])  # fmt: skip
+def test_json_that_is_no_method_is_refused(data, message):
+    with pytest.raises(ValueError, match=message):
+        method_from_json(data)
+
+
+def test_labels():
+    assert method_label(Dense()) == "Dense"
+    assert method_label(TopK(0.169412)) == "TopK 0.1694"
+    assert method_label(BlockCirculant(8)) == "BlockCirculant 8 time"
+
+
+def test_methods_suit_the_format_that_is_chosen_for_them():
+    """The error of a packed block is the projection's plus at most half a step a weight, unless it saturates."""
+    w = random_matrix((16, 16))
+    for method in (Dense(), TopK(0.25), BlockCirculant(4)):
+        projected = method.project(w)
+        fmt = weight_format(projected, 12)
+        error = np.abs(fmt.dequantise(method.pack(projected, fmt).dense()) - projected.numpy())
+        assert np.sqrt((error**2).mean()) < 2.0**-fmt.frac

@@ -1,0 +1,159 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from workbench.constrain import pack
+from workbench.fixedpoint import QFormat
+from workbench.gates import blocks, weight
+from workbench.methods import BlockCirculant, Dense, TopK
+from workbench.plan import BlockPlan, Plan, pack_block, plan_block, uniform
+from workbench.quantise import calibrate
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.LSTM(6, 8))
+
+
+@pytest.fixture
+def plan(model):
+    """A mixed plan: every method, widths of 4 and 8 bits."""
+    signals = calibrate(model, [torch.randn(5, 3, 6)])
+    methods = (TopK(0.25), BlockCirculant(4), Dense(), BlockCirculant(2))
+    entries = {name: plan_block(weight(model, name), methods[n % 4], 4 + 4 * (n % 2)) for n, name in enumerate(blocks(model))}
+    return Plan(entries, signals)
+
+
+@pytest.fixture
+def data(plan):
+    return plan.to_json()
+
+
+def test_json_round_trip(plan, data, tmp_path):
+    text = json.dumps(data)
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    for source in (plan, data, text, "\n  " + text, path, str(path), json.dumps(data, sort_keys=True)):
+        assert Plan.read(source) == plan
+    assert Plan.read(plan) is plan
+
+
+def test_a_sorted_plan_packs_all_the_same(model, plan, data):
+    """JSON says nothing about order, so none may matter."""
+    sorted_plan = json.dumps(data, sort_keys=True)
+    packed, other = pack(model, plan), pack(model, sorted_plan)
+    assert other.layers["0.l0"].signals == packed.layers["0.l0"].signals
+    assert all((block.dense() == packed.blocks[name].dense()).all() for name, block in other.blocks.items())
+
+
+def test_check_passes_what_fits(model, plan):
+    plan.check(model)
+
+
+def test_check_names_what_is_missing_and_unknown(model, plan):
+    some = dict(plan.blocks)
+    del some["0.weight_ih_l0.f"], some["0.weight_hh_l0.o"]
+    with pytest.raises(ValueError, match=r"the plan misses the blocks 0\.weight_ih_l0\.f, 0\.weight_hh_l0\.o"):
+        replace(plan, blocks=some).check(model)
+    more = plan.blocks | {"0.weight_hh_l0.z": plan.blocks["0.weight_hh_l0.o"]}
+    with pytest.raises(ValueError, match=r"the plan names the blocks 0\.weight_hh_l0\.z, the model has 0\.weight_ih_l0\.i, "):
+        replace(plan, blocks=more).check(model)
+    with pytest.raises(ValueError, match=r"the plan misses the layers 0\.l0"):
+        plan.with_signals({}).check(model)
+    with pytest.raises(ValueError, match=r"the plan names the layers lstm\.l0, the model has 0\.l0"):
+        plan.with_signals(plan.signals | {"lstm.l0": plan.signals["0.l0"]}).check(model)
+
+
+def test_check_names_the_block_that_a_method_does_not_fit(model, plan):
+    entry = BlockPlan(BlockCirculant(3), QFormat(8, 6))
+    wrong = replace(plan, blocks=plan.blocks | {"0.weight_hh_l0.g": entry})
+    message = r"block 0\.weight_hh_l0\.g: BlockCirculant\(block=3.* needs rows divisible by 3, got a 8x8 block"
+    with pytest.raises(ValueError, match=message):
+        wrong.check(model)
+
+
+BLOCK = "0.weight_hh_l0.g"
+
+
+def edit(data, *path, value):
+    *parents, last = path
+    for key in parents:
+        data = data[key]
+    data[last] = value
+
+
+@pytest.mark.parametrize(("path", "value", "message"), [
+    (("blocks",), [1], r"a plan needs an object as blocks, got \[1\]"),
+    (("signals",), "auto", "a plan needs an object as signals, got 'auto'"),
+    (("activation",), "exact", "Plan knows the activations linear, got 'exact'"),
+    (("extra",), 1, "a plan needs exactly the keys activation, blocks, signals, got blocks, signals, activation, extra"),
+    (("blocks", BLOCK), "Dense", rf"block {BLOCK} of a plan needs exactly the keys method and format, got 'Dense'"),
+    (("blocks", BLOCK, "bits"), 8, rf"block {BLOCK} of a plan needs exactly the keys .*, got method, format, bits"),
+    (("blocks", BLOCK, "method"), "Dense", rf"block {BLOCK}: a method needs .*, got 'Dense'"),
+    (("blocks", BLOCK, "method", "name"), "Circulant", rf"block {BLOCK}: the methods are .*, got 'Circulant'"),
+    (("blocks", BLOCK, "method"), {"name": "TopK", "kept": 1}, rf"block {BLOCK}: TopK has the parameters keep, got kept"),
+    (("blocks", BLOCK, "method"), {"name": "TopK", "keep": 2}, rf"block {BLOCK}: TopK needs keep in \(0, 1\], got 2"),
+    (("blocks", BLOCK, "format", "bits"), "8", rf"block {BLOCK}: QFormat needs a whole number for bits, got '8'"),
+    (("blocks", BLOCK, "format", "bits"), 1, rf"block {BLOCK}: QFormat.* needs 2 to 32 bits"),
+    (("blocks", BLOCK, "format"), {"bits": 8}, rf"block {BLOCK}: QFormat needs exactly the keys bits, frac and signed"),
+    (("signals", "0.l0"), [], r"the signals of layer 0\.l0 need an object, got \[\]"),
+    (("signals", "0.l0"), {}, r"Plan needs the signals input, .* of 0\.l0, got none"),
+    (("signals", "0.l0", "cell", "frac"), 1.5, r"the signals of layer 0\.l0: QFormat needs a whole number for frac, got 1\.5"),
+    (("signals", "0.l0", "output"), {"bits": 8, "frac": 7, "signed": True}, r"of 0\.l0, got .*, output"),
+])  # fmt: skip
+def test_read_refuses(data, path, value, message):
+    edit(data, *path, value=value)
+    for source in (data, json.dumps(data)):
+        with pytest.raises(ValueError, match=message):
+            Plan.read(source)
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    ({}, "a plan needs exactly the keys activation, blocks, signals, got "),
+    (None, "a plan needs exactly the keys .*, got None"),
+    (7, "a plan needs exactly the keys .*, got 7"),
+    ("{]", "Plan.read needs JSON, got text that is not: "),
+    ("", "Plan.read needs a dict, a JSON object or the path of a file, got ''"),
+    ("no such file.json", "Plan.read needs a dict, a JSON object or the path of a file, got 'no such file.json'"),
+    (Path("."), "Plan.read needs a dict, a JSON object or the path of a file, got '.'"),
+    ("x" * 5000, "Plan.read needs a dict, a JSON object or the path of a file"),
+])  # fmt: skip
+def test_read_refuses_what_is_no_plan(source, message):
+    with pytest.raises(ValueError, match=message):
+        Plan.read(source)
+
+
+def test_uniform_is_the_same_method_and_width_everywhere(model, plan):
+    same = uniform(model, TopK(0.5), 6, plan.signals)
+    same.check(model)
+    assert list(same.blocks) == list(blocks(model))
+    assert {(entry.method, entry.format.bits) for entry in same.blocks.values()} == {(TopK(0.5), 6)}
+
+
+def test_the_format_is_chosen_for_the_values_that_are_stored():
+    """A circulant block stores means, which are smaller than the weights that they are means of."""
+    w = torch.tensor([[1.9, -1.6], [1.0, -1.9]])  # means of the diagonals: 0 and -0.3
+    assert plan_block(w, Dense(), 8).format.frac == 6
+    assert plan_block(w, BlockCirculant(2), 8).format.frac == 8
+
+
+def test_pack_block_projects_then_quantises():
+    w, fmt = torch.tensor([[0.5, -4.0, 1.0], [3.0, -0.25, -2.0]]), QFormat(4, 1)
+    assert pack_block(w, BlockPlan(TopK(0.5), fmt)).dense().tolist() == [[0, -8, 0], [6, 0, -4]]
+    assert pack_block(w, BlockPlan(BlockCirculant(2), fmt)).dense().tolist() == [[0, -1, 2], [-1, 0, -4]]
+
+
+def test_table_adds_up(model, plan):
+    packed = pack(model, plan)
+    rows = plan.table(packed)
+    assert [row["block"] for row in rows] == list(plan.blocks)
+    assert sum(row["value bits"] for row in rows) == packed.value_bits
+    assert sum(row["index bits"] for row in rows) == packed.index_bits
+    first = rows[0]
+    assert (first["shape"], first["method"], first["weight bits"], first["stored values"]) == ("8x6", "TopK 0.25", 4, 12)
+    assert first["cr_disk"] == pytest.approx(32 * 48 / (first["value bits"] + first["index bits"]))
