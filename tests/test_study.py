@@ -49,10 +49,11 @@ def test_checkpoints_are_found_again(tiny_task, tmp_path):
 
 def test_every_variant_and_seed_has_one_row(comparison):
     rows = comparison.results
-    assert len(rows) == 10 and set(rows["variant"]) == set(study.VARIANTS)
+    assert len(rows) == 12 and set(rows["variant"]) == set(study.VARIANTS)
     assert all(seeds == [0, 1] for seeds in rows.groupby("variant")["seed"].apply(list))
-    assert (rows.loc[rows["variant"] == study.DENSE, "arithmetic"] == "float32").all()
-    assert (rows.loc[rows["variant"] != study.DENSE, "arithmetic"] == "integer engine").all()
+    floats = rows["variant"].isin([study.DENSE, study.DENSE_ONCE])
+    assert (rows.loc[floats, "arithmetic"] == "float32").all()
+    assert (rows.loc[~floats, "arithmetic"] == "integer engine").all()
 
 
 def test_compressed_variants_meet_the_target(comparison):
@@ -73,6 +74,20 @@ def test_the_hybrid_accuracy_is_that_of_the_packed_integers(comparison, dense, t
     row = comparison.results.query("variant == 'hybrid' and seed == 0").iloc[0]
     assert row["test_accuracy"] == pytest.approx(100 * comparison.correct[study.HYBRID][0].mean())
     assert row["rnn_bytes"] == packed.storage_bits // 8
+
+
+def test_every_ratio_is_against_the_dense_model(comparison, dense):
+    weights = 4 * 16 * (3 + 16)
+    total = sum(p.numel() for p in dense[0].parameters()) - 4 * 16  # b_ih and b_hh merged
+    for variant, packed in comparison.packed.items():
+        row = comparison.results.query(f"variant == '{variant}' and seed == 0").iloc[0]
+        stored = sum(block.stored_values for block in packed[0].blocks.values())
+        units, bits = row["hidden_size"], packed[0].storage_bits
+        rest = 4 * units + 2 * units + 2  # merged biases and the classifier
+        assert row["cr_params"] == pytest.approx(weights / stored)
+        assert row["cr_bits"] == pytest.approx(32 * weights / packed[0].value_bits)
+        assert row["cr_disk"] == pytest.approx(32 * weights / bits)
+        assert row["cr_model"] == pytest.approx(32 * total / (bits + 32 * rest))
 
 
 def test_the_small_control_takes_at_least_the_budget():
@@ -137,7 +152,7 @@ def test_tables_and_figures_of_a_study(comparison, dense, tiny_task):
     assert len(sensitivity) == 2 * 2 * 8
     classes = classify(sensitivity)
     layers = study.array_layers(dense[0], tiny_task, comparison, 0, STRENGTH, TARGET)
-    assert list(layers) == [study.DENSE_16, study.UNIFORM_TOPK, study.UNIFORM_CIRCULANT, study.HYBRID]
+    assert set(layers) == {study.DENSE_16, study.SMALL, study.UNIFORM_TOPK, study.UNIFORM_CIRCULANT, study.HYBRID}
     schedules = schedule_layers(layers, preset("group4x4"), 5)
     assert (tables.split_table(schedules).loc["total"] == [s.cycles for s in schedules.values()]).all()
     assert len(tables.plan_table(comparison, 0)) == 8
@@ -151,10 +166,10 @@ def test_tables_and_figures_of_a_study(comparison, dense, tiny_task):
     prices = tables.price_table().set_index("event")
     assert set(prices.index) == set(tables.count_table(schedules).index)
     assert "Horowitz" in prices.loc["macs", "source"] and "not priced" in prices.loc["link_words", "source"]
-    assert len(tables.sensitivity_summary(sensitivity)) == 16 and len(comparison.by_seed()) == 10
+    assert len(tables.sensitivity_summary(sensitivity)) == 16 and len(comparison.by_seed()) == 12
     assert not tables.layout_table(schedules[study.HYBRID]).empty and not tables.spec_table(preset("vu440")).empty
     recorded = tables.record_study(comparison, schedules, classes, tables.task_table(tiny_task).assign(strength=STRENGTH))
-    assert len(recorded["results"]) == 10
+    assert len(recorded["results"]) == 12
     for figure in (plots.sensitivity_figure(sensitivity, classes), plots.accuracy_figure(comparison.results),
                    plots.gantt_figure(schedules[study.HYBRID], 2), plots.utilisation_figure(schedules)):
         assert figure.axes

@@ -4,6 +4,7 @@ In the manner of Wu 2026 (DOI 10.20079/j.issn.1001-893x.240926004): compress one
 how much accuracy comes back and how fast. Everything here looks at the validation split only.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -36,9 +37,10 @@ def sensitivity_table(model: torch.nn.Module, task: Task, methods: list[Method],
 
     epochs 0 is the one-shot mode. Otherwise the model is retrained for that many epochs, and so is the uncompressed one,
     whose loss of the same epoch is the reference. Columns: block, gate, method, loss_dense, accuracy_dense (percent),
-    loss_before, accuracy_before, loss_after, accuracy_after, recovered (share of the excess loss that came back),
-    recovery_epochs (first epoch with 90 % back, None if never), excess_loss: the validation loss above the reference,
-    averaged over the epochs 0 to `epochs`, so that slow and incomplete recovery both raise it.
+    loss_before, accuracy_before, loss_after, accuracy_after, recovered (share of the excess loss that came back, None
+    where none was lost or nothing was retrained), recovery_epochs (first epoch with 90 % back, None if never),
+    excess_loss: the validation loss above the reference, averaged over the epochs 0 (before retraining) to `epochs`, so
+    that slow and incomplete recovery both raise it.
     """
     signals = calibrate(model, calibration_batches(task))
     reference = uniform(model, Dense(), LOSSLESS_BITS, signals)
@@ -56,8 +58,8 @@ def sensitivity_table(model: torch.nn.Module, task: Task, methods: list[Method],
                 "loss_dense": dense["loss"].iloc[-1], "accuracy_dense": dense["accuracy"].iloc[-1],
                 "loss_before": curve["loss"].iloc[0], "accuracy_before": curve["accuracy"].iloc[0],
                 "loss_after": curve["loss"].iloc[-1], "accuracy_after": curve["accuracy"].iloc[-1],
-                "recovered": float(back.iloc[-1]),
-                "recovery_epochs": int(recovered_at[0]) if len(recovered_at) else None,
+                "recovered": float(back.iloc[-1]) if epochs and excess.iloc[0] > 0 else None,
+                "recovery_epochs": int(recovered_at[0]) if epochs and len(recovered_at) else None,
                 "excess_loss": float(excess.mean()),
             })
     return pd.DataFrame(rows)
@@ -171,23 +173,22 @@ def search_hybrid(model: torch.nn.Module, task: Task, sensitive: list[str], targ
         curve = _curve(model, plan, task, epochs, seed)
         keeps = [e.method.keep for e in plan.blocks.values() if isinstance(e.method, TopK)]
         rows.append({"strength": strength, "keep": keeps[0] if keeps else None, "cr_disk": pack(model, plan).cr_disk,
-                     "valid_loss": curve["loss"].min(), "valid_accuracy": curve["accuracy"].iloc[-1]})
+                     "valid_loss": curve["loss"].iloc[-1], "valid_accuracy": curve["accuracy"].iloc[-1]})
     if not rows:
         raise ValueError(f"no hybrid plan meets cr_disk {target_cr_disk}: " + "; ".join(refused))
     return pd.DataFrame(rows).sort_values("valid_loss", ignore_index=True)
 
 
-def smallest_uniform(model: torch.nn.Module, methods: list[Method], bits: int, target_cr_disk: float, signals) -> Plan:
-    """Of the given uniform plans the largest that still meets target_cr_disk (for comparison at equal size)."""
-    fitting = []
-    for method in methods:
-        plan = uniform(model, method, bits, signals)
-        ratio = pack(model, plan).cr_disk
-        if ratio >= target_cr_disk:
-            fitting.append((ratio, plan))
+def nearest_uniform(model: torch.nn.Module, methods: list[Method], bits: Iterable[int], target_cr_disk: float, signals) -> Plan:
+    """Of the uniform plans of these methods and widths the largest that meets target_cr_disk: the fairest at equal size.
+    Of equal sizes the widest numbers. ValueError when none meets it."""
+    plans = [uniform(model, method, width, signals) for method in methods for width in bits]
+    found = [(pack(model, plan).cr_disk, -next(iter(plan.blocks.values())).format.bits, n) for n, plan in enumerate(plans)]
+    fitting = [row for row in found if row[0] >= target_cr_disk]
     if not fitting:
-        raise ValueError(f"none of {', '.join(map(str, methods))} at {bits} bits meets cr_disk {target_cr_disk}")
-    return min(fitting, key=lambda pair: pair[0])[1]
+        raise ValueError(f"none of {', '.join(map(str, methods))} at {', '.join(map(str, bits))} bits meets cr_disk "
+                         f"{target_cr_disk}")
+    return plans[min(fitting)[2]]
 
 
 def uniform_topk(model: torch.nn.Module, bits: int, target_cr_disk: float, signals) -> Plan:

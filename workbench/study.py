@@ -4,6 +4,8 @@ Every training runs single-threaded in a process of its own, so results do not d
 """
 
 import hashlib
+import json
+import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -14,10 +16,11 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from workbench import models, train
+from workbench import constrain, models, train
 from workbench.constrain import attach, bake, compress, pack
 from workbench.gates import blocks
-from workbench.methods import BlockCirculant, Dense, Method
+from workbench.methods import BlockCirculant, Dense, Method, base, circulant, sparse
+from workbench.methods import dense as dense_method
 from workbench.packed import PackedLayer, PackedModel
 from workbench.plan import Plan, uniform
 from workbench.quantise import calibrate
@@ -27,8 +30,8 @@ from workbench.sensitivity import (
     calibration_batches,
     check_target,
     hybrid_plan,
+    nearest_uniform,
     sensitivity_table,
-    smallest_uniform,
     strengths,
     uniform_topk,
 )
@@ -37,12 +40,13 @@ from workbench.train import evaluate, fit, paired_interval
 
 CONTROL_BITS = 8  # weights of the small dense control
 DENSE = "dense control"
+DENSE_ONCE = "dense, trained once"  # where retraining makes the dense control worse, this shows it
 HYBRID = "hybrid"
 SMALL = "small dense 8-bit"
 UNIFORM_TOPK = "uniform Top-k"
 UNIFORM_CIRCULANT = "uniform circulant"
 DENSE_16 = "dense 16-bit"  # the array's baseline
-VARIANTS = (DENSE, HYBRID, SMALL, UNIFORM_TOPK, UNIFORM_CIRCULANT)
+VARIANTS = (DENSE, DENSE_ONCE, HYBRID, SMALL, UNIFORM_TOPK, UNIFORM_CIRCULANT)
 
 
 def parallel(function, jobs: list[tuple], workers: int, description: str) -> list:
@@ -96,13 +100,13 @@ def _train_dense(task, hidden_size, seed, epochs, checkpoints):
     return _once(model, task, key, checkpoints, lambda: fit(model, task, seed=seed, epochs=epochs, progress=False))
 
 
-def _once(model, task, key, checkpoints, training):
+def _once(model, task, key, checkpoints, training, constraints=()):
     """Run the training, or load what an earlier run of the same training left in the directory."""
     if checkpoints is None:
         training()
         return model
     # What decides the result: the task's data and recipe, the arguments, and the code that trains.
-    code = b"".join(Path(module.__file__).read_bytes() for module in (models, train))
+    code = b"".join(Path(module.__file__).read_bytes() for module in (models, train, *constraints))
     name = hashlib.sha256(f"{task.digest} {task.split} {task.recipe} {key} ".encode() + code).hexdigest()[:16]
     path = Path(checkpoints) / f"{name}.safetensors"
     if path.is_file():
@@ -139,7 +143,7 @@ class Comparison:
     def by_seed(self) -> pd.DataFrame:
         """One row per variant and seed: ratio, validation before and after retraining, test (accuracies in percent)."""
         names = {"variant": "variant", "seed": "seed", "cr_disk": "cr_disk", "valid_accuracy_before": "validation before %",
-                 "valid_accuracy": "after %", "valid_loss": "cross-entropy", "test_accuracy": "test %",
+                 "valid_accuracy": "after %", "valid_loss": "validation cross-entropy", "test_accuracy": "test %",
                  "test_loss": "test cross-entropy"}
         return self.results[list(names)].rename(columns=names)
 
@@ -168,9 +172,10 @@ def compare(task: Task, dense: dict[int, torch.nn.Module], sensitive: list[str],
             workers: int, checkpoints: str | Path | None = None) -> Comparison:
     """Retrain every variant from the dense model of each seed for the same epochs, and read the test split once.
 
-    The dense control is the dense model, retrained alike, in float. All others are measured on the integer engine. The
-    small dense control has as many units as fill the hybrid model's bytes at 8 bits; it is trained from scratch for
-    dense_epochs and then, in 8 bits, for epochs. distillation_weight > 0 distils the dense model into every variant.
+    The dense control is the dense model, retrained alike, in float; beside it the dense model as it was. All others are
+    measured on the integer engine. The small dense control has as many units as fill the target's bytes at 8 bits; it is
+    trained from scratch for dense_epochs and then, in 8 bits, for epochs. distillation_weight > 0 distils
+    the dense model into every variant.
     """
     check_target(target_cr_disk)
     if unknown := [v for v in variants if v not in VARIANTS]:
@@ -198,14 +203,14 @@ def _plans(model, task, sensitive, strength, target_cr_disk, variants):
     makers = {
         HYBRID: lambda: hybrid_plan(model, sensitive, strength, target_cr_disk, signals),
         UNIFORM_TOPK: lambda: uniform_topk(model, strength.topk_bits, target_cr_disk, signals),
-        UNIFORM_CIRCULANT: lambda: uniform_circulant(model, strength.circulant_bits, target_cr_disk, signals),
+        UNIFORM_CIRCULANT: lambda: uniform_circulant(model, target_cr_disk, signals),
     }
     return {variant: make() for variant, make in makers.items() if variant in variants}
 
 
 def array_layers(model: torch.nn.Module, task: Task, comparison: Comparison, seed: int, strength: Strength,
                  target_cr_disk: float) -> dict[str, PackedLayer]:
-    """Label -> packed layer of one seed for the array: dense 16-bit, both uniform plans and the hybrid one.
+    """Label -> packed layer of one seed for the array: dense 16-bit, the small dense control, both uniform plans, hybrid.
 
     A variant that the comparison retrained is taken from there; a uniform plan that it did not is packed one-shot.
     """
@@ -214,15 +219,21 @@ def array_layers(model: torch.nn.Module, task: Task, comparison: Comparison, see
     for variant, plan in _plans(model, task, [], strength, target_cr_disk, (UNIFORM_TOPK, UNIFORM_CIRCULANT)).items():
         retrained = comparison.packed.get(variant)
         packed[variant] = retrained[seed] if retrained else pack(model, plan)
-    packed[HYBRID] = comparison.packed[HYBRID][seed]
+    packed |= {variant: comparison.packed[variant][seed] for variant in (SMALL, HYBRID)}
     return {label: next(iter(p.layers.values())) for label, p in packed.items()}
 
 
-def uniform_circulant(model, bits: int, target_cr_disk: float, signals) -> Plan:
-    """Every gate block-circulant with the smallest power-of-two block that meets target_cr_disk."""
+def _stored_parameters(model) -> int:
+    """Parameters of a dense classifier as it would be stored: the two biases of its LSTM merged into one."""
+    merged = sum(p.numel() for name, p in model.named_parameters() if "bias_hh" in name)
+    return sum(p.numel() for p in model.parameters()) - merged
+
+
+def uniform_circulant(model, target_cr_disk: float, signals) -> Plan:
+    """Every gate block-circulant: of all power-of-two blocks at 4 to 8 bits the plan whose size comes nearest to the budget."""
     hidden = {b.shape[0] for b in blocks(model).values()}
     sizes = [2**n for n in range(1, 11) if all(h % 2**n == 0 for h in hidden)]
-    return smallest_uniform(model, [BlockCirculant(k) for k in sizes], bits, target_cr_disk, signals)
+    return nearest_uniform(model, [BlockCirculant(k) for k in sizes], range(4, 9), target_cr_disk, signals)
 
 
 def small_hidden_size(num_features: int, payload_bits: int) -> int:
@@ -239,32 +250,38 @@ def _variant(task, dense, plan, variant, seed, dense_epochs, epochs, distillatio
     if distillation_weight:
         settings |= {"teacher": dense, "distillation_weight": distillation_weight}
     hidden_size = next(iter(blocks(dense).values())).shape[0]
+    dense_weights = sum(b.shape[0] * b.shape[1] for b in blocks(dense).values())
     start = dense
     if variant == SMALL:
-        rnn_bits = 32 * sum(b.shape[0] * b.shape[1] for b in blocks(dense).values()) / target_cr_disk
-        hidden_size = small_hidden_size(task.num_features, int(rnn_bits))
+        hidden_size = small_hidden_size(task.num_features, math.ceil(32 * dense_weights / target_cr_disk))
         start = _train_dense(task, hidden_size, seed, dense_epochs, checkpoints)
         plan = uniform(start, Dense(), CONTROL_BITS, calibrate(start, calibration_batches(task)))
     row = {"variant": variant, "seed": seed, "hidden_size": hidden_size, "plan": None, "packed": None}
-    if variant == DENSE:
-        model = bake(dense)
-        before = evaluate(model, task, "valid")
-        key = f"dense control {hidden_size} {seed} {dense_epochs} {epochs} {distillation_weight}"
-        measured = _once(model, task, key, checkpoints, lambda: fit(model, task, **settings))
+    if variant in (DENSE, DENSE_ONCE):
+        measured = bake(dense)
+        before = evaluate(measured, task, "valid")
+        if variant == DENSE:
+            key = f"dense control {hidden_size} {seed} {dense_epochs} {epochs} {distillation_weight}"
+            _once(measured, task, key, checkpoints, lambda: fit(measured, task, **settings))
         row |= {"arithmetic": "float32", "cr_params": 1.0, "cr_bits": 1.0, "cr_disk": 1.0, "cr_model": 1.0,
-                "rnn_bytes": 4 * sum(b.shape[0] * b.shape[1] for b in blocks(dense).values())}
+                "rnn_bytes": 4 * dense_weights}
     else:
         before = evaluate(attach(start, pack(start, plan)), task, "valid")
         compressed = compress(start, plan)
-        fit(compressed, task, **settings)
+        key = f"{variant} {hidden_size} {seed} {dense_epochs} {epochs} {distillation_weight} {json.dumps(plan.to_json())}"
+        _once(compressed, task, key, checkpoints, lambda: fit(compressed, task, **settings),
+              constraints=(constrain, base, circulant, dense_method, sparse))
         # Retraining moves the ranges of the signals, so their formats are calibrated on the model that is packed.
         plan = plan.with_signals(calibrate(compressed, calibration_batches(task)))
         packed = pack(compressed, plan)
         measured = attach(compressed, packed)
-        ratio = 32 * sum(b.shape[0] * b.shape[1] for b in blocks(dense).values()) / packed.storage_bits
-        row |= {"arithmetic": "integer engine", "cr_params": packed.cr_params, "cr_bits": packed.cr_bits,
-                "cr_disk": ratio, "cr_model": packed.cr_model, "rnn_bytes": packed.storage_bits // 8,
-                "plan": plan, "packed": packed}
+        # Every ratio is against the dense model, also that of the control with fewer units.
+        dense_bits, stored = 32 * dense_weights, sum(block.stored_values for block in packed.blocks.values())
+        rest = 32 * (packed.rnn_bias_params + packed.other_params)
+        row |= {"arithmetic": "integer engine", "cr_params": dense_weights / stored,
+                "cr_bits": dense_bits / packed.value_bits, "cr_disk": dense_bits / packed.storage_bits,
+                "cr_model": 32 * _stored_parameters(dense) / (packed.storage_bits + rest),
+                "rnn_bytes": packed.storage_bits // 8, "plan": plan, "packed": packed}
     valid, test = evaluate(measured, task, "valid"), evaluate(measured, task, "test")
     return row | {"valid_accuracy_before": before.accuracy, "valid_accuracy": valid.accuracy, "valid_loss": valid.loss,
                   "test_accuracy": test.accuracy, "test_loss": test.loss, "correct": test.correct}
@@ -272,4 +289,4 @@ def _variant(task, dense, plan, variant, seed, dense_epochs, epochs, distillatio
 
 def variants(uniform_controls: bool) -> list[str]:
     """The variants of a comparison: always the hybrid model and the two dense controls."""
-    return [DENSE, HYBRID, SMALL] + [UNIFORM_TOPK, UNIFORM_CIRCULANT] * uniform_controls
+    return [DENSE, DENSE_ONCE, HYBRID, SMALL] + [UNIFORM_TOPK, UNIFORM_CIRCULANT] * uniform_controls
