@@ -24,7 +24,7 @@ _NAMES = {
         "study": "array_layers check_study compare sensitivity_over_seeds train_dense variants",
         "sweep": "record run",
         "tables": "accuracy_table count_table energy_table hardware_table layout_table plan_table present price_table"
-        " record_study sensitivity_summary signal_table spec_table split_table task_table",
+        " record_study sensitivity_summary signal_table spec_table split_table task_table verdict",
         "train": "evaluate fit load_checkpoint paired_interval save_checkpoint",
     }.items()
     for name in names.split()

@@ -8,6 +8,7 @@ from matplotlib.patches import Patch
 # Colours that stay apart for colour-blind readers (Okabe and Ito 2008); kinds also differ by their row and label.
 COLOURS = {"mac": "#0072B2", "drain": "#56B4E9", "activation": "#E69F00", "elementwise": "#D55E00", "multicast": "#009E73",
            "load": "#CC79A7", "config": "#999999"}
+PALE = ("drain", "activation")  # kinds whose bars need dark letters
 SENSITIVE, INSENSITIVE = "#D55E00", "#0072B2"
 
 
@@ -67,9 +68,9 @@ def gantt_figure(schedule, step: int) -> Figure:
     last = max(op["end"] for op in operations) - first
     for op in operations:
         label = op["name"].removeprefix(f"{op['kind']} ")
-        if op["end"] - op["start"] > 0.011 * last * len(label):  # where the label has room
+        if op["end"] - op["start"] > 0.012 * last * max(len(label), 3):  # where the label has room
             axis.text((op["start"] + op["end"]) / 2 - first, resources.index(op["resource"]), label, ha="center",
-                      va="center", fontsize=7, color="white", clip_on=True)
+                      va="center", fontsize=7, color="black" if op["kind"] in PALE else "white", clip_on=True)
     kinds = list(dict.fromkeys(op["kind"] for op in operations))
     axis.legend(handles=[Patch(color=COLOURS[kind], label=kind) for kind in kinds], ncols=len(kinds), fontsize="small",
                 loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)

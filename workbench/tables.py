@@ -56,16 +56,38 @@ def accuracy_table(models: dict, task: Task) -> pd.DataFrame:
 
 def sensitivity_summary(table: pd.DataFrame) -> pd.DataFrame:
     """One row per block and method, averaged over the seeds (recovery epochs: over the seeds that recover)."""
-    names = {"loss_before": "loss before", "loss_after": "after", "accuracy_before": "accuracy before %",
-             "accuracy_after": "after %", "recovered": "recovered", "recovery_epochs": "in epochs",
+    names = {"loss_before": "loss before", "loss_after": "loss after", "accuracy_before": "% before",
+             "accuracy_after": "% after", "recovered": "recovered", "recovery_epochs": "in epochs",
              "excess_loss": "excess loss"}
-    means = table.astype({"recovery_epochs": float}).groupby(["block", "method"], sort=False)[list(names)].mean()
+    if table["recovered"].isna().all():  # one-shot: there is no after
+        names = {name: names[name] for name in ("loss_before", "accuracy_before", "excess_loss")}
+    numbers = table.astype({"recovered": float, "recovery_epochs": float})
+    means = numbers.groupby(["block", "method"], sort=False)[list(names)].mean()
     return means.reset_index().rename(columns=names)
 
 
 def plan_table(comparison: Comparison, seed: int) -> pd.DataFrame:
     """The hybrid plan of one seed, block by block, with the sizes of what was packed."""
     return pd.DataFrame(comparison.plans[HYBRID][seed].table(comparison.packed[HYBRID][seed]))
+
+
+def verdict(comparison: Comparison, schedules: dict[str, Schedule]):
+    """Who wins, in a paragraph written from the figures: accuracy loss of every variant, acceleration of every plan."""
+    from IPython.display import Markdown
+
+    summary = comparison.summary().set_index("variant")
+    hybrid = summary.loc[HYBRID]
+    losses = [f"{name} {row['loss (points)']:.2f} ({row['low']:.2f} to {row['high']:.2f}) at {row['cr_disk']:.1f}x"
+              for name, row in summary.iterrows() if row["arithmetic"] != "float32"]
+    rivals = summary[(summary["arithmetic"] != "float32") & (summary.index != HYBRID)]
+    better = [name for name, row in rivals.iterrows() if row["loss (points)"] <= hybrid["loss (points)"]]
+    rows = {row["label"]: row["acceleration"] for row in compare(schedules)}
+    faster = [name for name, acceleration in rows.items() if acceleration > rows[HYBRID]]
+    return Markdown(
+        f"Accuracy loss in points against the dense control, with its 95 % interval: {'; '.join(losses)}. "
+        f"By its mean the hybrid plan is {'matched or beaten by ' + ', '.join(better) if better else 'ahead of the others'}. "
+        f"Acceleration in the steady state: {'; '.join(f'{name} {value:.2f}x' for name, value in rows.items())}. "
+        f"{'Faster than the hybrid plan: ' + ', '.join(faster) if faster else 'The hybrid plan is the fastest'}.")
 
 
 def signal_table(comparison: Comparison, seed: int) -> pd.DataFrame:

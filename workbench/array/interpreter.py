@@ -64,17 +64,20 @@ class _Machine:
         self.issuing = dict.fromkeys(self.queues)  # resource -> _Active
         self.landing = []  # (cycle at whose end it lands, what then happens)
         self.per_step = Counter((i.kind, i.region, i.gate, i.parts, i.rows) for i in self.program)  # how many instructions
-        self.groups, self.chunks = Counter(), Counter()  # region -> per step
+        self.entries, self.chunks = Counter(), Counter()  # region -> per step
         for i in self.program:
-            self.groups[i.region] = max(self.groups[i.region], i.group + 1)
+            self.entries[i.region] += i.kind == "drain"
             self.chunks[i.region] = max(self.chunks[i.region], i.chunk + 1)
         self.retired = Counter()  # the same keys with the step in front
         # PE memories: (region, pe row, pe col) -> address -> (step, value); a wrong step is a hazard.
         self.data = defaultdict(dict)
         self.arrived = Counter()  # ("ih" or "hh", step) -> words multicast
         self.arrived["hh", -1] = self.layer.hidden_size
-        self.acc = defaultdict(Counter)  # (region, bank, pe row, pe col) -> (gate, parts, row) -> sum
-        self.owner = {}  # (region, bank) -> (step, group)
+        self.acc = defaultdict(Counter)  # (region, bank, pe row, pe col) -> (entry since the first step, row) -> sum
+        self.bank_users = [(step, n) for step in range(len(x)) for n, i in enumerate(self.program)
+                           if i.kind in ("mac", "drain")]  # not retired, in program order
+        self.bank_written = {}  # (region, bank) -> cycle of the last write that is on its way
+        self.bank_drained = {}  # (region, bank) -> cycle of the last read of a drain
         self.buffers = {}  # (region, 0 or 1) -> (step, chunk)
         self.loaded = set()  # (region, step, chunk)
         self.edge, self.edge_parts = defaultdict(int), Counter()  # (step, gate, row)
@@ -117,11 +120,11 @@ class _Machine:
         if i.kind == "mac":
             part = i.parts[0]
             size, due = (self.layer.input_size, step) if part == "ih" else (self.layer.hidden_size, step - 1)
-            owner = self.owner.get((i.region, self._bank(step, i)))
-            return (self.arrived[part, due] == size and owner in (None, (step, i.group))
+            return (self.arrived[part, due] == size and self._has_bank(step, n)
                     and (i.chunk < 0 or (i.region, step, i.chunk) in self.loaded))
         if i.kind == "drain":
-            return all(self._all_retired(step, "mac", i.region, i.gate, (part,), i.rows) for part in i.parts)
+            return self._has_bank(step, n) and all(
+                self._all_retired(step, "mac", i.region, i.gate, (part,), i.rows) for part in i.parts)
         if i.kind == "load":
             return (i.region, self._buffer(step, i)) not in self.buffers
         if n == 0:  # x of step + 1 overwrites that of step - 1
@@ -135,8 +138,18 @@ class _Machine:
     def _all_retired(self, step, *key):
         return self.retired[step, *key] == self.per_step[key]
 
+    def _entry(self, step, i):
+        return step * self.entries[i.region] + i.entry
+
     def _bank(self, step, i):
-        return (step * self.groups[i.region] + i.group) % self.spec.acc_banks
+        return i.region, self._entry(step, i) % self.spec.acc_banks
+
+    def _has_bank(self, step, n):
+        """Whether everything of the other kind that comes before it in the program has left the bank."""
+        i = self.program[n]
+        earlier = (self.program[m] for s, m in self.bank_users if (s, m) < (step, n)
+                   and self._bank(s, self.program[m]) == self._bank(step, i))
+        return all(other.kind == i.kind for other in earlier)
 
     def _buffer(self, step, i):
         return (step * self.chunks[i.region] + i.chunk) % 2
@@ -147,7 +160,6 @@ class _Machine:
         i = self.program[n]
         hidden = range(self.layer.hidden_size)
         if i.kind == "mac":
-            self.owner[i.region, self._bank(step, i)] = (step, i.group)
             todo = self._pe_lists(i)
         elif i.kind == "load":
             self.buffers[i.region, self._buffer(step, i)] = (step, i.chunk)
@@ -192,8 +204,10 @@ class _Machine:
             return
         a.held, i, part = 0, a.instruction, a.instruction.parts[0]
         due = a.step if part == "ih" else a.step - 1
-        parts = next(p.parts for p in self.program
-                     if p.kind == "drain" and (p.region, p.gate, p.rows) == (i.region, i.gate, i.rows) and part in p.parts)
+        bank, entry = self._bank(a.step, i), self._entry(a.step, i)
+        if self.bank_drained.get(bank) == self.now:
+            raise RuntimeError(f"hazard: {i.name} of step {a.step} writes the bank {bank} that a drain reads, cycle {self.now}")
+        self.bank_written[bank] = self.now + self.spec.mac_latency
         size = self.layer.input_size if part == "ih" else self.layer.hidden_size
         for pe, macs in a.todo.items():
             word, value, row, column, padding = macs.pop(0)
@@ -205,15 +219,14 @@ class _Machine:
             if not (macs and macs[0][0] == word):  # a word is read once and held while it is used
                 self.counts["weight_reads"] += 1
             self.counts.update({"macs": 1, "data_reads": 1, "acc_updates": 1, "padding_macs": int(padding)})
-            bank, product = (i.region, self._bank(a.step, i), *pe), value * x
-            self._fly(a, self.spec.mac_latency, lambda bank=bank, key=(i.gate, parts, row), product=product:
-                      self._accumulate(bank, key, product))
+            self._fly(a, self.spec.mac_latency, lambda place=(*bank, *pe), key=(entry, row), product=value * x:
+                      self._accumulate(place, key, product))
         a.todo = {pe: macs for pe, macs in a.todo.items() if macs}
 
-    def _accumulate(self, bank, key, product):
-        self.acc[bank][key] += product
-        if len(self.acc[bank]) > self.spec.acc_depth:
-            raise RuntimeError(f"hazard: more than {self.spec.acc_depth} accumulators in use, (region, bank, PE): {bank}")
+    def _accumulate(self, place, key, product):
+        self.acc[place][key] += product
+        if len(self.acc[place]) > self.spec.acc_depth:
+            raise RuntimeError(f"hazard: more than {self.spec.acc_depth} accumulators in use, (region, bank, PE): {place}")
 
     def _work_drain(self, a):
         i, local = a.instruction, a.todo.pop(0)
@@ -224,8 +237,11 @@ class _Machine:
 
     def _pass_on(self, a, row, pe_row, column, partial):
         """A PE adds its sum to what came over the link and sends it to its neighbour, or from the last column to the edge."""
-        i = a.instruction
-        partial += self.acc[i.region, self._bank(a.step, i), pe_row, column][i.gate, i.parts, row]
+        i, bank = a.instruction, self._bank(a.step, a.instruction)
+        if self.bank_written.get(bank, -1) >= self.now:
+            raise RuntimeError(f"hazard: {i.name} of step {a.step} reads the bank {bank} that is written, cycle {self.now}")
+        self.bank_drained[bank] = self.now
+        partial += self.acc[*bank, pe_row, column][self._entry(a.step, i), row]
         self.counts.update({"acc_reads": 1, "link_words": 1})
         if column < self.mapping.layout.regions[i.region].cols - 1:
             # It enters the neighbour `link_cycles` later: what lands at the end of a cycle is used in the next.
@@ -315,15 +331,14 @@ class _Machine:
     def _retire(self, a):
         i = a.instruction
         self.retired[a.step, i.kind, i.region, i.gate, i.parts, i.rows] += 1
+        if i.kind in ("mac", "drain"):
+            self.bank_users.remove((a.step, a.number))
         if i.kind == "load":
             self.loaded.add((i.region, a.step, i.chunk))
         elif i.kind == "mac" and i.chunk >= 0:
             del self.buffers[i.region, self._buffer(a.step, i)]
         elif i.kind == "drain":
-            group = [(p.gate, p.parts, p.rows) for p in self.program
-                     if p.kind == "drain" and (p.region, p.group) == (i.region, i.group)]
-            if all(self._all_retired(a.step, "drain", i.region, *entry) for entry in group):
-                bank = self._bank(a.step, i)
-                del self.owner[i.region, bank]
-                for key in [k for k in self.acc if k[:2] == (i.region, bank)]:
-                    del self.acc[key]
+            for place, sums in self.acc.items():
+                if place[:2] == self._bank(a.step, i):
+                    for key in [key for key in sums if key[0] == self._entry(a.step, i)]:
+                        del sums[key]

@@ -311,8 +311,9 @@ class Instruction:
     """One entry of a step's program. It says what is done, by which resource; never when.
 
     kind: mac, drain, activation, elementwise, multicast or load. parts: which of ih and hh; an activation has neither.
-    rows: local rows [low, high) of the pass. words: slice of each PE's words for those rows. group: number of the
-    accumulation group in its region and step. chunk: number of the streamed chunk in its region and step, or -1.
+    rows: local rows [low, high) of the pass. words: slice of each PE's words for those rows. entry: number of what is
+    summed and drained together, in its region and step, in the order of the drains; the accumulator banks take the
+    entries in turn, over all steps. chunk: number of the streamed chunk in its region and step, or -1.
     """
 
     name: str
@@ -323,7 +324,7 @@ class Instruction:
     region: int = -1
     rows: tuple[int, int] = (0, 0)
     words: tuple[int, int] = (0, 0)
-    group: int = -1
+    entry: int = -1
     chunk: int = -1
 
 
@@ -523,18 +524,18 @@ class _ProgramBuilder:
                     yield _Entry(gate, some, low, min(low + size, rows))
 
     def _region_segments(self, region):
-        """Lists of instructions, each ending with a drain. In an accumulation group the input parts come first: they need
-        only x, so they may run before h is back."""
-        entries = list(self._entries(region))
+        """Lists of instructions, each ending with a drain. What needs only x comes early, so that it may run before h is
+        back: first the sums of inputs alone, then in each accumulation group the input parts."""
+        entries = sorted(self._entries(region), key=lambda e: "hh" in e.parts)  # stable
         resident = self._resident_slices(region, entries)
         segments = []
-        for number, group in enumerate(_groups(entries, self.spec.acc_depth)):
-            pending = [i for e in group if "ih" in e.parts for i in self._macs(region, number, e, "ih", resident)]
-            for e in sorted(group, key=lambda e: "hh" in e.parts):  # stable: input-only sums drain first
+        for group in _groups(entries, self.spec):
+            pending = [i for n, e in group if "ih" in e.parts for i in self._macs(region, n, e, "ih", resident)]
+            for n, e in group:
                 if "hh" in e.parts:
-                    pending += self._macs(region, number, e, "hh", resident)
+                    pending += self._macs(region, n, e, "hh", resident)
                 pending.append(Instruction(f"drain {e.gate} {'+'.join(e.parts)}", "drain", f"links {region}", e.gate, e.parts,
-                                           region, (e.low, e.high), group=number))
+                                           region, (e.low, e.high), entry=n))
                 segments.append(pending)
                 pending = []
         return segments
@@ -557,14 +558,14 @@ class _ProgramBuilder:
             self.resident[self.layout.regions[region].window] += np.minimum(counts[key], kept[key]) * taken
         return kept
 
-    def _macs(self, region, group, entry, part, resident):
+    def _macs(self, region, number, entry, part, resident):
         """The resident words, then chunk after chunk of the streamed ones, each after its load."""
         block, rows = self.blocks[part, entry.gate], (entry.low, entry.high)
         counts, first = block.words_between(*rows), resident[entry, part]
 
         def mac(words, chunk=-1):
             return Instruction(f"mac {entry.gate} {part}", "mac", f"PEs {region}", entry.gate, (part,), region, rows, words,
-                               group, chunk)
+                               number, chunk)
 
         made = [mac((0, first))] if first else []
         size = self.layout.stream_words // words_taken(block, self.spec)
@@ -576,19 +577,21 @@ class _ProgramBuilder:
             words, chunk = (low, min(low + size, int(counts.max()))), self.chunks[region]
             self.chunks[region] += 1
             self.streamed_bits += int((np.minimum(counts, words[1]) - np.minimum(counts, low)).sum()) * block.word_bits
-            made += [Instruction(f"load {entry.gate} {part}", "load", "loader", entry.gate, (part,), region, rows, words, group,
+            made += [Instruction(f"load {entry.gate} {part}", "load", "loader", entry.gate, (part,), region, rows, words, number,
                                  chunk),
                      mac(words, chunk)]
         return made
 
 
-def _groups(entries, acc_depth):
-    """Consecutive entries whose local rows fit one accumulator bank together."""
-    groups, rows = [], acc_depth + 1
-    for e in entries:
-        rows += e.high - e.low
-        if rows > acc_depth:
+def _groups(entries, spec):
+    """Accumulation groups of (number, entry): consecutive entries that the accumulators hold together, dealt over the banks
+    in turn. Entries of inputs alone are drained at once, each a group of its own."""
+    groups, held = [], [0] * spec.acc_banks
+    for number, e in enumerate(entries):
+        bank, rows = number % spec.acc_banks, e.high - e.low
+        if not groups or "hh" not in groups[-1][-1][1].parts or held[bank] + rows > spec.acc_depth:
             groups.append([])
-            rows = e.high - e.low
-        groups[-1].append(e)
+            held = [0] * spec.acc_banks
+        groups[-1].append((number, e))
+        held[bank] += rows
     return groups

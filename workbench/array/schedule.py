@@ -2,6 +2,8 @@
 
 Model: an operation starts when all that it needs has ended and its resource is free; a resource serves in program order.
 Resources are pipelined: an operation holds its resource for `busy` cycles and its result is there `latency` cycles later.
+Sums lie in accumulator banks, which entries (see Instruction) take in turn. A bank serves multiplications or a drain, never
+both in one cycle, and changes over in program order: each waits for the end of all earlier ones of the other kind.
 Assumed: a barrier per region between operations (the fullest PE counts); a drain takes one row per cycle from every PE
 row, each PE column adding its sum on the way; alignment, bias and rounding belong to the activation latency; every
 activation unit owns a multiplier and keeps its part of c; resident weights and the first h are in place at the start.
@@ -103,34 +105,37 @@ def _needs(mapping):
     """Per instruction the (steps back, number) of those whose end it waits for. In-order resources spare all but the last
     of several that end in order."""
     program, banks = mapping.program, mapping.spec.acc_banks
-    macs, gate_drains, streamed = defaultdict(list), defaultdict(list), defaultdict(list)
-    named, group_drain = {}, {}
+    gate_drains, drains, streamed = defaultdict(list), defaultdict(list), defaultdict(list)
+    named, drained_before, last_mac, bank_macs = {}, {}, {}, {}
     for n, i in enumerate(program):
+        bank = i.region, i.entry % banks  # within a step; the next step may begin with another bank
         if i.kind == "mac":
-            macs[i.region, i.gate, i.parts[0], i.rows].append(n)
+            # The latest entry of the same bank that is drained before this; negative: of an earlier step.
+            latest = len(drains[i.region]) - 1
+            drained_before[n] = latest - (latest - i.entry) % banks
+            last_mac[bank] = n
             if i.chunk >= 0:
                 streamed[i.region].append(n)
         elif i.kind == "drain":
             gate_drains[i.gate].append(n)
-            group_drain[i.region, i.group] = n
+            drains[i.region].append(n)
+            bank_macs[n] = last_mac[bank]  # its own last one, or a later one
         else:
             named[i.name] = n
-    groups = {region: 1 + max(g for r, g in group_drain if r == region) for region, _ in group_drain}
     before = {"cell": ("act i", "act f", "act g"), "tanh c": ("cell",), "h": ("tanh c", "act o"), "h to PEs": ("h",)}
 
     def needs(n, i):
         if i.kind == "mac":
             yield 1, named["x to PEs" if i.parts == ("ih",) else "h to PEs"]
-            # A group takes the bank of the group `banks` before it, which must be drained.
-            back, group = divmod(i.group - banks, groups[i.region])
-            yield -back, group_drain[i.region, group]
+            back, entry = divmod(drained_before[n], len(drains[i.region]))
+            yield -back, drains[i.region][entry]
             if i.chunk >= 0:
                 yield 0, n - 1  # its load
         elif i.kind == "load":  # double buffer: the chunk before the last must be used up
             back, chunk = divmod(i.chunk - 2, len(streamed[i.region]))
             yield -back, streamed[i.region][chunk]
         elif i.kind == "drain":
-            yield from ((0, macs[i.region, i.gate, part, i.rows][-1]) for part in i.parts)
+            yield 0, bank_macs[n]
         elif n == X_TO_PES:  # its place in the double buffer is free once the former h has passed on the same network
             return
         elif i.gate:

@@ -15,7 +15,9 @@ class ArraySpec:
 
     rows, cols: PEs, multiples of 4. clock_mhz: MHz. word_bits: widest weight or signal word; acc_bits: accumulator.
     mac_latency: cycles from issuing a multiply-accumulate to reading its accumulator; mac_ii: cycles that it holds its PE.
-    acc_depth: accumulators per bank and PE; acc_banks: banks (two let the next sums overlap a drain).
+    acc_depth: accumulators per bank and PE; acc_banks: banks, each a memory that multiplications or a drain use, never both
+    in one cycle: with one bank, drains and multiplications of a region alternate; with two, one sum is drained while the
+    next one, in the other bank, is multiplied.
     link_cycles: cycles per hop. h_words_per_cycle: words that the multicast network delivers per cycle.
     act_units, act_latency (cycles), act_ii (cycles per value and unit): activation units.
     weight_words: words of weight_word_bits per PE; data_words: input and hidden words per PE.
