@@ -155,5 +155,5 @@ def test_table_adds_up(model, plan):
     assert sum(row["value bits"] for row in rows) == packed.value_bits
     assert sum(row["index bits"] for row in rows) == packed.index_bits
     first = rows[0]
-    assert (first["shape"], first["method"], first["weight bits"], first["stored values"]) == ("8x6", "TopK 0.25", 4, 12)
+    assert (first["shape"], first["method"], first["bits"], first["stored values"]) == ("8x6", "TopK 0.25", 4, 12)
     assert first["cr_disk"] == pytest.approx(32 * 48 / (first["value bits"] + first["index bits"]))

@@ -52,8 +52,8 @@ def test_every_variant_and_seed_has_one_row(comparison):
     assert len(rows) == 12 and set(rows["variant"]) == set(study.VARIANTS)
     assert all(seeds == [0, 1] for seeds in rows.groupby("variant")["seed"].apply(list))
     floats = rows["variant"].isin([study.DENSE, study.DENSE_ONCE])
-    assert (rows.loc[floats, "arithmetic"] == "float32").all()
-    assert (rows.loc[~floats, "arithmetic"] == "integer engine").all()
+    assert (rows.loc[floats, "arithmetic"] == "float").all()
+    assert (rows.loc[~floats, "arithmetic"] == "integers").all()
 
 
 def test_compressed_variants_meet_the_target(comparison):

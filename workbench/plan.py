@@ -107,7 +107,7 @@ class Plan:
         for name, entry in self.blocks.items():
             block = packed.blocks[name]
             rows.append({"block": name, "shape": "x".join(map(str, block.shape)), "method": method_label(entry.method),
-                         "weight bits": entry.format.bits, "fraction bits": entry.format.frac,
+                         "bits": entry.format.bits, "frac": entry.format.frac,
                          "stored values": block.stored_values, "value bits": block.value_bits,
                          "index bits": block.index_bits,
                          "cr_disk": block.cr_disk})

@@ -141,10 +141,10 @@ class Comparison:
     plans: dict[str, dict[int, Plan]]
 
     def by_seed(self) -> pd.DataFrame:
-        """One row per variant and seed: ratio, validation before and after retraining, test (accuracies in percent)."""
+        """One row per variant and seed: ratio, validation before and after retraining, test (losses: cross-entropy)."""
         names = {"variant": "variant", "seed": "seed", "cr_disk": "cr_disk", "valid_accuracy_before": "validation before %",
-                 "valid_accuracy": "after %", "valid_loss": "validation cross-entropy", "test_accuracy": "test %",
-                 "test_loss": "test cross-entropy"}
+                 "valid_accuracy": "after %", "valid_loss": "validation loss", "test_accuracy": "test %",
+                 "test_loss": "test loss"}
         return self.results[list(names)].rename(columns=names)
 
     def ratios(self) -> pd.DataFrame:
@@ -263,7 +263,7 @@ def _variant(task, dense, plan, variant, seed, dense_epochs, epochs, distillatio
         if variant == DENSE:
             key = f"dense control {hidden_size} {seed} {dense_epochs} {epochs} {distillation_weight}"
             _once(measured, task, key, checkpoints, lambda: fit(measured, task, **settings))
-        row |= {"arithmetic": "float32", "cr_params": 1.0, "cr_bits": 1.0, "cr_disk": 1.0, "cr_model": 1.0,
+        row |= {"arithmetic": "float", "cr_params": 1.0, "cr_bits": 1.0, "cr_disk": 1.0, "cr_model": 1.0,
                 "rnn_bytes": 4 * dense_weights}
     else:
         before = evaluate(attach(start, pack(start, plan)), task, "valid")
@@ -278,7 +278,7 @@ def _variant(task, dense, plan, variant, seed, dense_epochs, epochs, distillatio
         # Every ratio is against the dense model, also that of the control with fewer units.
         dense_bits, stored = 32 * dense_weights, sum(block.stored_values for block in packed.blocks.values())
         rest = 32 * (packed.rnn_bias_params + packed.other_params)
-        row |= {"arithmetic": "integer engine", "cr_params": dense_weights / stored,
+        row |= {"arithmetic": "integers", "cr_params": dense_weights / stored,
                 "cr_bits": dense_bits / packed.value_bits, "cr_disk": dense_bits / packed.storage_bits,
                 "cr_model": 32 * _stored_parameters(dense) / (packed.storage_bits + rest),
                 "rnn_bytes": packed.storage_bits // 8, "plan": plan, "packed": packed}

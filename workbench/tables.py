@@ -21,13 +21,13 @@ def present(frame: pd.DataFrame, index: bool = False):
     """A table as a notebook and its report show it: whole texts to the left, numbers to the right with four significant
     digits, nothing where nothing is."""
     texts = [name for name in frame.columns if frame[name].map(lambda value: not isinstance(value, Number)).all()]
-    long = [name for name in texts if frame[name].astype(str).str.len().max() > LONG_TEXT]
+    long = [name for name in frame.columns if frame[name].map(lambda value: len(str(value))).max() > LONG_TEXT]
     # Styler's own identifiers are random; the same table must give the same report.
     identifier = hashlib.sha256(frame.to_csv().encode()).hexdigest()[:8]
     style = frame.style.set_uuid(identifier).format(_cell, escape="html").format_index(escape="html", axis=1)
-    left, wrapped = ("text-align", "left"), [("white-space", "normal"), ("min-width", "16em")]
+    left, wrapped = ("text-align", "left"), [("white-space", "normal"), ("min-width", "12em")]
     style = style.set_table_attributes('class="dataframe"').set_table_styles(
-        {name: [{"selector": "", "props": [left, *(wrapped if name in long else [])]}] for name in texts})
+        {name: [{"selector": "", "props": [left] * (name in texts) + wrapped * (name in long)}] for name in frame.columns})
     return style if index else style.hide(axis="index")
 
 
@@ -78,8 +78,8 @@ def verdict(comparison: Comparison, schedules: dict[str, Schedule]):
     summary = comparison.summary().set_index("variant")
     hybrid = summary.loc[HYBRID]
     losses = [f"{name} {row['loss (points)']:.2f} ({row['low']:.2f} to {row['high']:.2f}) at {row['cr_disk']:.1f}x"
-              for name, row in summary.iterrows() if row["arithmetic"] != "float32"]
-    rivals = summary[(summary["arithmetic"] != "float32") & (summary.index != HYBRID)]
+              for name, row in summary.iterrows() if row["arithmetic"] == "integers"]
+    rivals = summary[(summary["arithmetic"] == "integers") & (summary.index != HYBRID)]
     better = [name for name, row in rivals.iterrows() if row["loss (points)"] <= hybrid["loss (points)"]]
     rows = {row["label"]: row["acceleration"] for row in compare(schedules)}
     faster = [name for name, acceleration in rows.items() if acceleration > rows[HYBRID]]
