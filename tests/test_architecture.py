@@ -19,7 +19,7 @@ PACKAGE = REPOSITORY / "workbench"
 
 # Imports run down this table only. A package stands for all its files.
 LEVELS = (
-    ("fixedpoint", "packed"),
+    ("container", "fixedpoint", "packed"),
     ("engine", "array"),
     ("gates", "methods"),
     ("plan", "constrain", "quantise"),
@@ -28,7 +28,7 @@ LEVELS = (
     ("sweep", "report", "plots", "study", "tables", "__main__"),
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
-WITHOUT_TORCH = ("fixedpoint", "packed", "engine", "array")
+WITHOUT_TORCH = ("container", "fixedpoint", "packed", "engine", "array")
 
 MODULES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path

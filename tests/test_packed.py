@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import circulant
 
+from workbench.container import write_tensors
 from workbench.fixedpoint import ActivationTable, QFormat
 from workbench.packed import (
     FORMS,
@@ -364,10 +365,11 @@ def test_truncated_files_are_refused(model, tmp_path):
         load(tmp_path / "long")
 
 
-def rewrite(source, target, **changes):
-    """A safetensors file of the same tensors with changed metadata; None removes an entry."""
-    header = file_header(source)["__metadata__"] | changes
-    safetensors.numpy.save_file(safetensors.numpy.load_file(source), target, {k: v for k, v in header.items() if v is not None})
+def rewrite(source, target, change):
+    """A file of the same tensors whose header `change` has altered in place: {"text": JSON text, "sha256": ...}."""
+    header = json.loads(file_header(source)["__metadata__"]["workbench"])
+    change(header)
+    safetensors.numpy.save_file(safetensors.numpy.load_file(source), target, {"workbench": json.dumps(header)})
     return target
 
 
@@ -381,11 +383,17 @@ def test_foreign_files_are_refused(model, tmp_path):
         (tmp_path / "missing", "load needs a packed model file, got .*missing, which is no file"),
         (tmp_path, "which is no file"),
         (pickled, "load needs a whole safetensors file"),
-        (plain, "load needs a packed model, got .*plain, a safetensors file of format None"),
-        (rewrite(good, tmp_path / "other", format="other"), "a safetensors file of format 'other'"),
-        (rewrite(good, tmp_path / "newer", version="2"), "load reads version 1 of packed models, got version '2' in .*newer"),
-        (rewrite(good, tmp_path / "no digest", sha256=None), "load found damage in .*no digest"),
-        (rewrite(good, tmp_path / "no manifest", manifest=None), "load found damage in .*no manifest"),
+        (plain, "load needs a packed model, got .*plain, a safetensors file of another origin"),
+        (rewrite(good, tmp_path / "no digest", lambda h: h.pop("sha256")), "load found damage in .*no digest"),
+        (rewrite(good, tmp_path / "no text", lambda h: h.pop("text")), "load found damage in .*no text"),
+        (rewrite(good, tmp_path / "forged", lambda h: h.update(text=h["text"].replace("LSTM", "GRUU"))),
+         "load found damage in .*forged"),
+        (write_tensors(tmp_path / "newer", {}, who="", what="packed model", version=2, about={}),
+         "load reads version 1 of a packed model, got version 2 in .*newer"),
+        (write_tensors(tmp_path / "other", {}, who="", what="checkpoint", version=1, about={}),
+         "load needs a packed model, got .*other, a checkpoint"),
+        (write_tensors(tmp_path / "broken", {}, who="", what="packed model", version=1, about={"layers": []}),
+         "load found a packed model with a broken manifest in .*broken"),
     ):
         with pytest.raises(ValueError, match=message):
             load(path)

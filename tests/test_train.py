@@ -1,6 +1,5 @@
 import copy
 import itertools
-import json
 import random
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from workbench.container import read_tensors
 from workbench.models import build_classifier
 from workbench.tasks import Recipe, Task
 from workbench.tasks.task import pad
@@ -365,12 +365,12 @@ def test_checkpoint_refuses_what_is_not_one(task, model, tmp_path):
     refused(intact[: len(intact) // 2], "a whole safetensors file, got .*model")
     refused(b"not at all", "a whole safetensors file")
     refused(intact[:-5] + bytes([intact[-5] ^ 1]) + intact[-4:], "found damage")
-    refused(safetensors.numpy.save({"w": np.zeros(2)}), "needs a checkpoint, got .*of format None")
+    refused(safetensors.numpy.save({"w": np.zeros(2)}), "needs a checkpoint, got .*of another origin")
     wider = save_checkpoint(build_classifier(task, 7, seed=0), tmp_path / "wider.safetensors", {})
     refused(wider.read_bytes(), r"the state of this very model.*classifier\.weight")
     with pytest.raises(ValueError, match="needs a checkpoint file, got .*missing"):
         load_checkpoint(model, tmp_path / "missing")
-    with pytest.raises(ValueError, match="needs an existing folder, got .*nowhere"):
+    with pytest.raises(ValueError, match="needs an existing directory, got .*nowhere"):
         save_checkpoint(model, tmp_path / "nowhere" / "model.safetensors", {})
     assert same(before, model.state_dict())
 
@@ -422,5 +422,8 @@ def test_paired_interval_refuses():
 
 def test_metadata_is_json(model, tmp_path):
     path = save_checkpoint(model, tmp_path / "model.safetensors", {"accuracy": 98.5, "seeds": [0, 1]})
-    with safetensors.safe_open(path, "np") as file:
-        assert json.loads(file.metadata()["metadata"]) == {"accuracy": 98.5, "seeds": [0, 1]}
+    about, tensors = read_tensors(path, who="", what="checkpoint", version=1)
+    assert about == {"accuracy": 98.5, "seeds": [0, 1]}
+    assert set(tensors) == set(model.state_dict())
+    again = save_checkpoint(model, tmp_path / "again.safetensors", {"accuracy": 98.5, "seeds": [0, 1]})
+    assert again.read_bytes() == path.read_bytes()

@@ -29,10 +29,10 @@ _NAMES = {
     }.items()
     for name in names.split()
 }
-_SUBMODULES = (
-    "array", "constrain", "engine", "fixedpoint", "gates", "methods", "models", "packed", "plan", "plots", "quantise", "report",
-    "sensitivity", "study", "sweep", "tables", "tasks", "train",
-)  # fmt: skip
+_SUBMODULES = tuple(
+    "array constrain container engine fixedpoint gates methods models packed plan plots quantise report sensitivity study"
+    " sweep tables tasks train".split()
+)
 
 __all__ = ["__version__", *_NAMES, *_SUBMODULES]
 

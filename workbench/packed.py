@@ -3,23 +3,19 @@
 A block's storage is counted from the byte arrays that are really written. Nothing here needs torch.
 """
 
-import hashlib
-import json
 import math
-import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from workbench.container import read_tensors, write_tensors
 from workbench.fixedpoint import ActivationTable, QFormat
 
 GATES = {"LSTM": ("i", "f", "g", "o"), "GRU": ("r", "z", "n")}  # torch's order of the gates in a weight matrix
 SIGNALS = ("input", "pre", "sigmoid", "tanh", "cell", "hidden")
-FILE_FORMAT = "lstm-workbench-packed"
+FILE_KIND = "packed model"
 FILE_VERSION = 1
 
 
@@ -433,10 +429,7 @@ class PackedModel:
         return _ratio(32 * self.dense_weights + rest, self.storage_bits + rest)
 
     def save(self, path) -> Path:
-        """Write one safetensors file (atomically): bit-packed payload, JSON manifest, SHA-256 of both."""
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise ValueError(f"PackedModel.save needs an existing directory, got {path.parent}")
+        """Write one file (see container.py): bit-packed payload and a JSON manifest."""
         tensors, layers = {}, {}
         for layer_name, layer in self.layers.items():
             about = {}
@@ -450,48 +443,15 @@ class PackedModel:
                 "cell": layer.cell, "acc_bits": layer.acc_bits, "blocks": about,
                 "signals": {name: fmt.to_json() for name, fmt in layer.signals.items()},
             }
-        manifest = json.dumps({
-            "layers": layers, "rnn_bias_params": self.rnn_bias_params, "other_params": self.other_params,
-            "metadata": self.metadata,
-        })
-        header = {"format": FILE_FORMAT, "version": str(FILE_VERSION), "manifest": manifest,
-                  "sha256": _digest(manifest, tensors)}
-        temporary = path.with_name(path.name + f".tmp{os.getpid()}")
-        try:
-            safetensors.numpy.save_file(tensors, temporary, metadata=header)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
-
-
-def _digest(manifest, tensors) -> str:
-    digest = hashlib.sha256(manifest.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode() + b"\0" + str(tensors[name].dtype).encode() + b"\0")
-        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
-    return digest.hexdigest()
+        about = {"layers": layers, "rnn_bias_params": self.rnn_bias_params, "other_params": self.other_params,
+                 "metadata": self.metadata}
+        return write_tensors(path, tensors, who="PackedModel.save", what=FILE_KIND, version=FILE_VERSION, about=about)
 
 
 def load(path) -> PackedModel:
     """Read a packed model. A missing, truncated, damaged or foreign file raises ValueError that says which."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"load needs a packed model file, got {path}, which is no file")
+    manifest, tensors = read_tensors(path, who="load", what=FILE_KIND, version=FILE_VERSION)
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors raises its own and, for exotic dtypes, other errors
-        raise ValueError(f"load needs a whole safetensors file, got {path}: {error}") from error
-    if header.get("format") != FILE_FORMAT:
-        raise ValueError(f"load needs a packed model, got {path}, a safetensors file of format {header.get('format')!r}")
-    if header.get("version") != str(FILE_VERSION):
-        raise ValueError(f"load reads version {FILE_VERSION} of packed models, got version {header.get('version')!r} in {path}")
-    if header.get("sha256") != _digest(header.get("manifest", ""), tensors):
-        raise ValueError(f"load found damage in {path}: its content does not have the SHA-256 written with it")
-    try:
-        manifest = json.loads(header["manifest"])
         layers = {name: _restore_layer(name, about, tensors) for name, about in manifest["layers"].items()}
         return PackedModel(layers, manifest["rnn_bias_params"], manifest["other_params"], manifest["metadata"])
     except (KeyError, TypeError, IndexError, AttributeError) as error:

@@ -3,9 +3,6 @@
 Validation decides which epoch is kept; the test split is read by nothing but `evaluate(model, task, "test")`.
 """
 
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,18 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
+from workbench.container import read_tensors, write_tensors
 from workbench.models import seeded
 from workbench.tasks import Recipe, Split, Task
 
-CHECKPOINT_FORMAT = "lstm-workbench-checkpoint"
+CHECKPOINT = "checkpoint"
 POOL_BATCHES = 10  # batches drawn at random together, then cut by length
 MAX_GRADIENT_NORM = 1.0
 
@@ -275,52 +271,21 @@ def _move(model, device):
 
 
 def save_checkpoint(model: nn.Module, path: str | Path, metadata: dict) -> Path:
-    """Write the state of `model` and JSON `metadata` to one safetensors file, whole or not at all."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"save_checkpoint needs an existing folder, got {path.parent}")
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    about = json.dumps(metadata, sort_keys=True)
-    header = {"format": CHECKPOINT_FORMAT, "metadata": about, "sha256": _digest(about, tensors)}
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        safetensors.torch.save_file(tensors, temporary, header)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    """Write the state of `model` and JSON `metadata` to one file (see container.py), whole or not at all."""
+    tensors = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
+    return write_tensors(path, tensors, who="save_checkpoint", what=CHECKPOINT, version=1, about=metadata)
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> dict:
     """Load the state at `path` into `model`, return its metadata; ValueError where it is damaged or of another model."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"load_checkpoint needs a checkpoint file, got {path}, which is no file")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"load_checkpoint needs a whole safetensors file, got {path}: {error}") from error
-    if header.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"load_checkpoint needs a checkpoint, got {path} of format {header.get('format')!r}")
-    if header.get("sha256") != _digest(header.get("metadata", ""), tensors):
-        raise ValueError(f"load_checkpoint found damage in {path}: its content does not have the SHA-256 written with it")
+    metadata, tensors = read_tensors(path, who="load_checkpoint", what=CHECKPOINT, version=1)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != expected:
         differing = dict(sorted(expected.items() ^ found.items()))
         raise ValueError(f"load_checkpoint needs the state of this very model, got {path}, which differs in {differing}")
-    model.load_state_dict(tensors)
-    return json.loads(header["metadata"])
-
-
-def _digest(about, tensors):
-    digest = hashlib.sha256(about.encode())
-    for name in sorted(tensors):
-        array = tensors[name].numpy()
-        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
-    return digest.hexdigest()
+    model.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
+    return metadata
 
 
 def paired_interval(correct_a: np.ndarray, correct_b: np.ndarray, seed: int, resamples: int = 10_000) -> Interval:
