@@ -161,24 +161,25 @@ def test_one_step_by_hand():
         "mac i ih": (4, 10), "mac f ih": (6, 12),  # 2 rows x 1 column, then 4 cycles of pipeline
         "mac g ih": (8, 14), "mac o ih": (10, 16),
         "mac i hh": (12, 20), "mac f hh": (16, 24),  # 2 rows x 2 columns
-        "mac g hh": (20, 28), "mac o hh": (24, 32),
         "drain i ih+hh": (20, 25), "drain f ih+hh": (24, 29),  # 2 rows, 3 hops
-        "drain g ih+hh": (28, 33), "drain o ih+hh": (32, 37),
-        "act i": (25, 31), "act f": (29, 35), "act g": (33, 39),  # 8 values on 4 units: 2 cycles, then 4 of latency
-        "cell": (39, 47), "tanh c": (47, 53), "act o": (49, 55), "h": (55, 61), "h to PEs": (61, 69),
+        "mac g hh": (25, 33), "mac o hh": (29, 37),  # g waits for the drain of i, in the same bank; o for that of f
+        "drain g ih+hh": (33, 38), "drain o ih+hh": (37, 42),
+        "act i": (25, 31), "act f": (29, 35), "act g": (38, 44),  # 8 values on 4 units: 2 cycles, then 4 of latency
+        "cell": (44, 52), "tanh c": (52, 58), "act o": (54, 60), "h": (60, 66), "h to PEs": (66, 74),
     }
-    assert schedule.cycles == schedule.first_step_latency == 69
+    assert schedule.cycles == schedule.first_step_latency == 74
     # Back from the end: h to PEs 8, h 6, act o 6, tanh c 2 (act o waited for the units), cell 8, act g 6, drain g 5,
-    # W_hh of g 4 + 4 of pipeline, of f 4 and i 4, four W_ih of 2 each, x 4.
+    # W_hh of g 4 + 4 of pipeline, drain i 5, W_hh of i 4 + 4 of pipeline, four W_ih of 2 each, x 4.
     assert schedule.split() == {
-        "multiply": 20, "stall": 4, "drain": 5, "activation": 28, "multicast": 12, "load": 0, "config": 0}
+        "multiply": 16, "stall": 8, "drain": 10, "activation": 28, "multicast": 12, "load": 0, "config": 0}
 
 
 def test_events_by_hand():
     counts = schedule_layer(dense_layer(hidden=8, inputs=4), SMALL, 3).counts()
-    per_step = {"macs": 384, "padding_macs": 0, "weight_reads": 384, "data_reads": 384, "acc_updates": 384, "acc_reads": 128,
-                "link_words": 128, "activation_lookups": 40, "elementwise_multiplies": 24, "multicast_words": 12,
-                "data_writes": 4 * 4 + 8 * 4, "loaded_bits": 0, "weight_writes": 0}
+    # A PE turns to 2 rows in each of 8 blocks, and 8 rows of 4 gates are drained over 4 PE columns.
+    per_step = {"macs": 384, "padding_macs": 0, "weight_reads": 384, "data_reads": 384, "acc_reads": 16 * 2 * 8 + 128,
+                "acc_writes": 16 * 2 * 8, "link_words": 128, "activation_lookups": 40, "elementwise_multiplies": 24,
+                "multicast_words": 12, "data_writes": 4 * 4 + 8 * 4, "loaded_bits": 0, "weight_writes": 0}
     assert counts == {event: 3 * count for event, count in per_step.items()}
 
 
@@ -186,12 +187,49 @@ def test_circulant_reads_each_weight_once():
     layer = layer_of(lambda part, gate, shape, rng: circulant(shape, rng), 8, 4)
     counts = schedule_layer(layer, SMALL, 1, one_region(SMALL)).counts()
     assert counts["macs"] == 384 and counts["weight_reads"] == 384 // 4
+    # Word d of a 4 x 4 tile adds to the rows d, d+1, d+2, d+3 (mod 4) in turn: every product turns to another row.
+    assert counts["acc_writes"] == 384
 
 
-def test_second_bank_hides_the_drain():
-    layer = dense_layer(hidden=32, inputs=4)
-    one, two = (schedule_layer(layer, SMALL.with_(acc_depth=8, acc_banks=n), 4).steady_state_cycles for n in (1, 2))
+def test_wide_words_take_several_memory_words():
+    """16-bit values with 2 of 8 columns per PE: 16 + 1 + 1 bits, one memory word of 18 or two of 9."""
+    layer = layer_of(lambda part, gate, shape, rng: PackedSparse.from_dense(
+        rng.integers(200, 30000, shape) * (rng.random(shape) < 0.5), QFormat(16, 7)), 8, 8)
+    one, two = (schedule_layer(layer, SMALL.with_(weight_word_bits=bits), 1) for bits in (18, 9))
+    assert two.counts()["weight_reads"] == 2 * one.counts()["weight_reads"] == 2 * one.counts()["macs"]
+    macs = {name: span for name, span in spans(one).items() if name.startswith("mac")}
+    for name, (start, end) in macs.items():
+        other = spans(two)[name]
+        assert other[1] - other[0] - 4 == 2 * (end - start - 4)  # 4 cycles of pipeline either way
+    assert {name: two.counts()[name] for name in ("macs", "acc_reads", "data_reads")} == {
+        name: one.counts()[name] for name in ("macs", "acc_reads", "data_reads")}
+    narrow = SMALL.with_(weight_words=24, weight_word_bits=9, load_bits_per_cycle=18)
+    streamed = schedule_layer(layer, narrow, 1)
+    assert streamed.counts()["weight_writes"] == 2 * streamed.counts()["loaded_bits"] // 18 > 0
+
+
+def test_one_bank_multiplies_or_drains():
+    """As above, but each W_hh waits for the drain before it: 4 cycles, 4 of pipeline, then 2 rows and 3 hops."""
+    schedule = schedule_layer(dense_layer(hidden=8, inputs=4), SMALL.with_(acc_banks=1), 1)
+    found = {name: span for name, span in spans(schedule).items() if "hh" in name}
+    assert found == {"mac i hh": (12, 20), "drain i ih+hh": (20, 25), "mac f hh": (25, 33), "drain f ih+hh": (33, 38),
+                     "mac g hh": (38, 46), "drain g ih+hh": (46, 51), "mac o hh": (51, 59), "drain o ih+hh": (59, 64)}
+
+
+@pytest.mark.parametrize("name", ["group4x4", "array16x16"])
+def test_second_bank_hides_the_drain(name):
+    spec = preset(name).with_(weight_words=8192)  # nothing is streamed: the loader would hide the drains
+    one, two = (schedule_layer(dense_layer(128, 12), spec.with_(acc_banks=n), 4).steady_state_cycles for n in (1, 2))
     assert two < one
+
+
+def test_interpreter_sees_a_bank_written_and_drained_at_once(monkeypatch):
+    layer = dense_layer()
+    mapping, x = map_layer(layer, SMALL, one_region(SMALL)), np.zeros((2, 4), dtype=int)
+    interpret(mapping, x)
+    monkeypatch.setattr("workbench.array.interpreter._Machine._has_bank", lambda *_: True)
+    with pytest.raises(RuntimeError, match="hazard: .* bank"):
+        interpret(mapping, x)
 
 
 def test_unequal_product_fractions_drain_apart():
@@ -207,6 +245,22 @@ def test_streaming_is_bound_by_the_loader():
     assert schedule.steady_state_cycles >= schedule.mapping.streamed_bits / spec.load_bits_per_cycle
     assert schedule.counts()["loaded_bits"] == 20 * schedule.mapping.streamed_bits
     assert schedule_layer(dense_layer(128, 40, bits=16), spec.with_(weight_words=5376), 20).bound == "compute"
+
+
+@pytest.mark.parametrize("hidden_frac", [7, 6], ids=["shared accumulators", "drained apart"])
+@pytest.mark.parametrize("inputs", [12, 40])
+def test_streaming_never_starves_the_loader(inputs, hidden_frac):
+    spec = PRESETS["group4x4"]
+    schedule = schedule_layer(dense_layer(128, inputs, 16, hidden_frac), spec, 20)
+    assert schedule.steady_state_cycles == schedule.mapping.streamed_bits / spec.load_bits_per_cycle
+
+
+def test_padding_and_slow_multiplication_are_told_apart():
+    """Empty sparse blocks: every multiply-accumulate is padding, so nothing is multiply; two cycles each count twice."""
+    empty = layer_of(lambda part, gate, shape, rng: sparse(shape, rng, 0), 8, 8)
+    assert schedule_layer(empty, SMALL, 3).split()["multiply"] == 0
+    one, two = (schedule_layer(dense_layer(hidden_frac=6), SMALL.with_(mac_ii=ii), 1) for ii in (1, 2))
+    assert [op.multiply for op in two.timed] == [2 * op.multiply for op in one.timed]
 
 
 def test_regions_run_side_by_side_and_the_best_layout_wins():

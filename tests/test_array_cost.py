@@ -4,17 +4,23 @@ import numpy as np
 import pytest
 from test_array import PRESETS, SMALL, dense_layer, hybrid_layer
 
-from workbench.array import schedule_layer, schedule_layers
-from workbench.array.cost import DEVICES, PJ_PER_EVENT, Memory, compare, energy, resources
+from workbench.array import ASSUMPTIONS, schedule_layer, schedule_layers
+from workbench.array.cost import DEVICES, ENERGY_NOTE, PJ_PER_EVENT, Memory, compare, energy, resources
 from workbench.array.schedule import EVENTS
 
 
 def test_energy_by_hand():
-    modelled = energy({"macs": 10, "weight_reads": 4, "loaded_bits": 64, "link_words": 7})
-    assert modelled.low_pj == pytest.approx(10 * 0.23 + 4 * 2.5 + 1300)
-    assert modelled.high_pj == pytest.approx(10 * 3.2 + 4 * 10 + 2600)
+    modelled = energy({"macs": 10, "weight_reads": 4, "acc_reads": 3, "acc_writes": 2, "loaded_bits": 64, "link_words": 7})
+    assert modelled.low_pj == pytest.approx(10 * 0.23 + 4 * 2.5 + 5 * 7.5 + 1300)  # 48 of 64 bits
+    assert modelled.high_pj == pytest.approx(10 * 3.2 + 4 * 10 + 5 * 7.5 + 2600)
     assert modelled.without_source == {"link_words": 7}
-    assert [row["event"] for row in modelled.rows] == ["macs", "weight_reads", "loaded_bits"]
+    assert [row["event"] for row in modelled.rows] == ["macs", "weight_reads", "acc_reads", "acc_writes", "loaded_bits"]
+
+
+def test_the_note_names_what_has_no_price():
+    counted = energy(schedule_layer(dense_layer(), SMALL, 1).counts()).without_source
+    assert set(counted) == {"padding_macs", "link_words", "activation_lookups", "multicast_words"}  # padding is in macs
+    assert "links" in ENERGY_NOTE and "multicast" in ENERGY_NOTE and "activation" in ENERGY_NOTE
 
 
 def test_every_price_has_a_source_an_event_and_an_interval():
@@ -22,6 +28,11 @@ def test_every_price_has_a_source_an_event_and_an_interval():
     for low, high, source in PJ_PER_EVENT.values():
         assert 0 < low <= high
         assert "45 nm" in source and "ISSCC 2014" in source
+
+
+def test_assumptions_are_sentences():
+    assert len(set(ASSUMPTIONS)) == len(ASSUMPTIONS) >= 6
+    assert all(text[0] != " " and text.endswith(".") for text in ASSUMPTIONS)
 
 
 def test_energy_refuses_unknown_events():
@@ -41,11 +52,20 @@ def test_resources_by_hand():
     assert used.dsp == 256 + 16
     assert (used.weights, used.data) == (Memory(4 * (8 * 8 + 8 * 3), 16), Memory(2 * 3 + 8, 16))
     assert used.bram36 == 128  # one RAMB18 of weights per PE; the data lie in LUTs
-    assert used.lut == (16 * 220 + 256 * 16, 16 * 1023 + 256 * 16) and used.ff == (16 * 145, 16 * 1681)
+    # Per PE: 16 LUTs of data, 96 of accumulators (two banks of 64 x 48 bits), an adder of 48; high: two ports.
+    assert used.lut == (16 * 220 + 256 * (16 + 96 + 48), 16 * 1023 + 256 * (32 + 192 + 48))
+    assert used.ff == (16 * 145 + 256 * 48, 16 * 1681 + 256 * 48)
     share = used.share("vu440")
     assert share["dsp"] == 272 / DEVICES["vu440"]["dsp"] and not share["verified"]
     with pytest.raises(ValueError, match="share knows the devices vu440, got 'zu9'"):
         used.share("zu9")
+
+
+def test_streamed_weights_in_lut_ram_need_two_ports():
+    layer, spec = dense_layer(16, 8), SMALL.with_(weight_words=48)  # 96 words of 8 bits per PE: streamed into 48
+    streamed = resources(schedule_layer(layer, spec, 1).mapping)
+    assert streamed.weights.depth <= 48 and streamed.weights.luts == 8
+    assert streamed.lut == (220 + 16 * (16 + 8 + 96 + 48), 1023 + 16 * (32 + 16 + 192 + 48))
 
 
 def test_streaming_buffers_count_twice():
@@ -62,7 +82,7 @@ def test_compare_against_the_dense_baseline():
     assert hybrid["acceleration"] == base["steady_state_cycles"] / hybrid["steady_state_cycles"]
     schedule = schedule_layer(layers["hybrid"], SMALL, 5)
     assert hybrid["cycles"] == schedule.cycles == sum(schedule.split().values())
-    assert hybrid["energy_low_pj"] == energy(schedule.counts()).low_pj
+    assert hybrid["energy_low_nj"] == energy(schedule.counts()).low_pj / 1000
     assert hybrid["cr_chip"] == pytest.approx(32 * 4 * 16 * 22 / schedule.mapping.on_chip_bits)
     with pytest.raises(ValueError, match="compare needs a schedule labelled 'dense 16-bit', got hybrid"):
         compare(schedule_layers({"hybrid": layers["hybrid"]}, SMALL, 5))

@@ -168,6 +168,8 @@ def test_tables_and_figures_of_a_study(comparison, dense, tiny_task):
     assert "Horowitz" in prices.loc["macs", "source"] and "not priced" in prices.loc["link_words", "source"]
     assert len(tables.sensitivity_summary(sensitivity)) == 16 and len(comparison.by_seed()) == 12
     assert not tables.layout_table(schedules[study.HYBRID]).empty and not tables.spec_table(preset("vu440")).empty
+    assert "partial sum" in tables.energy_note().data and len(tables.assumption_table()) > 5
+    assert "hybrid" in tables.verdict(comparison, schedules).data
     recorded = tables.record_study(comparison, schedules, classes, tables.task_table(tiny_task).assign(strength=STRENGTH))
     assert len(recorded["results"]) == 12
     for figure in (plots.sensitivity_figure(sensitivity, classes), plots.accuracy_figure(comparison.results),

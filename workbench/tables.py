@@ -6,8 +6,8 @@ from numbers import Number
 
 import pandas as pd
 
-from workbench.array import ArraySpec, Schedule
-from workbench.array.cost import PJ_PER_EVENT, STATIC_POWER, compare, energy
+from workbench.array import ASSUMPTIONS, ArraySpec, Schedule
+from workbench.array.cost import ENERGY_NOTE, PJ_PER_EVENT, STATIC_POWER, compare, energy
 from workbench.array.schedule import EVENTS, SPLIT
 from workbench.study import HYBRID, Comparison
 from workbench.sweep import record
@@ -102,6 +102,11 @@ def signal_table(comparison: Comparison, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def assumption_table() -> pd.DataFrame:
+    """What the array's model takes for granted and does not charge."""
+    return pd.DataFrame({"assumed": ASSUMPTIONS})
+
+
 def spec_table(spec: ArraySpec) -> pd.DataFrame:
     """Every field of the array and its value."""
     return pd.DataFrame([{"field": f.name, "value": getattr(spec, f.name)} for f in fields(spec)])
@@ -136,6 +141,13 @@ def energy_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
 
 def _interval(low_pj, high_pj):
     return f"{_cell(low_pj / 1000)} to {_cell(high_pj / 1000)}"
+
+
+def energy_note():
+    """What the total of the energies leaves out."""
+    from IPython.display import Markdown
+
+    return Markdown(ENERGY_NOTE)
 
 
 def price_table() -> pd.DataFrame:

@@ -3,9 +3,9 @@
 from workbench.array.execute import Execution, execute_layer
 from workbench.array.mapping import BlockMapping, LayerMapping, Layout, Region, map_block, map_layer
 from workbench.array.schedule import Operation, Schedule, schedule_layer, schedule_layers
-from workbench.array.spec import PRESETS, ArraySpec, preset
+from workbench.array.spec import ASSUMPTIONS, PRESETS, ArraySpec, preset
 
 __all__ = [
-    "PRESETS", "ArraySpec", "BlockMapping", "Execution", "LayerMapping", "Layout", "Operation", "Region", "Schedule",
-    "execute_layer", "map_block", "map_layer", "preset", "schedule_layer", "schedule_layers",
+    "ASSUMPTIONS", "PRESETS", "ArraySpec", "BlockMapping", "Execution", "LayerMapping", "Layout", "Operation", "Region",
+    "Schedule", "execute_layer", "map_block", "map_layer", "preset", "schedule_layer", "schedule_layers",
 ]  # fmt: skip

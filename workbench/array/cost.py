@@ -13,10 +13,14 @@ SEEN_TABLE = SEEN + ", and in PMC8934428, table 3"
 ADD_8_PJ, ADD_32_PJ, MULTIPLY_8_PJ, MULTIPLY_32_PJ = 0.03, 0.1, 0.2, 3.1
 SRAM_8KB_64_BIT_PJ = 10.0
 DRAM_64_BIT_PJ = (1300.0, 2600.0)
+ACC_BITS = 48  # of an accumulator word as priced: what a DSP48E2 holds, whatever acc_bits of the array
 
 # event -> (pJ low, pJ high, source). 45 nm ASIC rows only: an FPGA's figures must never be mixed in.
 _SRAM = (SRAM_8KB_64_BIT_PJ * 16 / 64, SRAM_8KB_64_BIT_PJ,
          f"{HOROWITZ}: 64-bit access of 8 KB SRAM; low: its share of 16 bits, high: the whole access; {SEEN_TABLE}")
+_ACCUMULATOR = (SRAM_8KB_64_BIT_PJ * ACC_BITS / 64, SRAM_8KB_64_BIT_PJ * ACC_BITS / 64,
+                f"{HOROWITZ}: 64-bit access of 8 KB SRAM, its share of {ACC_BITS} bits (an upper figure: the accumulators "
+                f"of a PE are a smaller memory); {SEEN_TABLE}")
 PJ_PER_EVENT = {
     "macs": (MULTIPLY_8_PJ + ADD_8_PJ, MULTIPLY_32_PJ + ADD_32_PJ,
              f"{HOROWITZ}: integer multiply and add, low: 8 bits, high: 32 bits; {SEEN_TABLE} (32 bits)"),
@@ -24,23 +28,29 @@ PJ_PER_EVENT = {
                                f"{HOROWITZ}: integer multiply, low: 8 bits, high: 32 bits; {SEEN_TABLE} (32 bits)"),
     "weight_reads": _SRAM,
     "data_reads": _SRAM,
+    "acc_reads": _ACCUMULATOR,
+    "acc_writes": _ACCUMULATOR,
     "weight_writes": _SRAM,
     "data_writes": _SRAM,
     "loaded_bits": (DRAM_64_BIT_PJ[0] / 64, DRAM_64_BIT_PJ[1] / 64, f"{HOROWITZ}: DRAM access of 64 bits, per bit; {SEEN}"),
 }
 STATIC_POWER = "not given: no sourced figure for this array"
+ENERGY_NOTE = ("The total is a partial sum: words over links, the multicast to the PEs and activation look-ups are counted but "
+               "not priced, static power is not given. So a ratio of totals is no ratio of energies.")
 
 # One RAMB18E2, depth x width (UltraScale memory resources, UG573).
 RAMB18_SHAPES = ((16384, 1), (8192, 2), (4096, 4), (2048, 9), (1024, 18))
 LUT_RAM_DEPTH = 64  # one LUT of a SLICEM stores 64 x 1 bits
 # A 4 x 4 grid of 16-bit multiply-accumulate PEs as synthesised: what a tool packs into the DSP decides within the interval.
 LUT_PER_16_PES, FF_PER_16_PES = (220, 1023), (145, 1681)
+DUAL_PORT = 2  # LUTs of a LUT RAM that is written while it is read, against one with a single port (RAM64X1D, UG474)
 DEVICES = {"vu440": {"dsp": 2880, "bram36": 2520, "verified": False}}  # not checked against the data sheet
 
 
 @dataclass(frozen=True)
 class Energy:
-    """Modelled dynamic energy. rows: event, count, low_pj, high_pj, source; without_source: events counted, not priced."""
+    """Modelled dynamic energy, a partial sum (ENERGY_NOTE). rows: event, count, low_pj, high_pj, source; without_source:
+    events counted, not priced."""
 
     rows: tuple[dict, ...]
     without_source: dict[str, int]
@@ -103,18 +113,25 @@ class Resources:
 
 def resources(mapping: LayerMapping) -> Resources:
     """One DSP per PE and per activation unit; every PE's memories as deep as the fullest PE needs and as wide as the widest
-    word; streaming buffers count twice. The tables of the activation units are not counted."""
+    word; streaming buffers count twice. lut and ff, per PE: multiply-accumulate as synthesised; accumulators (all banks) in
+    LUT RAM; the adder (a LUT a bit) and the registers of the link that a drain goes over, acc_bits wide; weights and data
+    where they are small enough for LUT RAM. High end of lut: LUT RAMs that are written while they are read (accumulators,
+    data, streamed weights) take DUAL_PORT times as much. Not counted: tables and logic of the activation units, multicast,
+    loader, edge buffer, control."""
     spec, layout = mapping.spec, mapping.layout
     pes = spec.rows * spec.cols
     weights = Memory(int(mapping.resident_words.max()) + 2 * layout.stream_words,
                      min(max(block.word_bits for block in mapping.blocks.values()), spec.weight_word_bits))
     data = Memory(max(int(words.max()) for words in data_words_kept(mapping.layer, layout, mapping.blocks)),
                   max(mapping.layer.signals[signal].bits for signal in PARTS.values()))
-    lut_ram = pes * (weights.luts + data.luts)
+    accumulators = spec.acc_bits * ceil_div(spec.acc_banks * spec.acc_depth, LUT_RAM_DEPTH)  # LUTs, as all below
+    written_while_read = accumulators + data.luts + (weights.luts if layout.stream_words else 0)
+    low = accumulators + data.luts + weights.luts + spec.acc_bits
+    high = low + (DUAL_PORT - 1) * written_while_read
     return Resources(
         dsp=pes + spec.act_units, weights=weights, data=data, bram36=ceil_div(pes * (weights.ramb18 + data.ramb18), 2),
-        lut=tuple(ceil_div(n * pes, 16) + lut_ram for n in LUT_PER_16_PES),
-        ff=tuple(ceil_div(n * pes, 16) for n in FF_PER_16_PES),
+        lut=tuple(ceil_div(n * pes, 16) + pes * more for n, more in zip(LUT_PER_16_PES, (low, high), strict=True)),
+        ff=tuple(ceil_div(n * pes, 16) + pes * spec.acc_bits * spec.link_cycles for n in FF_PER_16_PES),
     )
 
 
@@ -124,8 +141,9 @@ BASELINE = "dense 16-bit"
 def compare(schedules: dict[str, Schedule]) -> list[dict]:
     """One row per schedule of equal length; accelerations against the one labelled "dense 16-bit".
 
-    cycles: of the whole sequence; energy: modelled, of the whole sequence; multiply_cycles: multiply-accumulates of the
-    fullest PE in one step, so that `acceleration_multiply` is what would be won with no overhead at all.
+    cycles: of the whole sequence; energy: modelled, of the whole sequence (a partial sum, ENERGY_NOTE); multiply_cycles:
+    multiply-accumulates of the fullest PE in one step, so that `acceleration_multiply` is what would be won with no
+    overhead at all.
     """
     if BASELINE not in schedules:
         raise ValueError(f"compare needs a schedule labelled {BASELINE!r}, got {', '.join(schedules) or 'none'}")
@@ -138,6 +156,7 @@ def compare(schedules: dict[str, Schedule]) -> list[dict]:
 def _row(label, schedule: Schedule, base: Schedule) -> dict:
     mapping, used, modelled = schedule.mapping, resources(schedule.mapping), energy(schedule.counts())
     multiply, base_multiply = int(mapping.macs.max()), int(base.mapping.macs.max())
+    base_bits = base.mapping.cr_chip * base.mapping.on_chip_bits  # 32 * dense weights, also for a layer of fewer units
     return {
         "label": label, "layout": mapping.layout.name, "steady_state_cycles": schedule.steady_state_cycles,
         "first_step_latency": schedule.first_step_latency, "cycles": schedule.cycles,
@@ -145,6 +164,8 @@ def _row(label, schedule: Schedule, base: Schedule) -> dict:
         "acceleration_sequence": base.cycles / schedule.cycles, "multiply_cycles": multiply,
         "acceleration_multiply": base_multiply / multiply, "bound": schedule.bound,
         "words_per_pe": int(mapping.memory_words.max()), "streamed_bits_per_step": mapping.streamed_bits,
-        "on_chip_bits": mapping.on_chip_bits, "cr_chip": mapping.cr_chip,
-        "energy_low_pj": modelled.low_pj, "energy_high_pj": modelled.high_pj, "dsp": used.dsp, "bram36": used.bram36,
+        "on_chip_bits": mapping.on_chip_bits, "cr_chip": base_bits / mapping.on_chip_bits,
+        "energy_low_nj": modelled.low_pj / 1000, "energy_high_nj": modelled.high_pj / 1000,
+        "dsp": used.dsp, "bram36": used.bram36, "lut_low": used.lut[0], "lut_high": used.lut[1],
+        "ff_low": used.ff[0], "ff_high": used.ff[1],
     } | schedule.split()

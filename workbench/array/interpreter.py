@@ -6,9 +6,9 @@ would be a hazard in hardware raises RuntimeError.
 """
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from workbench.array.mapping import LayerMapping, columns_kept
+from workbench.array.mapping import LayerMapping, columns_kept, words_taken
 from workbench.packed import PackedSparse
 
 
@@ -47,6 +47,7 @@ class _Active:
     todo: object
     held: int = 0  # cycles that the present piece of work has been held
     flying: int = 0
+    row_held: dict = field(default_factory=dict)  # PE -> the row whose sum its DSP holds
 
 
 class _Machine:
@@ -160,12 +161,15 @@ class _Machine:
         i = self.program[n]
         hidden = range(self.layer.hidden_size)
         if i.kind == "mac":
-            todo = self._pe_lists(i)
+            wait_word, wait_mac = words_taken(self.mapping.blocks[i.parts[0], i.gate], self.spec) - 1, self.spec.mac_ii - 1
+            todo = {pe: [slot for mac in macs for slot in [None] * (wait_word * mac[0] + wait_mac) + [mac]]
+                    for pe, macs in self._pe_lists(i).items()}  # what each PE issues in each cycle
         elif i.kind == "load":
             self.buffers[i.region, self._buffer(step, i)] = (step, i.chunk)
-            words = sum(len({word for word, *_ in macs}) for macs in self._pe_lists(i).values())
-            self.counts["weight_writes"] += words
-            todo = words * self.mapping.blocks[i.parts[0], i.gate].word_bits
+            block = self.mapping.blocks[i.parts[0], i.gate]
+            words = sum(first for macs in self._pe_lists(i).values() for first, *_ in macs)
+            self.counts["weight_writes"] += words * words_taken(block, self.spec)
+            todo = words * block.word_bits
             self.counts["loaded_bits"] += todo
         elif i.kind == "drain":
             todo = list(range(*i.rows))
@@ -178,7 +182,7 @@ class _Machine:
         self.issuing[resource] = _Active(step, n, i, self.now, todo)
 
     def _pe_lists(self, i):
-        """(pe row, pe col) -> list of (word number, value, row, column, padding or not), in the PE's order."""
+        """(pe row, pe col) -> list of (first of its word or not, value, row, column, padding or not), in the PE's order."""
         block = self.mapping.blocks[i.parts[0], i.gate]
         sparse = isinstance(self.layer.block(i.parts[0], i.gate), PackedSparse)
         words = defaultdict(list)
@@ -186,8 +190,9 @@ class _Machine:
             if i.rows[0] <= int(block.local_row[number]) < i.rows[1]:
                 pe = divmod(int(block.pe[number]), block.pe_cols)
                 targets = block.rows[number].tolist(), block.cols[number].tolist(), block.used[number].tolist()
-                words[pe].append([(number, value, row, column, column >= block.shape[1] or (sparse and value == 0))
-                                  for row, column, used in zip(*targets, strict=True) if used])
+                macs = [(row, column) for row, column, used in zip(*targets, strict=True) if used]
+                words[pe].append([(n == 0, value, row, column, column >= block.shape[1] or (sparse and value == 0))
+                                  for n, (row, column) in enumerate(macs)])
         return {pe: [mac for word in listed[slice(*i.words)] for mac in word] for pe, listed in words.items()
                 if listed[slice(*i.words)]}
 
@@ -199,29 +204,32 @@ class _Machine:
         work[a.instruction.kind](a)
 
     def _work_mac(self, a):
-        a.held += 1
-        if a.held < self.spec.mac_ii:
-            return
-        a.held, i, part = 0, a.instruction, a.instruction.parts[0]
+        i, part = a.instruction, a.instruction.parts[0]
         due = a.step if part == "ih" else a.step - 1
         bank, entry = self._bank(a.step, i), self._entry(a.step, i)
         if self.bank_drained.get(bank) == self.now:
             raise RuntimeError(f"hazard: {i.name} of step {a.step} writes the bank {bank} that a drain reads, cycle {self.now}")
         self.bank_written[bank] = self.now + self.spec.mac_latency
         size = self.layer.input_size if part == "ih" else self.layer.hidden_size
-        for pe, macs in a.todo.items():
-            word, value, row, column, padding = macs.pop(0)
+        taken = words_taken(self.mapping.blocks[part, i.gate], self.spec)
+        for pe, slots in a.todo.items():
+            mac = slots.pop(0)
+            if mac is None:
+                continue
+            first, value, row, column, padding = mac
             x = 0
             if column < size:
                 tag, x = self.data[i.region, *pe][part, due % 2 if part == "ih" else 0, column]
                 if tag != due:
                     raise RuntimeError(f"hazard: step {a.step} reads {part} {column} of step {tag} in cycle {self.now}")
-            if not (macs and macs[0][0] == word):  # a word is read once and held while it is used
-                self.counts["weight_reads"] += 1
-            self.counts.update({"macs": 1, "data_reads": 1, "acc_updates": 1, "padding_macs": int(padding)})
+            self.counts["weight_reads"] += taken * first  # a word is read once and held while it is used
+            self.counts.update({"macs": 1, "data_reads": 1, "padding_macs": int(padding)})
+            if a.row_held.get(pe) != row:
+                a.row_held[pe] = row
+                self.counts.update({"acc_reads": 1, "acc_writes": 1})  # one later, when it leaves the row
             self._fly(a, self.spec.mac_latency, lambda place=(*bank, *pe), key=(entry, row), product=value * x:
                       self._accumulate(place, key, product))
-        a.todo = {pe: macs for pe, macs in a.todo.items() if macs}
+        a.todo = {pe: slots for pe, slots in a.todo.items() if slots}
 
     def _accumulate(self, place, key, product):
         self.acc[place][key] += product

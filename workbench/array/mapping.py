@@ -250,10 +250,13 @@ class BlockMapping:
         counts = np.bincount(self.pe[chosen], weights, minlength=self.pe_rows * self.pe_cols)
         return counts.astype(np.int64).reshape(self.pe_rows, self.pe_cols)
 
-    def slice_counts(self, chosen) -> tuple[np.ndarray, np.ndarray, int]:
-        """chosen: indices of words. Their number and their multiply-accumulates, both (pe_rows, pe_cols), and the
-        multiply-accumulates that only padding causes."""
-        return self._per_pe(chosen), self._per_pe(chosen, self.word_macs[chosen]), int(self.padding[chosen].sum())
+    def slice_counts(self, chosen) -> tuple[np.ndarray, np.ndarray, int, int]:
+        """chosen: indices of words. Their number and their multiply-accumulates, both (pe_rows, pe_cols), the
+        multiply-accumulates that only padding causes, and the runs of multiply-accumulates of one PE on one row."""
+        used = self.used[chosen]
+        rows, pe = self.rows[chosen][used], np.repeat(self.pe[chosen], used.sum(axis=1))
+        runs = (pe.size > 0) + int(((np.diff(rows) != 0) | (np.diff(pe) != 0)).sum())
+        return self._per_pe(chosen), self._per_pe(chosen, self.word_macs[chosen]), int(self.padding[chosen].sum()), runs
 
 
 def map_block(packed, pe_rows: int, pe_cols: int, unit: int | None = None, pe_row_of_unit=None) -> BlockMapping:
@@ -380,7 +383,8 @@ class LayerMapping:
 
 
 def words_taken(block: BlockMapping, spec: ArraySpec) -> int:
-    """Memory words of one stored word: wider words take several, narrower ones are not packed together."""
+    """Memory words of one stored word: wider words take several, read in as many cycles; narrower ones are not packed
+    together."""
     return ceil_div(block.word_bits, spec.weight_word_bits)
 
 
@@ -541,44 +545,51 @@ class _ProgramBuilder:
         return segments
 
     def _resident_slices(self, region, entries):
-        """(entry, part) -> how many words of its fullest PE stay resident; recurrent parts first, as they are urgent."""
-        whole = [(e, p) for p in ("hh", "ih") for e in entries if p in e.parts]
-        counts = {(e, p): self.blocks[p, e.gate].words_between(e.low, e.high) for e, p in whole}
+        """(entry, part) -> how many words of its fullest PE stay resident; recurrent parts first, as they are urgent. Entries
+        share in proportion to their size: after a long resident stretch the loader would wait for a free buffer."""
         used = _region_words(self.layer, self.spec, self.layout, self.blocks, region)
         all_fit = used.max() <= self.spec.weight_words
         if not all_fit and not self.layout.stream_words:
             raise ValueError(f"the weights of a region take {used.max()} words in its fullest PE, the array has "
                              f"{self.spec.weight_words} (weight_words) and the layout has no streaming buffer")
         left, kept = self.spec.weight_words - 2 * self.layout.stream_words, {}
-        for key in whole:
-            taken = words_taken(self.blocks[key[1], key[0].gate], self.spec)
-            most = int(counts[key].max())
-            kept[key] = most if all_fit else min(most, left // taken)
-            left -= kept[key] * taken
-            self.resident[self.layout.regions[region].window] += np.minimum(counts[key], kept[key]) * taken
+        for part in ("hh", "ih"):
+            blocks = {e: self.blocks[part, e.gate] for e in entries if part in e.parts}
+            counts = {e: block.words_between(e.low, e.high) for e, block in blocks.items()}
+            taken = {e: words_taken(block, self.spec) for e, block in blocks.items()}
+            wanted, room = sum(int(counts[e].max()) * taken[e] for e in blocks), left
+            for e in blocks:
+                most = int(counts[e].max())
+                kept[e, part] = most if all_fit or wanted <= room else room * most // wanted
+                left -= kept[e, part] * taken[e]
+                self.resident[self.layout.regions[region].window] += np.minimum(counts[e], kept[e, part]) * taken[e]
         return kept
 
     def _macs(self, region, number, entry, part, resident):
-        """The resident words, then chunk after chunk of the streamed ones, each after its load."""
+        """The streamed words chunk by chunk, each after its load; a share of the resident words before each, so that the
+        loader does not wait long for a free buffer."""
         block, rows = self.blocks[part, entry.gate], (entry.low, entry.high)
-        counts, first = block.words_between(*rows), resident[entry, part]
+        counts, kept = block.words_between(*rows), resident[entry, part]
+        most, size = int(counts.max()), self.layout.stream_words // words_taken(block, self.spec)
 
         def mac(words, chunk=-1):
             return Instruction(f"mac {entry.gate} {part}", "mac", f"PEs {region}", entry.gate, (part,), region, rows, words,
                                number, chunk)
 
-        made = [mac((0, first))] if first else []
-        size = self.layout.stream_words // words_taken(block, self.spec)
-        for low in range(first, int(counts.max()), max(size, 1)):
-            if not size:
-                raise ValueError(f"a streaming buffer of {self.layout.stream_words} words cannot hold one word of "
-                                 f"{entry.gate} {part} "
-                                 f"({block.word_bits} bits)")
-            words, chunk = (low, min(low + size, int(counts.max()))), self.chunks[region]
+        if kept == most:
+            return [mac((0, most))]
+        if not size:
+            raise ValueError(f"a streaming buffer of {self.layout.stream_words} words cannot hold one word of "
+                             f"{entry.gate} {part} ({block.word_bits} bits)")
+        made, streamed = [], range(kept, most, size)
+        for n, low in enumerate(streamed):
+            share = kept * n // len(streamed), kept * (n + 1) // len(streamed)
+            words, chunk = (low, min(low + size, most)), self.chunks[region]
             self.chunks[region] += 1
             self.streamed_bits += int((np.minimum(counts, words[1]) - np.minimum(counts, low)).sum()) * block.word_bits
-            made += [Instruction(f"load {entry.gate} {part}", "load", "loader", entry.gate, (part,), region, rows, words, number,
-                                 chunk),
+            made += [mac(share)] if share[0] < share[1] else []
+            made += [Instruction(f"load {entry.gate} {part}", "load", "loader", entry.gate, (part,), region, rows, words,
+                                 number, chunk),
                      mac(words, chunk)]
         return made
 

@@ -4,6 +4,8 @@ Model: an operation starts when all that it needs has ended and its resource is 
 Resources are pipelined: an operation holds its resource for `busy` cycles and its result is there `latency` cycles later.
 Sums lie in accumulator banks, which entries (see Instruction) take in turn. A bank serves multiplications or a drain, never
 both in one cycle, and changes over in program order: each waits for the end of all earlier ones of the other kind.
+A PE keeps the sum of the row it works on in its DSP: it reads an accumulator when it turns to a row (the first time, too)
+and writes it back when it turns to the next, or at the end of the operation.
 Assumed: a barrier per region between operations (the fullest PE counts); a drain takes one row per cycle from every PE
 row, each PE column adding its sum on the way; alignment, bias and rounding belong to the activation latency; every
 activation unit owns a multiplier and keeps its part of c; resident weights and the first h are in place at the start.
@@ -24,6 +26,7 @@ from workbench.array.mapping import (
     fitting_mappings,
     least_cycles,
     map_layer,
+    words_taken,
 )
 from workbench.array.spec import ArraySpec, ceil_div
 from workbench.packed import PackedLayer
@@ -33,8 +36,8 @@ MAX_PERIOD = 12  # steps per period that are looked for
 SPLIT = ("multiply", "stall", "drain", "activation", "multicast", "load", "config")
 BOUND_BY = {"compute": ("multiply", "stall"), "memory": ("load",), "links": ("drain", "multicast"),
             "activation": ("activation",)}
-EVENTS = ("macs", "padding_macs", "weight_reads", "data_reads", "acc_updates", "acc_reads", "link_words",
-          "activation_lookups", "elementwise_multiplies", "multicast_words", "data_writes", "loaded_bits", "weight_writes")
+EVENTS = ("macs", "padding_macs", "weight_reads", "data_reads", "acc_reads", "acc_writes", "link_words", "activation_lookups",
+          "elementwise_multiplies", "multicast_words", "data_writes", "loaded_bits", "weight_writes")
 CONFIG, FIRST_X = -2, -1  # numbers of the two operations before the first step
 X_TO_PES = 0  # every program begins with the multicast of the next step's x, which the last step leaves out
 
@@ -63,7 +66,7 @@ class Timed:
     latency: int  # cycles from then to its end
     needs: tuple[tuple[int, int], ...]  # (steps back, number in the program)
     counts: dict[str, int]
-    mean_macs: float = 0.0  # multiply-accumulates per PE of its region
+    multiply: int = 0  # cycles in which the mean PE of its region multiplies what is no padding
 
 
 def _time_program(mapping: LayerMapping) -> tuple[Timed, ...]:
@@ -78,13 +81,18 @@ def _time_program(mapping: LayerMapping) -> tuple[Timed, ...]:
             if key not in orders:
                 orders[key] = block.word_order(*i.rows)
             chosen = np.flatnonzero((orders[key] >= i.words[0]) & (orders[key] < i.words[1]))
-            words, macs, padding = block.slice_counts(chosen)
-            stored, total = int(words.sum()), int(macs.sum())
+            words, macs, padding, runs = block.slice_counts(chosen)
+            total, taken = int(macs.sum()), words_taken(block, spec)
+            accesses = int(words.sum()) * taken
             if i.kind == "load":
-                bits = stored * block.word_bits
-                return Timed(ceil_div(bits, spec.load_bits_per_cycle), 0, needs, {"loaded_bits": bits, "weight_writes": stored})
-            counts = {"macs": total, "padding_macs": padding, "weight_reads": stored, "data_reads": total, "acc_updates": total}
-            return Timed(int(macs.max()) * spec.mac_ii, spec.mac_latency, needs, counts, float(macs.mean()))
+                bits = int(words.sum()) * block.word_bits
+                return Timed(ceil_div(bits, spec.load_bits_per_cycle), 0, needs,
+                             {"loaded_bits": bits, "weight_writes": accesses})
+            # A word is used once it is whole: each memory word after its first holds the PE for a cycle.
+            fullest = int((macs * spec.mac_ii + words * (taken - 1)).max())
+            counts = {"macs": total, "padding_macs": padding, "weight_reads": accesses, "data_reads": total, "acc_reads": runs,
+                      "acc_writes": runs}
+            return Timed(fullest, spec.mac_latency, needs, counts, (total - padding) * spec.mac_ii // macs.size)
         if i.kind == "drain":
             block, (low, high) = mapping.blocks[i.parts[0], i.gate], i.rows
             words = int(np.clip(block.local_rows - low, 0, high - low).sum()) * block.pe_cols
@@ -106,20 +114,17 @@ def _needs(mapping):
     of several that end in order."""
     program, banks = mapping.program, mapping.spec.acc_banks
     gate_drains, drains, streamed = defaultdict(list), defaultdict(list), defaultdict(list)
-    named, drained_before, last_mac, bank_macs = {}, {}, {}, {}
+    named, drained_before = {}, {}
     for n, i in enumerate(program):
-        bank = i.region, i.entry % banks  # within a step; the next step may begin with another bank
         if i.kind == "mac":
             # The latest entry of the same bank that is drained before this; negative: of an earlier step.
             latest = len(drains[i.region]) - 1
             drained_before[n] = latest - (latest - i.entry) % banks
-            last_mac[bank] = n
             if i.chunk >= 0:
                 streamed[i.region].append(n)
         elif i.kind == "drain":
             gate_drains[i.gate].append(n)
             drains[i.region].append(n)
-            bank_macs[n] = last_mac[bank]  # its own last one, or a later one
         else:
             named[i.name] = n
     before = {"cell": ("act i", "act f", "act g"), "tanh c": ("cell",), "h": ("tanh c", "act o"), "h to PEs": ("h",)}
@@ -135,7 +140,7 @@ def _needs(mapping):
             back, chunk = divmod(i.chunk - 2, len(streamed[i.region]))
             yield -back, streamed[i.region][chunk]
         elif i.kind == "drain":
-            yield 0, bank_macs[n]
+            yield 0, n - 1  # its last multiplication: all earlier ones of the region end before
         elif n == X_TO_PES:  # its place in the double buffer is free once the former h has passed on the same network
             return
         elif i.gate:
@@ -279,8 +284,8 @@ class Schedule:
     def split(self) -> dict[str, int]:
         """The total's cycles by what the critical path waits for, walked back from the last end; sums to `cycles`.
 
-        A mac operation's cycles are multiply as far as the mean PE of its region multiplies, stall beyond (imbalance,
-        pipeline latency). Element-wise operations count as activation.
+        A mac operation's cycles are multiply as far as the mean PE of its region multiplies what is no padding, stall beyond
+        (imbalance, padding, further memory words, pipeline latency). Element-wise operations count as activation.
         """
         split = dict.fromkeys(SPLIT, 0)
         step, n = (int(v) for v in np.unravel_index(self.ends.argmax(), self.ends.shape))
@@ -288,9 +293,8 @@ class Schedule:
         while n not in (CONFIG, FIRST_X):
             kind, cycles = self.mapping.program[n].kind, boundary - int(self.starts[step, n])
             if kind == "mac":
-                multiply = int(self.timed[n].mean_macs)
-                split["multiply"] += multiply
-                split["stall"] += cycles - multiply
+                split["multiply"] += self.timed[n].multiply
+                split["stall"] += cycles - self.timed[n].multiply
             else:
                 split["activation" if kind == "elementwise" else kind] += cycles
             boundary = int(self.starts[step, n])
@@ -320,7 +324,7 @@ class Schedule:
         return max(BOUND_BY, key=lambda name: sum(split[kind] for kind in BOUND_BY[name]))
 
     def utilisation(self) -> np.ndarray:
-        """(rows, cols): the share of all cycles in which each PE multiplies."""
+        """(rows, cols): multiply-accumulates that each PE issues per cycle, those of padding included."""
         return self.mapping.macs * self.steps / self.cycles
 
 

@@ -23,6 +23,9 @@ class ArraySpec:
     weight_words: words of weight_word_bits per PE; data_words: input and hidden words per PE.
     load_bits_per_cycle: loader bandwidth from outside. config_cycles: one configuration broadcast, once per sequence.
     lookahead: coming inputs that a PE may inspect to skip zeros; 1 skips nothing and is the only value so far.
+
+    What the model assumes beyond the fields is listed in ASSUMPTIONS: sums cross a free edge buffer, each region drains at an
+    edge of its own, one multicast rate for every region, x arrives by multicast, resident weights are in place.
     """
 
     rows: int = 16
@@ -64,6 +67,22 @@ class ArraySpec:
         """A copy with some fields changed; an unknown field raises TypeError."""
         return replace(self, **changes)
 
+
+ASSUMPTIONS = (
+    "Drained sums reach the activation units through an edge buffer that any unit can read; neither its cycles nor its memory "
+    "is charged. It is needed where gates are placed differently: sparse rows, split tiles, two regions.",
+    "Each region drains at an edge of its own, also where two regions share PE rows.",
+    "The multicast delivers h_words_per_cycle to all regions at once, whatever their size.",
+    "A PE that comes back to a row within mac_latency cycles (circulant pieces of 4 rows or fewer at a latency of 4) forwards "
+    "the sum that is not written back yet; forwarding costs no cycle.",
+    "x comes to the PEs over the multicast; loading it from outside is not counted.",
+    "Resident weights and the first h are in place at the start; the first load is reported apart (initial_load_cycles).",
+    "A barrier per region lies between operations: the fullest PE counts.",
+    "A PE reads one memory word of its weights per cycle, not ahead: a stored word that takes several holds its PE longer. "
+    "Streamed words are written through a second port.",
+    "Alignment, bias and rounding belong to the latency of an activation; every activation unit owns a multiplier and keeps "
+    "its part of c.",
+)
 
 MAY_BE_ZERO = ("mac_latency", "act_latency", "config_cycles")
 
