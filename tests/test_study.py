@@ -47,6 +47,19 @@ def test_checkpoints_are_found_again(tiny_task, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_comparison_resumes_from_its_checkpoints(tiny_task, dense, tmp_path):
+    def compare():
+        return study.compare(tiny_task, {0: dense[0]}, ["g"], STRENGTH, TARGET, variants=study.variants(True),
+                             dense_epochs=1, epochs=1, distillation_weight=0.0, workers=2, checkpoints=tmp_path)
+
+    first = compare()
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(written) == 6  # dense control, hybrid, both uniform plans, the small control before and in 8 bits
+    second = compare()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
+    assert first.results.equals(second.results)
+
+
 def test_every_variant_and_seed_has_one_row(comparison):
     rows = comparison.results
     assert len(rows) == 12 and set(rows["variant"]) == set(study.VARIANTS)

@@ -35,7 +35,7 @@ class BlockCirculant:
     def vectors(self, w) -> torch.Tensor:
         """(out // k, ceil(in / k), k): means of the tiles' wrapped diagonals over real entries."""
         self._check(w)
-        return _diagonal_sums(w, self.block) / _diagonal_sums(torch.ones_like(w), self.block)
+        return (_diagonal_sums(w, self.block) / _diagonal_sums(torch.ones_like(w), self.block)).contiguous()
 
     def project(self, w):
         return _Expand.apply(self.vectors(w), w.shape[1])
