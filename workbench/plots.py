@@ -68,8 +68,12 @@ def gantt_figure(schedule, step: int) -> Figure:
     last = max(op["end"] for op in operations) - first
     for op in operations:
         label = op["name"].removeprefix(f"{op['kind']} ")
-        if op["end"] - op["start"] > 0.012 * last * max(len(label), 3):  # where the label has room
-            axis.text((op["start"] + op["end"]) / 2 - first, resources.index(op["resource"]), label, ha="center",
+        # Pipelined operations of one resource overlap: the label gets the room up to the next one's start.
+        later = [other["start"] for other in operations
+                 if other["resource"] == op["resource"] and other["start"] > op["start"]]
+        room = min([op["end"], *later]) - op["start"]
+        if room > 0.012 * last * max(len(label), 3):
+            axis.text(op["start"] + room / 2 - first, resources.index(op["resource"]), label, ha="center",
                       va="center", fontsize=7, color="black" if op["kind"] in PALE else "white", clip_on=True)
     kinds = list(dict.fromkeys(op["kind"] for op in operations))
     axis.legend(handles=[Patch(color=COLOURS[kind], label=kind) for kind in kinds], ncols=len(kinds), fontsize="small",
