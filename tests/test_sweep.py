@@ -299,7 +299,10 @@ ctypes.PyDLL(None).sleep(100)
 """
     path = write_notebook(tmp_path / "n.ipynb", hold)
     command = [sys.executable, "-m", "workbench", "run", str(path), "--results", str(tmp_path / "results")]
+    # Where the tests run in the background SIGINT is ignored, and a child would inherit that.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        signal.signal(signal.SIGINT, inherited)
         wait_until(mark.exists, 120)
         kernel = psutil.Process(int(mark.read_text()))
         process.send_signal(stop)
