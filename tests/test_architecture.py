@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY
 
 import workbench
-from workbench import sweep
+from workbench import runs
 from workbench.methods import METHODS
 from workbench.tasks import TASKS
 
@@ -25,7 +25,7 @@ LEVELS = (
     ("plan", "constrain", "quantise"),
     ("tasks", "models", "train"),
     ("sensitivity",),
-    ("sweep", "report", "plots", "study", "tables", "__main__"),
+    ("runs", "report", "plots", "study", "tables", "__main__"),
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 WITHOUT_TORCH = ("container", "fixedpoint", "packed", "engine", "array")
@@ -118,7 +118,7 @@ LOGIC = (
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_hold_no_logic_and_no_outputs(path):
     """Where a notebook needs a function, a loop or a condition, a function is missing in the package."""
-    assert sweep.read_parameters(path)
+    assert runs.read_parameters(path)
     cells = nbformat.read(path, as_version=4).cells
     for cell in cells:
         if cell.cell_type == "code":

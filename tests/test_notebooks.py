@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import REPOSITORY
 
-from workbench import report, sweep
+from workbench import report, runs
 
 SMALL = {  # notebook -> (small parameters, metrics that it must hand over, figures in its report)
     "hybrid": (
@@ -25,7 +25,7 @@ def test_every_notebook_is_here():
 @pytest.fixture(scope="module", params=SMALL)
 def run(request, tmp_path_factory):
     parameters, metrics, figures = SMALL[request.param]
-    result = sweep.run(request.param, parameters, tmp_path_factory.mktemp("results"), timeout_s=300)
+    result = runs.run(request.param, parameters, tmp_path_factory.mktemp("results"), timeout_s=300)
     assert result.state == "ok", result.error
     return result.directory, metrics, figures
 

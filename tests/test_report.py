@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
-from workbench import report, sweep
+from workbench import report, runs
 
 PARAMETERS = """\
 seeds: list[int] = [0, 1]  # seeds of the repeated training
@@ -31,7 +31,7 @@ def run_dir(tmp_path_factory, write_notebook):
         "wb.record(label=label, note='<img src=https://example.org/x.png>')",
         parameters=PARAMETERS,
     )
-    result = sweep.run(path, {"label": "<script>alert(1)</script>"}, folder / "results")
+    result = runs.run(path, {"label": "<script>alert(1)</script>"}, folder / "results")
     assert result.state == "ok", result.error
     return result.directory
 
@@ -98,7 +98,7 @@ def test_report_hides_code_and_shows_what_was_asked(page, run_dir):
         "[0, 1]",
         run_dir.name,
         "-p label '<script>alert(1)</script>'",
-        sweep.read_status(run_dir)["provenance"]["code"],
+        runs.read_status(run_dir)["provenance"]["code"],
     ):
         assert shown in text
     assert "none" in page.texts  # the parameter `limit`

@@ -22,7 +22,7 @@ _NAMES = {
         "report": "show",
         "sensitivity": "Strength classify hybrid_plan search_hybrid sensitive_gates sensitivity_table strengths",
         "study": "array_layers check_study compare sensitivity_over_seeds train_dense variants",
-        "sweep": "record run",
+        "runs": "record run",
         "tables": "accuracy_table assumption_table count_table energy_note energy_table hardware_table layout_table"
         " plan_table present price_table record_study sensitivity_summary signal_table spec_table split_table task_table"
         " verdict",
@@ -32,7 +32,7 @@ _NAMES = {
 }
 _SUBMODULES = (
     "array", "constrain", "container", "engine", "fixedpoint", "gates", "methods", "models", "packed", "plan", "plots",
-    "quantise", "report", "sensitivity", "study", "sweep", "tables", "tasks", "train",
+    "quantise", "report", "runs", "sensitivity", "study", "tables", "tasks", "train",
 )  # fmt: skip
 
 __all__ = ["__version__", *_NAMES, *_SUBMODULES]

@@ -30,13 +30,13 @@ def main():
 @click.option("--report", "with_report", is_flag=True, help="Write the HTML report and print its path last.")
 def run_command(notebook, parameters, results, force, timeout_s, with_report):
     """Run NOTEBOOK (a path, or a name like "hybrid") once; a run that is already finished is reused."""
-    from workbench import report, sweep
+    from workbench import report, runs
 
     names = [name for name, _ in parameters]
     if doubled := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"parameter {doubled[0]!r} is given more than once")
     try:
-        result = sweep.run(
+        result = runs.run(
             notebook, dict(parameters), results, force=force, timeout_s=timeout_s, echo=sys.stderr.buffer
         )
     except KeyboardInterrupt:

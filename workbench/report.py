@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 
-from workbench import sweep
+from workbench import runs
 
 TEMPLATES = Path(__file__).with_name("report_template")
 # Pictures of these kinds cannot carry a description in a notebook; `show` makes PNG.
@@ -47,11 +47,11 @@ def build(run_dir) -> Path:
     import jinja2
 
     run_dir = Path(run_dir)
-    status = sweep.read_status(run_dir)
-    if not sweep.is_finished(run_dir):
+    status = runs.read_status(run_dir)
+    if not runs.is_finished(run_dir):
         raise ValueError(f"{run_dir} holds no finished run (state {status['state']}): a report needs one")
     notebook = nbformat.read(run_dir / "run.ipynb", as_version=4)
-    declared = sweep.read_parameters(run_dir / "run.ipynb")
+    declared = runs.read_parameters(run_dir / "run.ipynb")
     exporter = _exporter()
     cells = [shown for cell in notebook.cells if (shown := _shown(cell))]
     opening, body = (
@@ -77,7 +77,7 @@ def build(run_dir) -> Path:
         parameters=[
             {
                 "name": name,
-                "value": sweep.as_text(value),
+                "value": runs.as_text(value),
                 "help": declared[name].help,
                 "changed": value != declared[name].default,
             }
@@ -222,7 +222,7 @@ def _provenance(status):
     commit = provenance["commit"] or "not in a git repository"
     if provenance["dirty"]:
         commit += ", with changes that are not committed"
-    seeds = [sweep.as_text(value) for name, value in status["parameters"].items() if name in ("seed", "seeds")]
+    seeds = [runs.as_text(value) for name, value in status["parameters"].items() if name in ("seed", "seeds")]
     return [
         ("Run", status["run_id"]),
         ("Commit", commit),

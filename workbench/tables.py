@@ -9,8 +9,8 @@ import pandas as pd
 from workbench.array import ASSUMPTIONS, ArraySpec, Schedule
 from workbench.array.cost import ENERGY_NOTE, PJ_PER_EVENT, STATIC_POWER, compare, energy
 from workbench.array.schedule import EVENTS, SPLIT
+from workbench.runs import record
 from workbench.study import HYBRID, Comparison
-from workbench.sweep import record
 from workbench.tasks import Task
 from workbench.train import evaluate
 

@@ -393,7 +393,7 @@ def _execute(build, threads, timeout_s, echo):
     if "WORKBENCH_DATA" in os.environ:
         environment["WORKBENCH_DATA"] = os.path.abspath(os.environ["WORKBENCH_DATA"])
     process = subprocess.Popen(
-        [sys.executable, "-m", "workbench.sweep", str(build)],
+        [sys.executable, "-m", "workbench.runs", str(build)],
         cwd=build,
         env=environment,
         stdin=subprocess.PIPE,  # its end tells the child that this process is gone

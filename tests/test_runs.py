@@ -11,7 +11,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from workbench import sweep
+from workbench import runs
 
 RECORD = "import workbench as wb\nwb.record(done=1)"
 
@@ -32,13 +32,13 @@ label: str | None = "é"  # after a letter of two bytes
 
 
 def test_reads_typed_literals_with_their_help(tmp_path, write_notebook):
-    parameters = sweep.read_parameters(write_notebook(tmp_path / "n.ipynb", parameters=ALL_TYPES))
+    parameters = runs.read_parameters(write_notebook(tmp_path / "n.ipynb", parameters=ALL_TYPES))
     assert list(parameters) == ["task_name", "hidden", "rate", "deep", "seeds", "ratios", "gates", "limit", "label"]
-    assert parameters["rate"] == sweep.Parameter("rate", "float", 1.0, "an int literal becomes a float")
+    assert parameters["rate"] == runs.Parameter("rate", "float", 1.0, "an int literal becomes a float")
     assert type(parameters["rate"].default) is float
     assert parameters["hidden"].help == ""
     assert parameters["ratios"].default == [1.0, 2.5]
-    assert parameters["label"] == sweep.Parameter("label", "str | None", "é", "after a letter of two bytes")
+    assert parameters["label"] == runs.Parameter("label", "str | None", "é", "after a letter of two bytes")
 
 
 @pytest.mark.parametrize(
@@ -61,9 +61,9 @@ def test_reads_typed_literals_with_their_help(tmp_path, write_notebook):
 )
 def test_text_and_values_become_the_declared_type(tmp_path, write_notebook, name, given, value):
     path = write_notebook(tmp_path / "n.ipynb", parameters=ALL_TYPES)
-    resolved = sweep.resolve(path, {name: given})[name]
+    resolved = runs.resolve(path, {name: given})[name]
     assert resolved == value and type(resolved) is type(value)
-    assert sweep.resolve(path, {name: sweep.as_text(value)})[name] == value
+    assert runs.resolve(path, {name: runs.as_text(value)})[name] == value
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_text_and_values_become_the_declared_type(tmp_path, write_notebook, name
 )
 def test_wrong_parameters_are_refused(tmp_path, write_notebook, overrides, error, message):
     with pytest.raises(error, match=message):
-        sweep.resolve(write_notebook(tmp_path / "n.ipynb", parameters=ALL_TYPES), overrides)
+        runs.resolve(write_notebook(tmp_path / "n.ipynb", parameters=ALL_TYPES), overrides)
 
 
 @pytest.mark.parametrize(
@@ -104,18 +104,18 @@ def test_wrong_parameters_are_refused(tmp_path, write_notebook, overrides, error
 )
 def test_unreadable_parameters_cells_are_refused(tmp_path, write_notebook, cell, error, message):
     with pytest.raises(error, match=message):
-        sweep.read_parameters(write_notebook(tmp_path / "n.ipynb", parameters=cell))
+        runs.read_parameters(write_notebook(tmp_path / "n.ipynb", parameters=cell))
 
 
 def test_what_is_no_notebook_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no notebook 'hybird': give a path to an .ipynb file or one of"):
-        sweep.find_notebook("hybird")
+        runs.find_notebook("hybird")
     (tmp_path / "n.ipynb").write_text("not JSON")
     with pytest.raises(ValueError, match="n.ipynb is not a Jupyter notebook"):
-        sweep.read_parameters(tmp_path / "n.ipynb")
+        runs.read_parameters(tmp_path / "n.ipynb")
     (tmp_path / "n.ipynb").write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
     with pytest.raises(ValueError, match='needs one cell tagged "parameters", it has 0'):
-        sweep.read_parameters(tmp_path / "n.ipynb")
+        runs.read_parameters(tmp_path / "n.ipynb")
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
@@ -123,26 +123,26 @@ def test_what_is_no_notebook_is_refused(tmp_path):
 
 def test_run_id_depends_on_all_that_the_result_depends_on(tmp_path, write_notebook):
     path = write_notebook(tmp_path / "n.ipynb", RECORD)
-    code = sweep.code_hash(path)
-    name = sweep.run_id("n", {"a": 1, "b": 2.0}, code, None)
+    code = runs.code_hash(path)
+    name = runs.run_id("n", {"a": 1, "b": 2.0}, code, None)
     assert len(name) == 16
-    assert sweep.run_id("n", {"b": 2.0, "a": 1}, code, None) == name
+    assert runs.run_id("n", {"b": 2.0, "a": 1}, code, None) == name
     others = [("m", {"a": 1, "b": 2.0}, None), ("n", {"a": 2, "b": 2.0}, None), ("n", {"a": 1, "b": 2.0}, "digest")]
-    assert name not in [sweep.run_id(notebook, values, code, data) for notebook, values, data in others]
+    assert name not in [runs.run_id(notebook, values, code, data) for notebook, values, data in others]
 
 
 def test_code_hash_reads_code_cells_only(tmp_path, write_notebook):
-    same = sweep.code_hash(write_notebook(tmp_path / "a.ipynb", "# text", RECORD))
-    assert sweep.code_hash(write_notebook(tmp_path / "b.ipynb", RECORD, "# other text")) == same
-    assert sweep.code_hash(write_notebook(tmp_path / "c.ipynb", RECORD + " ")) != same
-    assert sweep.code_hash(write_notebook(tmp_path / "d.ipynb", RECORD, parameters="seed: int = 1")) != same
+    same = runs.code_hash(write_notebook(tmp_path / "a.ipynb", "# text", RECORD))
+    assert runs.code_hash(write_notebook(tmp_path / "b.ipynb", RECORD, "# other text")) == same
+    assert runs.code_hash(write_notebook(tmp_path / "c.ipynb", RECORD + " ")) != same
+    assert runs.code_hash(write_notebook(tmp_path / "d.ipynb", RECORD, parameters="seed: int = 1")) != same
 
 
 def test_data_digest_names_the_task_or_refuses_it():
-    assert sweep.data_digest({"seed": 0}) is None
-    assert len(sweep.data_digest({"task": "japanese_vowels"})) == 64
+    assert runs.data_digest({"seed": 0}) is None
+    assert len(runs.data_digest({"task": "japanese_vowels"})) == 64
     with pytest.raises(ValueError, match="japanese_vowles"):
-        sweep.data_digest({"task": "japanese_vowles"})
+        runs.data_digest({"task": "japanese_vowles"})
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -150,9 +150,9 @@ def test_data_digest_names_the_task_or_refuses_it():
 
 def test_record_writes_plain_json_and_merges(tmp_path, monkeypatch):
     monkeypatch.setenv("WB_RUN_DIR", str(tmp_path))
-    sweep.record(acc=np.float32(0.5), kept=np.arange(2), label="x", nothing=None)
+    runs.record(acc=np.float32(0.5), kept=np.arange(2), label="x", nothing=None)
     frame = pd.DataFrame({"loss": [1.0, 2.0]}, index=pd.Index(["i", "f"], name="gate"))
-    assert sweep.record(table=frame, acc=1, nested={"a": (np.int64(1), True)}) == {
+    assert runs.record(table=frame, acc=1, nested={"a": (np.int64(1), True)}) == {
         "acc": 1,
         "kept": [0, 1],
         "label": "x",
@@ -160,14 +160,14 @@ def test_record_writes_plain_json_and_merges(tmp_path, monkeypatch):
         "table": [{"gate": "i", "loss": 1.0}, {"gate": "f", "loss": 2.0}],
         "nested": {"a": [1, True]},
     }
-    assert sweep.read_metrics(tmp_path)["table"][1] == {"gate": "f", "loss": 2.0}
+    assert runs.read_metrics(tmp_path)["table"][1] == {"gate": "f", "loss": 2.0}
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
 
 
 def test_record_by_hand_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.delenv("WB_RUN_DIR", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert sweep.record(acc=np.float64(1.5)) == {"acc": 1.5}
+    assert runs.record(acc=np.float64(1.5)) == {"acc": 1.5}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -184,7 +184,7 @@ def test_record_by_hand_writes_nothing(tmp_path, monkeypatch):
 def test_record_refuses_by_name(tmp_path, monkeypatch, value, error, message):
     monkeypatch.setenv("WB_RUN_DIR", str(tmp_path))
     with pytest.raises(error, match=message):
-        sweep.record(m=value)
+        runs.record(m=value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -192,9 +192,9 @@ def test_record_refuses_by_name(tmp_path, monkeypatch, value, error, message):
 def test_invalid_metrics_are_not_a_finished_run(tmp_path, text):
     (tmp_path / "status.json").write_text('{"state": "ok"}')
     (tmp_path / "metrics.json").write_text(text)
-    assert not sweep.is_finished(tmp_path)
+    assert not runs.is_finished(tmp_path)
     (tmp_path / "metrics.json").write_text('{"a": 1}')
-    assert sweep.is_finished(tmp_path)
+    assert runs.is_finished(tmp_path)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -214,26 +214,26 @@ def test_a_run_is_kept_and_reused(tmp_path, write_notebook, monkeypatch):
     )
     path = write_notebook(tmp_path / "n.ipynb", *cells, parameters="seed: int = 0\nrate: float = 1")
     results = tmp_path / "{seed} of results"
-    first = sweep.run(path, {"seed": "5"}, results, threads=1)
+    first = runs.run(path, {"seed": "5"}, results, threads=1)
     assert (first.state, first.cached, first.error) == ("ok", False, "")
     assert first.directory.parent == results / "runs"
     assert sorted(p.name for p in first.directory.iterdir()) == ["log.txt", "metrics.json", "run.ipynb", "status.json"]
-    assert sweep.read_metrics(first.directory) == {
+    assert runs.read_metrics(first.directory) == {
         "executable": sys.executable,
         "threads": "1",
         "seed": 5,
         "rate": 1.0,
-        "package": str(Path(sweep.__file__).with_name("__init__.py")),
+        "package": str(Path(runs.__file__).with_name("__init__.py")),
         "data": os.path.abspath("somewhere"),
     }
     assert "without encryption" not in (first.directory / "log.txt").read_text()
-    status = sweep.read_status(first.directory)
+    status = runs.read_status(first.directory)
     assert status["parameters"] == {"seed": 5, "rate": 1.0}
     assert status["provenance"]["command"] == f"python -m workbench run {path} -p seed 5"
     assert status["provenance"]["wall_s"] > 0
 
-    again = sweep.run(path, {"seed": 5, "rate": 1.0}, results)
-    assert again == sweep.RunResult(first.directory, "ok", True, "")
+    again = runs.run(path, {"seed": 5, "rate": 1.0}, results)
+    assert again == runs.RunResult(first.directory, "ok", True, "")
     assert [p.name for p in (results / "runs").iterdir()] == [first.directory.name]
 
 
@@ -241,23 +241,23 @@ def test_failures_are_kept_aside_retried_and_never_replace_a_finished_run(tmp_pa
     flag = tmp_path / "flag"
     path = write_notebook(tmp_path / "n.ipynb", f"text = open({str(flag)!r}).read()", RECORD)
     results = tmp_path / "results"
-    failed = sweep.run(path, {}, results)
+    failed = runs.run(path, {}, results)
     assert (failed.state, failed.cached) == ("failed", False)
     assert failed.error.startswith("FileNotFoundError: [Errno 2] No such file or directory")
     assert failed.directory.parent == results / "failed"
     assert "FileNotFoundError" in (failed.directory / "run.ipynb").read_text()
     assert "FileNotFoundError" in (failed.directory / "log.txt").read_text()
-    assert not sweep.is_finished(failed.directory)
+    assert not runs.is_finished(failed.directory)
 
     flag.write_text("here now")
-    finished = sweep.run(path, {}, results)
+    finished = runs.run(path, {}, results)
     assert finished.state == "ok" and not finished.cached
     assert not failed.directory.exists()
 
     flag.unlink()
-    forced = sweep.run(path, {}, results, force=True)
+    forced = runs.run(path, {}, results, force=True)
     assert forced.state == "failed"
-    assert sweep.is_finished(finished.directory)
+    assert runs.is_finished(finished.directory)
 
 
 @pytest.mark.parametrize(
@@ -270,17 +270,17 @@ def test_failures_are_kept_aside_retried_and_never_replace_a_finished_run(tmp_pa
     ids=["exits 0", "killed", "records nothing"],
 )
 def test_what_papermill_calls_completed_can_still_be_a_failure(tmp_path, write_notebook, cells, error):
-    result = sweep.run(write_notebook(tmp_path / "n.ipynb", *cells), {}, tmp_path / "results")
+    result = runs.run(write_notebook(tmp_path / "n.ipynb", *cells), {}, tmp_path / "results")
     assert result.state == "failed"
     assert result.error.startswith(error)
-    assert sweep.read_status(result.directory)["state"] == "failed"
+    assert runs.read_status(result.directory)["state"] == "failed"
 
 
 def test_a_hanging_notebook_is_stopped_at_the_limit(tmp_path, write_notebook):
     path = write_notebook(tmp_path / "n.ipynb", "import time\ntime.sleep(600)")
     before = set(psutil.Process().children(recursive=True))  # other tests may have left a process pool's tracker
     start = time.monotonic()
-    result = sweep.run(path, {}, tmp_path / "results", timeout_s=4)
+    result = runs.run(path, {}, tmp_path / "results", timeout_s=4)
     assert time.monotonic() - start < 30
     assert result.state == "failed"
     assert result.error == "TimeoutError: stopped at the wall-clock limit of 4 s"
@@ -312,8 +312,8 @@ ctypes.PyDLL(None).sleep(100)
     kept = [p for p in (tmp_path / "results").rglob("*") if p.is_file()]
     assert (kept == []) if stop == signal.SIGINT else kept
     # What a killed command leaves is cleared by the next one.
-    done = tmp_path / "results" / "runs" / sweep.run_id("n", {"seed": 0}, sweep.code_hash(path), None)
-    sweep._tidy(done)
+    done = tmp_path / "results" / "runs" / runs.run_id("n", {"seed": 0}, runs.code_hash(path), None)
+    runs._tidy(done)
     assert [p for p in (tmp_path / "results").rglob("*") if p.is_file()] == []
 
 
@@ -328,7 +328,7 @@ def test_an_interrupted_exchange_of_directories_is_finished(tmp_path):
     aside = tmp_path / ".old-0123456789abcdef-999999999"
     aside.mkdir()
     (aside / "status.json").write_text('{"state": "ok"}')
-    sweep._tidy(tmp_path / "0123456789abcdef")
+    runs._tidy(tmp_path / "0123456789abcdef")
     assert (tmp_path / "0123456789abcdef" / "status.json").exists()
     assert not aside.exists()
 
@@ -338,5 +338,5 @@ def test_a_results_path_below_a_file_is_refused_before_any_work(tmp_path, write_
     (tmp_path / "file").write_text("")
     for results in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="results cannot go to .*file is a file"):
-            sweep.run(path, {}, results)
+            runs.run(path, {}, results)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "n.ipynb"]
