@@ -1,9 +1,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,11 +126,12 @@ def test_what_is_no_notebook_is_refused(tmp_path):
 def test_run_id_depends_on_all_that_the_result_depends_on(tmp_path, write_notebook):
     path = write_notebook(tmp_path / "n.ipynb", RECORD)
     code = runs.code_hash(path)
-    name = runs.run_id("n", {"a": 1, "b": 2.0}, code, None)
-    assert len(name) == 16
-    assert runs.run_id("n", {"b": 2.0, "a": 1}, code, None) == name
-    others = [("m", {"a": 1, "b": 2.0}, None), ("n", {"a": 2, "b": 2.0}, None), ("n", {"a": 1, "b": 2.0}, "digest")]
-    assert name not in [runs.run_id(notebook, values, code, data) for notebook, values, data in others]
+    asked = runs.Run(path, {"a": 1, "b": 2.0, "workers": 1}, code, None)
+    assert len(asked.id) == 16
+    assert replace(asked, parameters={"b": 2.0, "a": 1}).id == asked.id
+    assert replace(asked, parameters={"a": 1, "b": 2.0, "workers": 2, "checkpoints": "here"}).id == asked.id
+    others = [{"notebook": Path("m.ipynb")}, {"parameters": {"a": 2, "b": 2.0}}, {"code": "other"}, {"data": "digest"}]
+    assert asked.id not in [replace(asked, **other).id for other in others]
 
 
 def test_code_hash_reads_code_cells_only(tmp_path, write_notebook):
@@ -264,7 +267,7 @@ def test_failures_are_kept_aside_retried_and_never_replace_a_finished_run(tmp_pa
     ("cells", "error"),
     [
         ((RECORD, "import sys\nsys.exit(0)", "1 + 1"), "RuntimeError: a cell stopped the notebook early"),
-        ((RECORD, "import os\nos.kill(os.getpid(), 9)"), "DeadKernelError: Kernel died"),
+        ((RECORD, "import os\nos.kill(os.getpid(), 9)"), "DeadKernelError: the kernel was killed"),
         (("1 + 1",), "ValueError: no metrics were recorded"),
     ],
     ids=["exits 0", "killed", "records nothing"],
@@ -312,8 +315,7 @@ ctypes.PyDLL(None).sleep(100)
     kept = [p for p in (tmp_path / "results").rglob("*") if p.is_file()]
     assert (kept == []) if stop == signal.SIGINT else kept
     # What a killed command leaves is cleared by the next one.
-    done = tmp_path / "results" / "runs" / runs.run_id("n", {"seed": 0}, runs.code_hash(path), None)
-    runs._tidy(done)
+    runs.tidy(tmp_path / "results" / "runs")
     assert [p for p in (tmp_path / "results").rglob("*") if p.is_file()] == []
 
 
@@ -325,10 +327,10 @@ def wait_until(condition, seconds):
 
 
 def test_an_interrupted_exchange_of_directories_is_finished(tmp_path):
-    aside = tmp_path / ".old-0123456789abcdef-999999999"
+    aside = tmp_path / f".old-0123456789abcdef-{socket.gethostname()}-{os.getpid()}-1000000000.00"  # an earlier process
     aside.mkdir()
     (aside / "status.json").write_text('{"state": "ok"}')
-    runs._tidy(tmp_path / "0123456789abcdef")
+    runs.tidy(tmp_path, "0123456789abcdef")
     assert (tmp_path / "0123456789abcdef" / "status.json").exists()
     assert not aside.exists()
 

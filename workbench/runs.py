@@ -6,6 +6,7 @@ valid. The notebook's own metadata are not trusted, they call a killed kernel "c
 """
 
 import ast
+import contextlib
 import datetime
 import difflib
 import hashlib
@@ -17,15 +18,17 @@ import os
 import platform
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbformat
 import psutil
 
 from workbench import __version__
@@ -34,6 +37,8 @@ SCHEMA = 1  # part of every run id: raise it where old results must not be reuse
 PACKAGE = Path(__file__).resolve().parent
 NOTEBOOKS = PACKAGE.parent / "notebooks"
 PACKAGES_RECORDED = ("torch", "numpy", "pandas", "papermill", "nbclient", "ipykernel")
+# Parameters of these names say how a run is executed and never change its result: they are no part of its identity.
+EXECUTION_ONLY = ("workers", "checkpoints")
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------
@@ -66,7 +71,7 @@ def read_parameters(notebook) -> dict[str, Parameter]:
     Types are int, float, str, bool, list[int], list[float], list[str], each also as `X | None`.
     """
     path = find_notebook(notebook)
-    return _parameters(_read_notebook(path), path.name)
+    return _parameters(_code_cells(path), path.name)
 
 
 def resolve(notebook, overrides: dict) -> dict:
@@ -75,34 +80,55 @@ def resolve(notebook, overrides: dict) -> dict:
     ValueError names an unknown parameter or a number that is not finite, TypeError a wrong type.
     """
     path = find_notebook(notebook)
-    parameters = _parameters(_read_notebook(path), path.name)
-    for name in overrides:
-        if name not in parameters:
-            close = difflib.get_close_matches(str(name), parameters, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "."
-            raise ValueError(f"{path.name} has no parameter {name!r}{hint} It has {_listed(parameters)}")
+    parameters = read_parameters(path)
+    parsed = {
+        name: _parsed(value, parameters[name].type) if isinstance(value, str) and name in parameters else value
+        for name, value in overrides.items()
+    }
+    return complete(path.name, parameters, parsed)
+
+
+def complete(who: str, parameters: dict[str, Parameter], overrides: dict) -> dict:
+    """Defaults of `parameters` with `overrides`, checked; text is no number here. `who` opens the messages of errors."""
     values = {name: parameter.default for name, parameter in parameters.items()}
     for name, value in overrides.items():
-        kind = parameters[name].type
-        value = _parsed(value, kind) if isinstance(value, str) else value
-        values[name] = _checked(f"{path.name}: parameter {name!r}", value, kind)
+        if name not in parameters:
+            raise ValueError(f"{who} has no parameter {name!r}{did_you_mean(name, parameters)} It has {_listed(parameters)}")
+        values[name] = _checked(f"{who}: parameter {name!r}", value, parameters[name].type)
     return values
 
 
-def _read_notebook(path):
+def did_you_mean(name: str, known) -> str:
+    """The end of a sentence that names the known word nearest to an unknown one."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def _code_cells(path):
+    """(source, tags) of the code cells. Plain JSON: nbformat's validator takes a second to load, and papermill checks."""
     try:
-        return nbformat.read(path, as_version=4)
-    except (ValueError, nbformat.ValidationError) as error:
-        raise ValueError(f"{path} is not a Jupyter notebook: {str(error).splitlines()[0]}") from error
+        cells = json.loads(path.read_text())["cells"]
+        return [
+            ("".join(cell["source"]), sorted(cell["metadata"].get("tags", [])))
+            for cell in cells
+            if cell["cell_type"] == "code"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a Jupyter notebook: {error!r}") from error
 
 
-def _parameters(notebook, who):
-    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    if len(cells) != 1:
-        raise ValueError(f'{who} needs one cell tagged "parameters", it has {len(cells)}')
-    lines = cells[0].source.encode().splitlines()  # ast counts columns in UTF-8 bytes
+def _parameters(cells, who):
+    sources = [source for source, tags in cells if "parameters" in tags]
+    if len(sources) != 1:
+        raise ValueError(f'{who} needs one cell tagged "parameters", it has {len(sources)}')
+    (source,) = sources
+    lines = source.encode().splitlines()  # ast counts columns in UTF-8 bytes
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError as error:
+        raise ValueError(f"{who}: the parameters cell is not Python: {error}") from error
     parameters = {}
-    for statement in ast.parse(cells[0].source).body:
+    for statement in statements:
         line = lines[statement.end_lineno - 1]
         try:
             name, kind = statement.target.id, ast.unparse(statement.annotation)
@@ -175,9 +201,7 @@ def _listed(names):
 
 def code_hash(notebook) -> str:
     """SHA-256 over what the notebook runs: source and tags of its code cells, and every *.py of the package."""
-    cells = _read_notebook(find_notebook(notebook)).cells
-    code = [[cell.source, sorted(cell.metadata.get("tags", []))] for cell in cells if cell.cell_type == "code"]
-    digest = hashlib.sha256(_canonical(code))
+    digest = hashlib.sha256(_canonical(_code_cells(find_notebook(notebook))))
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
@@ -192,13 +216,26 @@ def data_digest(parameters: dict) -> str | None:
     return tasks.digest(parameters["task"])
 
 
-def run_id(notebook: str, parameters: dict, code: str, data: str | None) -> str:
-    """Name of a run: 16 hexadecimal digits of a SHA-256 over all that its result depends on.
+@dataclass(frozen=True)
+class Run:
+    """What one execution of a notebook depends on. parameters: complete and checked; code, data: digests."""
 
-    notebook: name without folder and suffix; parameters: complete, as `resolve` gives them; code, data: their digests.
-    """
-    identity = {"schema": SCHEMA, "notebook": notebook, "parameters": parameters, "code": code, "data": data}
-    return hashlib.sha256(_canonical(identity)).hexdigest()[:16]
+    notebook: Path
+    parameters: dict
+    code: str
+    data: str | None
+
+    @property
+    def id(self) -> str:
+        """Name of the run: 16 hexadecimal digits of a SHA-256 over all that its result depends on."""
+        identity = {"question": question(self.notebook.stem, self.parameters), "code": self.code, "data": self.data}
+        return hashlib.sha256(_canonical({"schema": SCHEMA} | identity)).hexdigest()[:16]
+
+
+def question(notebook: str, parameters: dict) -> str:
+    """What a run asks, whatever code and data answer it: notebook (name without suffix) and parameters, as one text."""
+    asked = {name: value for name, value in parameters.items() if name not in EXECUTION_ONLY}
+    return _canonical({"notebook": notebook, "parameters": asked}).decode()
 
 
 def _canonical(data):
@@ -280,6 +317,10 @@ class RunResult:
     error: str
 
 
+class Cancelled(Exception):
+    """The run was given up because its sweep ends; nothing of it is kept."""
+
+
 def run(
     notebook, parameters: dict, results="results", *, force=False, timeout_s=None, threads=None, echo=None
 ) -> RunResult:
@@ -292,40 +333,55 @@ def run(
     path = find_notebook(notebook)
     values = resolve(path, parameters)
     data = data_digest(values)
-    results = _usable(Path(results).resolve())
-    code = code_hash(path)
-    name = run_id(path.stem, values, code, data)
-    done, failed = results / "runs" / name, results / "failed" / name
-    build = results / "runs" / f".tmp-{name}-{os.getpid()}"
-    _tidy(done)
+    results = usable(results)
+    asked = Run(path, values, code_hash(path), data)
+    done = results / "runs" / asked.id
+    tidy(done.parent, asked.id)
     if not force and is_finished(done):
         return RunResult(done, "ok", True, "")
     threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count()
+    return execute(asked, results, threads=threads, timeout_s=timeout_s, echo=echo)
+
+
+def execute(asked: Run, results: Path, *, threads: int, timeout_s=None, echo=None, cancelled=None) -> RunResult:
+    """Run it now. cancelled: a threading.Event that ends it (Cancelled) from another thread; the rest as for `run`."""
+    done, failed = results / "runs" / asked.id, results / "failed" / asked.id
+    build = done.with_name(f".tmp-{asked.id}-{_owner()}")
     status = {
         "schema": SCHEMA,
-        "run_id": name,
+        "run_id": asked.id,
         "state": "running",
         "error": None,
-        "notebook": path.stem,
-        "parameters": values,
+        "notebook": asked.notebook.stem,
+        "parameters": asked.parameters,
         "provenance": _provenance()
-        | {"code": code, "data": data, "threads": threads, "command": _command(path, values)},
+        | {
+            "code": asked.code,
+            "data": asked.data,
+            "threads": threads,
+            "command": _command(asked.notebook, asked.parameters),
+        },
     }
-    build.mkdir(parents=True)
     try:
-        shutil.copyfile(path, build / "run.ipynb")
+        build.mkdir(parents=True)
+        shutil.copyfile(asked.notebook, build / "run.ipynb")
         _write_json(build / "status.json", status)
-        status = _judged(build, _execute(build, threads, timeout_s, echo), timeout_s)
+        status = _judged(build, _execute(build, results, threads, timeout_s, echo, cancelled), timeout_s)
         _write_json(build / "status.json", status)
         ok = status["state"] == "ok"
         _publish(build, done if ok else failed)
-    except BaseException:  # Ctrl-C too: nothing half-written stays
+    except BaseException:  # Ctrl-C and a full disk too: nothing half-written stays
         shutil.rmtree(build, ignore_errors=True)
         raise
     if ok:
         shutil.rmtree(failed, ignore_errors=True)
         return RunResult(done, "ok", False, "")
-    return RunResult(failed, "failed", False, "{class}: {message}".format(**status["error"]).splitlines()[0])
+    return RunResult(failed, "failed", False, error_line(status))
+
+
+def error_line(status: dict) -> str:
+    """Class and message of a failed run in one line."""
+    return "{class}: {message}".format(**status["error"]).splitlines()[0]
 
 
 def read_status(directory) -> dict:
@@ -345,7 +401,9 @@ def is_finished(directory) -> bool:
         return False
 
 
-def _usable(results):
+def usable(results) -> Path:
+    """The folder of results as an absolute path; ValueError where it cannot be written."""
+    results = Path(results).resolve()
     existing = next(place for place in (results, *results.parents) if place.exists())
     if not existing.is_dir():
         raise ValueError(f"results cannot go to {results}: {existing} is a file")
@@ -354,22 +412,35 @@ def _usable(results):
     return results
 
 
-def _tidy(done):
-    """Finish or remove what a killed process left of this run."""
-    for leftover in done.parent.glob(f".*-{done.name}-*"):
-        kind, _, pid = leftover.name.split("-")
-        if psutil.pid_exists(int(pid)):
+def _owner():
+    """This process, so named that no later process, here or on another machine, has the same name."""
+    return f"{socket.gethostname()}-{os.getpid()}-{psutil.Process().create_time():.2f}"
+
+
+def tidy(folder: Path, name: str = "*") -> None:
+    """Finish or remove what killed processes of this machine left of the run `name`, or of all runs in `folder`."""
+    for leftover in folder.glob(f".*-{name}-*"):
+        kind, run, owner = leftover.name.split("-", 2)
+        host, pid, started = owner.rsplit("-", 2)
+        if host != socket.gethostname() or _lives(int(pid), float(started)):
             continue
-        if kind == ".old" and not done.exists():
-            os.replace(leftover, done)
+        if kind == ".old" and not (folder / run).exists():
+            os.replace(leftover, folder / run)
         else:
             shutil.rmtree(leftover)
+
+
+def _lives(pid, started):
+    try:
+        return abs(psutil.Process(pid).create_time() - started) < 60  # the system's clock may have been set meanwhile
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _publish(build, final):
     """Move `build` to `final`; what stood there steps aside and is deleted only when the new one is in place."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    aside = final.with_name(f".old-{final.name}-{os.getpid()}")
+    aside = final.with_name(f".old-{final.name}-{_owner()}")
     if final.exists():
         os.replace(final, aside)
     os.replace(build, final)
@@ -379,7 +450,7 @@ def _publish(build, final):
 TRACEBACK = "traceback.txt"  # how the child hands the traceback of a failed cell over
 
 
-def _execute(build, threads, timeout_s, echo):
+def _execute(build, results, threads, timeout_s, echo, cancelled):
     """Run the child process and give its exit status, None where it was stopped at the limit."""
     environment = os.environ | {
         name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -387,6 +458,7 @@ def _execute(build, threads, timeout_s, echo):
     environment |= {
         "MPLBACKEND": "agg",
         "WB_RUN_DIR": str(build),
+        "WB_RESULTS": str(results),
         # The kernel works in the run directory: it must find this very package, and data named by a relative path.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
     }
@@ -403,11 +475,15 @@ def _execute(build, threads, timeout_s, echo):
     )
     reader = threading.Thread(target=_copy_log, args=(process.stdout, build / "log.txt", echo))
     reader.start()
+    end = time.monotonic() + (math.inf if timeout_s is None else timeout_s)
     try:
-        process.wait(timeout_s)
+        while process.poll() is None:
+            if cancelled is not None and cancelled.is_set():
+                raise Cancelled
+            if time.monotonic() > end:
+                return None
+            time.sleep(0.05)
         return process.returncode
-    except subprocess.TimeoutExpired:
-        return None
     finally:
         _kill_tree(process.pid)
         process.wait()
@@ -422,10 +498,10 @@ def _execute(build, threads, timeout_s, echo):
 
 
 def _copy_log(stream, path, echo):
-    with open(path, "wb") as log:
+    with open(path, "wb", buffering=0) as log:
         while chunk := stream.read1():
-            log.write(chunk)
-            log.flush()
+            with contextlib.suppress(OSError):  # a full disk: the log is cut, but the child must not wait for its reader
+                log.write(chunk)
             if echo is not None:
                 echo.write(chunk)
                 echo.flush()
@@ -455,7 +531,10 @@ def _judged(build, returncode, timeout_s):
     if returncode is None:
         error = {"class": "TimeoutError", "message": f"stopped at the wall-clock limit of {timeout_s:g} s"}
     elif returncode and error is None:
-        error = {"class": "ChildProcessError", "message": f"the process of the run ended with exit status {returncode}"}
+        ending = f"was killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"ended with status {returncode}"
+        error = {"class": "ChildProcessError", "message": f"the process of the run {ending}"}
+    elif error and error["class"] == "DeadKernelError":
+        error = error | {"message": "the kernel was killed, as the system does for want of memory, or crashed"}
     elif error is None:
         try:
             read_metrics(build)
