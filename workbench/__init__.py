@@ -21,6 +21,7 @@ _NAMES = {
         "quantise": "calibrate weight_format",
         "report": "show",
         "sensitivity": "Strength classify hybrid_plan search_hybrid sensitive_gates sensitivity_table strengths",
+        "sweep": "results",
         "study": "array_layers check_study compare sensitivity_over_seeds train_dense variants",
         "runs": "record run",
         "tables": "accuracy_table assumption_table count_table energy_note energy_table hardware_table layout_table"
@@ -31,8 +32,8 @@ _NAMES = {
     for name in names.split()
 }
 _SUBMODULES = (
-    "array", "constrain", "container", "engine", "fixedpoint", "gates", "methods", "models", "packed", "plan", "plots",
-    "quantise", "report", "runs", "sensitivity", "study", "tables", "tasks", "train",
+    "array", "constrain", "container", "engine", "fixedpoint", "gates", "index", "methods", "models", "packed", "pareto",
+    "plan", "plots", "quantise", "report", "runs", "sensitivity", "study", "sweep", "tables", "tasks", "train",
 )  # fmt: skip
 
 __all__ = ["__version__", *_NAMES, *_SUBMODULES]

@@ -1,6 +1,9 @@
-"""Command line: `python -m workbench run | report | tasks | methods`."""
+"""Command line: `python -m workbench run | sweep | report | tasks | methods`."""
 
+import re
+import signal
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -48,13 +51,135 @@ def run_command(notebook, parameters, results, force, timeout_s, with_report):
         click.echo(report.build(result.directory))
 
 
-@main.command("report")
-@click.argument("run_dir", type=click.Path(path_type=Path))
-def report_command(run_dir):
-    """Write the HTML report of a finished run and print its path."""
-    from workbench import report
+class _Shard(click.ParamType):
+    name = "K/N"
 
-    click.echo(report.build(run_dir.resolve()))
+    def convert(self, value, param, context):
+        found = re.fullmatch(r"([0-9]+)/([0-9]+)", value)
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            self.fail(f"needs K/N with K from 1 to N, for example 2/8 (a job array of 1-8), got {value!r}")
+        return int(found[1]), int(found[2])
+
+
+@main.command("sweep")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--plan", "plan_only", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--workers", type=click.IntRange(min=1), help="Runs at a time [the cores of this machine].")
+@click.option("--shard", type=_Shard(), default="1/1", help="Only every N-th run, from the K-th on: for job arrays.")
+@click.option("--stale", type=click.Choice(["rerun", "warn", "ignore"]), default="rerun", show_default=True,
+              help="What to do with results of older code or data: run again, or keep them, with or without a warning.")
+@click.option("--results", default="results", show_default=True, metavar="DIR", help="Where runs are kept.")
+@click.option("--report", "with_report", is_flag=True, help="Write the HTML report of every run too.")
+def sweep_command(file, plan_only, workers, shard, stale, results, with_report):
+    """Execute the runs that the TOML FILE asks for; the same command again goes on with what is missing."""
+    from workbench import runs, sweep
+
+    asked = sweep.read(file)
+    folder = runs.usable(results)
+    workers = workers or sweep.cores()
+    plan = sweep.make_plan(asked, folder, stale=stale, shard=shard)
+    click.echo(_described(plan, workers, stale), err=not plan_only)
+    if plan_only:
+        return
+    # A job system ends a job by SIGTERM: as with Ctrl-C, kernels go first and finished runs stay.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    failed = []
+    try:
+        if plan.to_run:
+            with _Progress(plan) as progress:
+                found = sweep.perform(plan, folder, workers=workers, progress=progress)
+            failed = [(point, found[point.run.id]) for point in plan.to_run if found[point.run.id].state != "ok"]
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted: finished runs are kept, the same command goes on") from None
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
+    place = sweep.write_table(asked, folder, f"python -m workbench sweep {file}")
+    for point, result in failed:
+        varied = {name: point.run.parameters[name] for name in (*asked.swept, asked.seed_parameter) if name}
+        click.echo(f"failed: {sweep.shown(varied)}: {result.error}\n  {result.directory / 'run.ipynb'}", err=True)
+    _write_index(place, with_report)
+    if failed:
+        raise click.ClickException(f"{len(failed)} of {len(plan.ours)} runs failed; the same command tries them again")
+
+
+def _described(plan, workers, stale):
+    from workbench import sweep
+
+    notes = {
+        "stale": {"rerun": "answered by older code or data: run again", "warn": "answered by older code or data, KEPT",
+                  "ignore": "answered by older code or data, kept"}[stale],
+        "failed": "run again",
+    }
+    seconds = sweep.estimate_s(plan.points, len(plan.to_run), workers)
+    notes["to run"] = f"{workers} at a time, " + (
+        "no estimate yet: none has finished" if seconds is None else f"about {_duration(seconds)}")
+    lines = [f"sweep {plan.sweep.name}: notebook {plan.sweep.notebook.name}"]
+    for name, count in plan.counts().items():
+        note = f"  {notes[name]}" if count and name in notes else ""
+        lines.append(f"{name:>8} {count:5}{note}")
+    if stale == "warn":
+        lines += [f"stale: {sweep.shown(point.run.parameters)}" for point in plan.ours if point.state == "stale"]
+    return "\n".join(lines)
+
+
+def _duration(seconds):
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class _Progress:
+    """One line on stderr: runs done, failed and left, and the time left. On no terminal a line every half minute."""
+
+    def __init__(self, plan):
+        from tqdm import tqdm
+
+        self.failed, self.shown = 0, 0.0
+        self.bar = tqdm(total=len(plan.to_run), unit="run", smoothing=0, mininterval=0, file=sys.stderr, dynamic_ncols=True,
+                        bar_format="{n_fmt}/{total_fmt} runs, {desc}{elapsed} gone, {remaining} left |{bar}|")
+        self.terminal = sys.stderr.isatty()
+
+    def __call__(self, result):
+        if result is not None:
+            self.bar.n += 1
+            if result.state != "ok":
+                self.failed += 1
+                self.bar.write(f"failed: {result.error}", file=sys.stderr)
+        self.bar.set_description_str(f"{self.failed} failed, " if self.failed else "", refresh=False)
+        if result is not None or time.monotonic() - self.shown > (1 if self.terminal else 30):
+            self.shown = time.monotonic()
+            self.bar.refresh()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+
+@main.command("report")
+@click.argument("run_or_sweep", type=click.Path(path_type=Path))
+def report_command(run_or_sweep):
+    """Write the HTML report of a finished run, or the index page of a sweep and the report of each of its runs; RUN_OR_SWEEP
+    is a folder of results/runs or results/sweeps. Prints the path."""
+    from workbench import report, sweep
+
+    directory = run_or_sweep.resolve()
+    if (directory / sweep.ASKED).is_file():
+        _write_index(directory, with_report=True)
+    else:
+        click.echo(report.build(directory))
+
+
+def _write_index(directory, with_report):
+    """Write the index page of a sweep, print its path, and name every run whose report cannot be written."""
+    from workbench import sweep
+
+    if with_report or not sweep.index_is_new(directory):
+        from workbench import index
+
+        for problem in index.build_reports(directory) if with_report else ():
+            click.echo(problem, err=True)
+        index.build_index(directory)
+    click.echo(directory / sweep.INDEX)
 
 
 @main.command("tasks")

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito 2008); kinds also differ by their row and label.
 COLOURS = {"mac": "#0072B2", "drain": "#56B4E9", "activation": "#E69F00", "elementwise": "#D55E00", "multicast": "#009E73",
@@ -96,3 +97,43 @@ def utilisation_figure(schedules: dict) -> Figure:
         axis.set(xlabel="PE column", ylabel="PE row")
     figure.colorbar(image, ax=list(axes), label="multiplying (% of cycles)", shrink=0.8)
     return figure
+
+
+# Markers beside colours: curves stay apart in print and for colour-blind readers.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def sweep_figure(points: pd.DataFrame, samples: pd.DataFrame, x: str, y: str, lower_is_better: list[str]) -> Figure:
+    """Means over the seeds with their standard deviation, every run as a small point, and the Pareto front of the means.
+
+    points: as index.spread gives them, its first column decides the colour; samples: one row a run, with the same columns.
+    x, y: columns of both, m_* or p_*; lower_is_better: names of axes, without that prefix.
+    """
+    group = points.columns[0]
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
+    axis = figure.subplots()
+    kinds = list(points[group].unique())
+    for n, kind in enumerate(kinds):
+        colour, marker = PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)]
+        mine, runs = points[points[group] == kind], samples[samples[group] == kind]
+        axis.errorbar(mine[x], mine[y], xerr=_deviation(mine, x), yerr=_deviation(mine, y), fmt=marker, color=colour,
+                      markerfacecolor="white", markersize=9, capsize=3, label=str(kind))
+        axis.plot(runs[x], runs[y], marker, color=colour, alpha=0.5, markersize=4, linestyle="none", zorder=4)
+    front = points[points["front"] == "yes"].sort_values(x)
+    axis.plot(front[x], front[y], color="black", linewidth=1, linestyle="--", label="Pareto front of the means", zorder=0)
+    if points[x].min() > 0 and points[x].max() > 10 * points[x].min():
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set(**{f"{side}label": f"{name[2:]}  ({'less' if name[2:] in lower_is_better else 'more'} is better)"
+                for side, name in (("x", x), ("y", y))})
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small", title=group[2:], frameon=False)
+    return figure
+
+
+def _deviation(points, name):
+    deviation = points[f"std {name[2:]}"]
+    return deviation.where(deviation > 0, 0)

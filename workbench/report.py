@@ -18,6 +18,7 @@ from workbench import runs
 TEMPLATES = Path(__file__).with_name("report_template")
 # Pictures of these kinds cannot carry a description in a notebook; `show` makes PNG.
 UNDESCRIBED = ("image/svg+xml", "image/jpeg", "application/javascript")
+REPORT = "report.html"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -44,8 +45,6 @@ def build(run_dir) -> Path:
     ValueError where the run did not finish, or where its notebook breaks a rule of reports: one top heading, in the first
     cell; a description for every picture; nothing that loads from a network.
     """
-    import jinja2
-
     run_dir = Path(run_dir)
     status = runs.read_status(run_dir)
     if not runs.is_finished(run_dir):
@@ -62,10 +61,7 @@ def build(run_dir) -> Path:
         raise ValueError(
             f"a report needs one top heading (# ...) that opens the notebook, {status['notebook']} has {len(titles)}"
         )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("page.html.j2").render(
+    page = environment().get_template("page.html.j2").render(
         title=titles[0]["text"],
         css=(TEMPLATES / "style.css").read_text(),
         headings=[
@@ -90,31 +86,53 @@ def build(run_dir) -> Path:
         raise ValueError(
             f"the report of {run_dir} would not open without a network or a picture: {'; '.join(problems)}"
         )
-    path = run_dir / "report.html"
-    temporary = run_dir / "report.html.tmp"
-    temporary.write_text(page)
-    os.replace(temporary, path)
+    return write(run_dir / REPORT, page)
+
+
+def environment():
+    """The jinja2 environment of the templates; what goes into a page is escaped."""
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+
+
+def write(path: Path, page: str) -> Path:
+    """Write a page so that it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(page)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
-def offline_problems(page: str) -> list[str]:
-    """What in an HTML page loads from elsewhere, runs as a script, or is a picture without description; [] where nothing."""
-    checker = _Checker()
+def offline_problems(page: str, script: str | None = None) -> list[str]:
+    """What in an HTML page loads from elsewhere, runs as a script, or is a picture without description; [] where nothing.
+
+    script: the one script that the page may hold.
+    """
+    checker = _Checker(script)
     checker.feed(page)
     return checker.problems
 
 
 class _Checker(HTMLParser):
-    def __init__(self):
+    def __init__(self, script):
         super().__init__()
         self.problems = []
-        self.in_style = False
+        self.script = script
+        self.tag = None  # the element whose text comes, where it is a style or a script
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
-        self.in_style = tag == "style"
-        if tag in ("script", "iframe", "link", "object", "embed", "base"):
+        self.tag = tag
+        if tag in ("iframe", "link", "object", "embed", "base"):
             self.problems.append(f"<{tag}>")
+        if tag == "script" and self.script is None:
+            self.problems.append("<script>")
         if tag == "img" and not (attrs.get("alt") or "").strip():
             self.problems.append("<img> without alt")
         for name, value in attrs.items():
@@ -126,11 +144,13 @@ class _Checker(HTMLParser):
                 self.problems.append(f"<{tag} {name}>")
 
     def handle_endtag(self, tag):
-        self.in_style = False
+        self.tag = None
 
     def handle_data(self, data):
-        if self.in_style and re.search(r"@import|url\(", data):
+        if self.tag == "style" and re.search(r"@import|url\(", data):
             self.problems.append("a style that loads a file")
+        if self.tag == "script" and self.script not in (None, data):
+            self.problems.append("a script that is not ours")
 
 
 def _shown(cell):

@@ -340,10 +340,10 @@ def run(
     if not force and is_finished(done):
         return RunResult(done, "ok", True, "")
     threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count()
-    return execute(asked, results, threads=threads, timeout_s=timeout_s, echo=echo)
+    return perform(asked, results, threads=threads, timeout_s=timeout_s, echo=echo)
 
 
-def execute(asked: Run, results: Path, *, threads: int, timeout_s=None, echo=None, cancelled=None) -> RunResult:
+def perform(asked: Run, results: Path, *, threads: int, timeout_s=None, echo=None, cancelled=None) -> RunResult:
     """Run it now. cancelled: a threading.Event that ends it (Cancelled) from another thread; the rest as for `run`."""
     done, failed = results / "runs" / asked.id, results / "failed" / asked.id
     build = done.with_name(f".tmp-{asked.id}-{_owner()}")
