@@ -11,8 +11,6 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import nbformat
-
 from workbench import runs
 
 TEMPLATES = Path(__file__).with_name("report_template")
@@ -45,6 +43,8 @@ def build(run_dir) -> Path:
     ValueError where the run did not finish, or where its notebook breaks a rule of reports: one top heading, in the first
     cell; a description for every picture; nothing that loads from a network.
     """
+    import nbformat  # takes a second to load, which notebooks that only show figures need not wait for
+
     run_dir = Path(run_dir)
     status = runs.read_status(run_dir)
     if not runs.is_finished(run_dir):

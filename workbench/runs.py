@@ -586,6 +586,8 @@ def _die_with_parent():
 def _run_notebook(build):
     """Body of the child: run.ipynb is executed in place, an error goes into status.json and to the log."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    # An optional checker of jsonschema, for a kind of field that notebooks do not have: its grammar takes a second to load.
+    sys.modules["rfc3987_syntax"] = None
     import papermill
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client import AsyncKernelManager
