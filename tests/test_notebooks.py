@@ -48,6 +48,8 @@ def test_the_report_is_whole_and_needs_no_network(run):
     assert all(re.search(r'alt="[^"]{20,}"', picture) for picture in pictures)
     for word in ("sensitive", "cr_disk", "integer engine", "small dense 8-bit", "modelled", "SHA-256", "Provenance"):
         assert word in page, word
+    printed = re.findall(r"<pre>(.*?)</pre>", page, flags=re.DOTALL)
+    assert max(map(len, printed), default=0) < 500, "a value is printed in full: give it a name instead"
     assert "..." not in re.sub(r"<code>.*?</code>", "", page.split("<main", 1)[-1]), "a table is cut short"
 
 
