@@ -48,7 +48,8 @@ def test_conda_users_get_the_same_set():
 
 
 def test_every_third_party_import_is_declared():
-    declared = {canonicalize_name(Requirement(dependency).name) for dependency in CORE}
+    extras = [dependency for extra in PYPROJECT["project"]["optional-dependencies"].values() for dependency in extra]
+    declared = {canonicalize_name(Requirement(dependency).name) for dependency in [*CORE, *extras]}
     distributions = packages_distributions()
     for path in (REPOSITORY / "workbench").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -64,21 +64,24 @@ class _Shard(click.ParamType):
 @main.command("sweep")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--plan", "plan_only", is_flag=True, help="Say what would be done, and do nothing.")
-@click.option("--workers", type=click.IntRange(min=1), help="Runs at a time [the cores of this machine].")
+@click.option("--workers", type=click.IntRange(min=1), help="Runs at a time on this machine [its cores].")
+@click.option("--scheduler", metavar="ADDRESS", help="Hand the runs to the workers of this dask scheduler instead.")
 @click.option("--shard", type=_Shard(), default="1/1", help="Only every N-th run, from the K-th on: for job arrays.")
 @click.option("--stale", type=click.Choice(["rerun", "warn", "ignore"]), default="rerun", show_default=True,
               help="What to do with results of older code or data: run again, or keep them, with or without a warning.")
 @click.option("--results", default="results", show_default=True, metavar="DIR", help="Where runs are kept.")
 @click.option("--report", "with_report", is_flag=True, help="Write the HTML report of every run too.")
-def sweep_command(file, plan_only, workers, shard, stale, results, with_report):
+def sweep_command(file, plan_only, workers, scheduler, shard, stale, results, with_report):
     """Execute the runs that the TOML FILE asks for; the same command again goes on with what is missing."""
     from workbench import runs, sweep
 
+    if workers and scheduler:
+        raise click.UsageError("--workers counts runs on this machine, --scheduler hands them over: give one of the two")
     asked = sweep.read(file)
     folder = runs.usable(results)
     workers = workers or sweep.cores()
     plan = sweep.make_plan(asked, folder, stale=stale, shard=shard)
-    click.echo(_described(plan, workers, stale), err=not plan_only)
+    click.echo(_described(plan, workers, scheduler), err=not plan_only)
     if plan_only:
         return
     # A job system ends a job by SIGTERM: as with Ctrl-C, kernels go first and finished runs stay.
@@ -87,7 +90,7 @@ def sweep_command(file, plan_only, workers, shard, stale, results, with_report):
     try:
         if plan.to_run:
             with _Progress(plan) as progress:
-                found = sweep.perform(plan, folder, workers=workers, progress=progress)
+                found = sweep.perform(plan, folder, workers=workers, scheduler=scheduler, progress=progress)
             failed = [(point, found[point.run.id]) for point in plan.to_run if found[point.run.id].state != "ok"]
     except KeyboardInterrupt:
         raise click.ClickException("interrupted: finished runs are kept, the same command goes on") from None
@@ -102,22 +105,22 @@ def sweep_command(file, plan_only, workers, shard, stale, results, with_report):
         raise click.ClickException(f"{len(failed)} of {len(plan.ours)} runs failed; the same command tries them again")
 
 
-def _described(plan, workers, stale):
+def _described(plan, workers, scheduler):
     from workbench import sweep
 
     notes = {
         "stale": {"rerun": "answered by older code or data: run again", "warn": "answered by older code or data, KEPT",
-                  "ignore": "answered by older code or data, kept"}[stale],
+                  "ignore": "answered by older code or data, kept"}[plan.stale],
         "failed": "run again",
     }
     seconds = sweep.estimate_s(plan.points, len(plan.to_run), workers)
-    notes["to run"] = f"{workers} at a time, " + (
-        "no estimate yet: none has finished" if seconds is None else f"about {_duration(seconds)}")
+    about = "no estimate yet: none has finished" if seconds is None else f"about {_duration(seconds)}"
+    notes["to run"] = f"by the workers of {scheduler}" if scheduler else f"{workers} at a time, {about}"
     lines = [f"sweep {plan.sweep.name}: notebook {plan.sweep.notebook.name}"]
     for name, count in plan.counts().items():
         note = f"  {notes[name]}" if count and name in notes else ""
         lines.append(f"{name:>8} {count:5}{note}")
-    if stale == "warn":
+    if plan.stale == "warn":
         lines += [f"stale: {sweep.shown(point.run.parameters)}" for point in plan.ours if point.state == "stale"]
     return "\n".join(lines)
 

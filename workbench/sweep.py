@@ -5,6 +5,7 @@ of them together: results.parquet with one row a run, sweep.json with what was a
 """
 
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import math
@@ -230,32 +231,27 @@ def make_plan(sweep: Sweep, results: Path, *, stale: str = "rerun", shard: tuple
     return Plan(sweep, stale, points, ours, [point for point in ours if point.state in wanted])
 
 
-def perform(plan: Plan, results: Path, *, workers: int, progress=None) -> dict[str, runs.RunResult]:
-    """Execute what the plan says, `workers` at a time: run id -> result. A notebook that fails is a result.
+def perform(plan: Plan, results: Path, *, workers: int, scheduler: str | None = None, progress=None) -> dict:
+    """Execute what the plan says: run id -> runs.RunResult. A notebook that fails is a result.
 
-    progress: called with every result, and with None about once a second. Whatever ends this call early, Ctrl-C or a full
-    disk, stops all kernels first and keeps every finished run. When the package or the notebook changes meanwhile, runs
-    that have not begun are left with a RuntimeError, unless the plan keeps stale results: then they use the new code.
+    workers: runs at a time on this machine. scheduler: address of a dask scheduler whose workers, one run a thread, take
+    the runs instead; they need this package and the folder `results` at the same path. progress: called with every result,
+    and with None about once a second. Whatever ends this call early, Ctrl-C or a full disk, stops all kernels first and
+    keeps every finished run; a dask worker ends the run that it has begun. When the package or the notebook changes
+    meanwhile, runs that have not begun are left with a RuntimeError, unless the plan keeps stale results: then they use
+    the new code.
     """
     for folder in ("runs", "failed"):
         runs.tidy(results / folder)
+    settings = {"timeout_s": plan.sweep.timeout_s, "threads": 1 if scheduler else max(1, cores() // workers)}
     cancelled, found = threading.Event(), {}
-    threads = max(1, cores() // workers)
-    settings = {"threads": threads, "timeout_s": plan.sweep.timeout_s, "cancelled": cancelled}
-
-    def one(run):
-        if cancelled.is_set():
-            raise runs.Cancelled
-        code = runs.code_hash(run.notebook)
-        if code != run.code and plan.stale == "rerun":
-            raise RuntimeError(
-                "the package or the notebook has changed since the sweep began: it stops here, finished runs are kept; the "
-                "same command starts again with the new code, with --stale ignore it goes on and keeps the older results"
-            )
-        return runs.perform(replace(run, code=code), results, **settings)
-
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        pending = {pool.submit(one, point.run): point.run for point in plan.to_run}
+    with contextlib.ExitStack() as stack:
+        if scheduler is None:
+            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(workers))
+            settings["cancelled"] = cancelled
+        else:
+            pool = _dask_pool(stack, scheduler)
+        pending = {pool.submit(_perform, point.run, results, plan.stale, settings): point.run for point in plan.to_run}
         waiting = set(pending)
         try:
             while waiting:
@@ -268,9 +264,32 @@ def perform(plan: Plan, results: Path, *, workers: int, progress=None) -> dict[s
                     progress(None)
         except BaseException:
             cancelled.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            for future in waiting:
+                future.cancel()
+            pool.shutdown(wait=False)
             raise
     return found
+
+
+def _perform(run, results, stale, settings):
+    if "cancelled" in settings and settings["cancelled"].is_set():
+        raise runs.Cancelled
+    code = runs.code_hash(run.notebook)
+    if code != run.code and stale == "rerun":
+        raise RuntimeError(
+            "the package or the notebook has changed since the sweep began: it stops here, finished runs are kept; the "
+            "same command starts again with the new code, with --stale ignore it goes on and keeps the older results"
+        )
+    return runs.perform(replace(run, code=code), results, **settings)
+
+
+def _dask_pool(stack, scheduler):
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ValueError('--scheduler needs dask.distributed: pip install "lstm-compression-workbench[dask]"') from None
+    client = stack.enter_context(Client(scheduler, timeout="30s", set_as_default=False))
+    return stack.enter_context(client.get_executor(pure=False))
 
 
 def cores() -> int:
