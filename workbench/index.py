@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from workbench import plots, report, sweep
+from workbench import plots, report, runs, sweep
 from workbench.pareto import pareto_front
 
 LONG_CELL = 60  # characters; longer values are left to the run's own report
@@ -23,8 +23,8 @@ LONG_CELL = 60  # characters; longer values are left to the run's own report
 def build_index(folder) -> Path:
     """Write index.html into the folder of a sweep (results/sweeps/<name>/) from its table, and give its path."""
     folder = Path(folder)
-    asked = json.loads((folder / sweep.ASKED).read_text())
-    frame = pd.read_parquet(folder / sweep.TABLE)
+    about, table = (folder / sweep.ASKED).read_bytes(), (folder / sweep.TABLE).read_bytes()
+    asked, frame = json.loads(about), pd.read_parquet(io.BytesIO(table))
     points = spread(frame, asked)
     pareto = asked["pareto"]
     picture = None
@@ -36,6 +36,7 @@ def build_index(folder) -> Path:
     failed = frame[frame["state"] == "failed"]
     varied = [f"p_{name}" for name in asked["swept"]]
     page = report.environment().get_template("sweep.html.j2").render(
+        stamp=sweep.stamp(about, table),
         name=asked["name"],
         description=asked["description"],
         notebook=asked["notebook"],
@@ -65,7 +66,8 @@ def build_index(folder) -> Path:
     )
     if problems := report.offline_problems(page, script=script):
         raise ValueError(f"the index of {folder} would not open without a network: {'; '.join(problems)}")
-    return report.write(folder / sweep.INDEX, page)
+    runs.replace_file(folder / sweep.INDEX, page.encode())
+    return folder / sweep.INDEX
 
 
 def build_reports(folder) -> list[str]:
@@ -101,6 +103,8 @@ def spread(frame: pd.DataFrame, asked: dict) -> pd.DataFrame:
     groups = [column(rows, name) for name in (pareto or {}).get("group", asked["swept"])]
     if pareto:
         figures = [column(rows, pareto[axis]) for axis in ("x", "y")]
+        if texts := [name for name in figures if not pd.api.types.is_numeric_dtype(rows[name])]:
+            raise ValueError(f"[pareto] needs numbers on its axes, {_plain(texts[0])} is {rows[texts[0]].iloc[0]!r}")
     else:
         figures = [name for name in rows if name.startswith("m_") and pd.api.types.is_numeric_dtype(rows[name])]
     grouped = rows.groupby(groups, sort=False, dropna=False) if groups else rows.groupby(lambda _: 0)
@@ -155,15 +159,16 @@ def _short(value):
 
 
 def _table(frame, links):
-    numbers = {name: pd.api.types.is_numeric_dtype(frame[name]) and frame[name].dtype != bool for name in frame}
+    # By position: a parameter and a metric may share a name.
+    numbers = [pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_bool_dtype(dtype) for dtype in frame.dtypes]
     rows = []
     for n, row in enumerate(frame.itertuples(index=False)):
-        cells = [{"value": "" if _empty(v) else v, "text": _text(v), "number": numbers[name], "links": []}
-                 for name, v in zip(frame, row, strict=True)]
+        cells = [{"value": "" if _empty(v) else v, "text": _text(v), "number": number, "links": []}
+                 for number, v in zip(numbers, row, strict=True)]
         if links:
             cells[-1]["links"] = links[n]
         rows.append(cells)
-    return {"columns": [{"name": name, "number": numbers[name]} for name in frame], "rows": rows}
+    return {"columns": [{"name": n, "number": number} for n, number in zip(frame, numbers, strict=True)], "rows": rows}
 
 
 def _empty(value):
@@ -175,7 +180,7 @@ def _text(value):
     if _empty(value):
         return ""
     if isinstance(value, float):
-        return f"{value:,.0f}" if value == int(value) or abs(value) >= 10_000 else f"{value:.4g}"
+        return f"{value:,.0f}" if value.is_integer() or abs(value) >= 10_000 else f"{value:.4g}"
     return str(value)
 
 

@@ -285,6 +285,10 @@ def _plain(name, value):
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"record cannot keep {name} = {value}: metrics must be finite; leave it out or give None")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"record cannot keep {name} = {value}: whole numbers have at most 64 bits here")
+    if isinstance(value, str) and value.encode(errors="replace").decode() != value:
+        raise ValueError(f"record cannot keep {name} = {value!r}: it is no valid Unicode text")
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -299,9 +303,18 @@ def _plain(name, value):
 
 
 def _write_json(path, data):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    replace_file(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, though this process is killed or others write it too."""
+    tidy(path.parent, path.name)
+    temporary = path.with_name(f".tmp-{path.name}-{_owner()}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -388,9 +401,12 @@ def read_status(directory) -> dict:
     """status.json of a run directory; ValueError where there is none."""
     path = Path(directory) / "status.json"
     try:
-        return json.loads(path.read_text())
+        status = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        raise ValueError(f"{directory} is not a run directory: it has no readable status.json") from None
+        status = None
+    if not isinstance(status, dict) or "state" not in status:
+        raise ValueError(f"{directory} is not a run directory: it has no readable status.json")
+    return status
 
 
 def is_finished(directory) -> bool:
@@ -418,16 +434,19 @@ def _owner():
 
 
 def tidy(folder: Path, name: str = "*") -> None:
-    """Finish or remove what killed processes of this machine left of the run `name`, or of all runs in `folder`."""
+    """Finish or remove what killed processes of this machine left of the run or file `name`, or of all in `folder`."""
     for leftover in folder.glob(f".*-{name}-*"):
         kind, run, owner = leftover.name.split("-", 2)
         host, pid, started = owner.rsplit("-", 2)
         if host != socket.gethostname() or _lives(int(pid), float(started)):
             continue
-        if kind == ".old" and not (folder / run).exists():
-            os.replace(leftover, folder / run)
-        else:
-            shutil.rmtree(leftover)
+        with contextlib.suppress(FileNotFoundError):  # another process tidies too
+            if kind == ".old" and not (folder / run).exists():
+                os.replace(leftover, folder / run)
+            elif leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
 
 def _lives(pid, started):
@@ -487,6 +506,7 @@ def _execute(build, results, threads, timeout_s, echo, cancelled):
     finally:
         _kill_tree(process.pid)
         process.wait()
+        _kill_strays(build)
         process.stdin.close()
         reader.join()
         process.stdout.close()
@@ -519,6 +539,14 @@ def _kill_tree(pid):
             process.kill()
         except psutil.NoSuchProcess:
             continue
+
+
+def _kill_strays(build):
+    """Kill what outlived its parent: where the child is killed, its kernel may hang on, and holds the log open."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # other users' processes, and those that end meanwhile
+            if process.environ().get("WB_RUN_DIR") == str(build):
+                process.kill()
 
 
 def _judged(build, returncode, timeout_s):
