@@ -2,7 +2,25 @@
 
 import re
 
+import pytest
 from conftest import REPOSITORY
+
+from workbench import sweep
+
+SWEEPS = sorted((REPOSITORY / "notebooks" / "sweeps").glob("*.toml"))
+
+
+def test_the_sweep_file_is_one(tmp_path):
+    (example,) = re.findall(r"```toml\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "example.toml").write_text(example)
+    assert len(sweep.read(tmp_path / "example.toml").parameters) == 2 * 2 * 3
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_the_ready_sweep_files_are_valid(path):
+    asked = sweep.read(path)
+    assert asked.description and len(asked.parameters) > 1 and asked.timeout_s
+    assert all(values["workers"] == 1 and values["checkpoints"] == "checkpoints" for values in asked.parameters)
 
 
 def test_the_worked_example_runs(tmp_path, monkeypatch, capsys):
