@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import psutil
@@ -180,6 +182,9 @@ def test_record_by_hand_writes_nothing(tmp_path, monkeypatch):
         (float("nan"), ValueError, "record cannot keep m = nan"),
         (np.array([0.0, np.inf]), ValueError, r"m\[1\] = inf"),
         (pd.DataFrame({"loss": [1.0, np.nan]}), ValueError, r"m\[1\]\['loss'\] = nan"),
+        # What the table of a sweep could not hold would cost the whole table.
+        ("\udc80", ValueError, r"record cannot keep m = '\\udc80': it is no valid Unicode text"),
+        ([1, 2**63], ValueError, r"record cannot keep m\[1\] = 9223372036854775808: whole numbers have at most 64 bits"),
         ({1: 2}, TypeError, "text as keys of m, got 1"),
         ({"a": {2}}, TypeError, r"m\['a'\] is a set"),
     ],
@@ -189,6 +194,13 @@ def test_record_refuses_by_name(tmp_path, monkeypatch, value, error, message):
     with pytest.raises(error, match=message):
         runs.record(m=value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", "", '{"state": "failed"}', '{"state": "ok"'])
+def test_a_damaged_status_is_not_a_finished_run(tmp_path, text):
+    (tmp_path / "metrics.json").write_text('{"a": 1}')
+    (tmp_path / "status.json").write_text(text)
+    assert not runs.is_finished(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", '{"a": NaN}', '{"a": ', "3"])
@@ -204,7 +216,10 @@ def test_invalid_metrics_are_not_a_finished_run(tmp_path, text):
 
 
 def test_a_run_is_kept_and_reused(tmp_path, write_notebook, monkeypatch):
-    """One run has it all: a results path with braces, a kernel that is this interpreter although another one is named so."""
+    """One run has it all: a results path with braces, a kernel that is this interpreter although another one is named so.
+
+    Traps: T3, the warning of ipykernel; T5, papermill formats paths; a kernel of another environment; a wrong directory.
+    """
     spec = tmp_path / "jupyter" / "kernels" / "python3"
     spec.mkdir(parents=True)
     (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
@@ -213,7 +228,7 @@ def test_a_run_is_kept_and_reused(tmp_path, write_notebook, monkeypatch):
     cells = (
         "import os, sys\nimport workbench as wb",
         "wb.record(executable=sys.executable, threads=os.environ['OMP_NUM_THREADS'], seed=seed, rate=rate)",
-        "wb.record(package=wb.__file__, data=os.environ['WORKBENCH_DATA'])",
+        "wb.record(package=wb.__file__, data=os.environ['WORKBENCH_DATA'], here=os.getcwd() == os.environ['WB_RUN_DIR'])",
     )
     path = write_notebook(tmp_path / "n.ipynb", *cells, parameters="seed: int = 0\nrate: float = 1")
     results = tmp_path / "{seed} of results"
@@ -228,6 +243,7 @@ def test_a_run_is_kept_and_reused(tmp_path, write_notebook, monkeypatch):
         "rate": 1.0,
         "package": str(Path(runs.__file__).with_name("__init__.py")),
         "data": os.path.abspath("somewhere"),
+        "here": True,
     }
     assert "without encryption" not in (first.directory / "log.txt").read_text()
     status = runs.read_status(first.directory)
@@ -238,6 +254,32 @@ def test_a_run_is_kept_and_reused(tmp_path, write_notebook, monkeypatch):
     again = runs.run(path, {"seed": 5, "rate": 1.0}, results)
     assert again == runs.RunResult(first.directory, "ok", True, "")
     assert [p.name for p in (results / "runs").iterdir()] == [first.directory.name]
+
+
+def test_every_kernel_has_time_sockets_and_an_interpreter_of_its_own(tmp_path, write_notebook, monkeypatch):
+    """Traps T3 and T4, sockets that kernels share; T6, too little time to start; a kernel of another environment."""
+    import papermill
+
+    build = tmp_path / "build"
+    build.mkdir()
+    write_notebook(build / "run.ipynb", RECORD)
+    (build / "status.json").write_text('{"state": "running", "parameters": {}}')
+    asked = []
+
+    def execute(*_, **options):
+        manager = options["kernel_manager_class"]()
+        assert Path(manager.ip).parent.is_dir() and manager.transport == "ipc"
+        assert manager.kernel_spec.argv[0] == sys.executable
+        asked.append((manager.ip, options["kernel_name"], options["start_timeout"]))
+        return nbformat.v4.new_notebook()
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    monkeypatch.setattr(runs, "_die_with_parent", lambda: None)
+    monkeypatch.setenv("IPYTHONDIR", "")  # put back afterwards
+    monkeypatch.chdir(build)
+    assert runs._run_notebook(build) == runs._run_notebook(build) == 0
+    (first, *_), (second, name, seconds) = asked
+    assert first != second and name == "python3" and seconds >= 60
 
 
 def test_failures_are_kept_aside_retried_and_never_replace_a_finished_run(tmp_path, write_notebook):
@@ -273,6 +315,7 @@ def test_failures_are_kept_aside_retried_and_never_replace_a_finished_run(tmp_pa
     ids=["exits 0", "killed", "records nothing"],
 )
 def test_what_papermill_calls_completed_can_still_be_a_failure(tmp_path, write_notebook, cells, error):
+    """Traps T1, a killed kernel, and T2, sys.exit(0): papermill's own notebook says that all cells were completed."""
     result = runs.run(write_notebook(tmp_path / "n.ipynb", *cells), {}, tmp_path / "results")
     assert result.state == "failed"
     assert result.error.startswith(error)
@@ -324,6 +367,22 @@ def wait_until(condition, seconds):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+class Closed(io.BytesIO):
+    """A full disk or a terminal that is gone."""
+
+    def write(self, chunk):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("targets", [(Closed(), None), (io.BytesIO(), Closed()), (Closed(), io.BytesIO())])
+def test_the_log_is_read_to_its_end_whatever_becomes_of_it(targets):
+    """A child whose output nobody reads would stop for ever."""
+    stream = io.BufferedReader(io.BytesIO(b"x" * 100_000), 1000)
+    runs._copy_log(stream, *targets)
+    assert stream.read() == b""
+    assert [len(target.getvalue()) for target in targets if type(target) is io.BytesIO] in ([], [100_000])
 
 
 def test_an_interrupted_exchange_of_directories_is_finished(tmp_path):

@@ -255,9 +255,10 @@ def perform(plan: Plan, results: Path, *, workers: int, scheduler: str | None = 
             settings["cancelled"] = cancelled
         else:
             pool = _dask_pool(stack, scheduler)
-        pending = {pool.submit(_perform, point.run, results, plan.stale, settings): point.run for point in plan.to_run}
-        waiting = set(pending)
+        waiting = set()
         try:
+            pending = {pool.submit(_perform, point.run, results, plan.stale, settings): point.run for point in plan.to_run}
+            waiting = set(pending)
             while waiting:
                 done, waiting = concurrent.futures.wait(waiting, 1, concurrent.futures.FIRST_COMPLETED)
                 for future in done:
@@ -284,7 +285,11 @@ def _perform(run, results, stale, settings):
             "the package or the notebook has changed since the sweep began: it stops here, finished runs are kept; the "
             "same command starts again with the new code, with --stale ignore it goes on and keeps the older results"
         )
-    return runs.perform(replace(run, code=code), results, **settings)
+    run = replace(run, code=code)
+    done = results / "runs" / run.id
+    if runs.is_finished(done):  # another process has had the same run meanwhile
+        return runs.RunResult(done, "ok", True, "")
+    return runs.perform(run, results, **settings)
 
 
 def _dask_pool(stack, scheduler):
