@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from workbench.array.mapping import candidate_layouts, fitting_mappings, least_c
 from workbench.array.schedule import _period, schedule_mapping
 from workbench.engine import run_layer
 from workbench.fixedpoint import ActivationTable, QFormat
+from workbench.methods import BankBalanced, BlockSparse, RowBalanced, Structured
 from workbench.packed import PackedCirculant, PackedDense, PackedLayer, PackedSparse
 
 SIGNALS = {"input": QFormat(16, 12), "pre": QFormat(16, 12), "sigmoid": QFormat(16, 16, signed=False), "tanh": QFormat(16, 15),
@@ -34,6 +36,11 @@ def sparse(shape, rng, density=0.3, frac=7):
 def circulant(shape, rng, block=4, frac=7):
     vectors = rng.integers(-128, 128, (shape[0] // block, -(-shape[1] // block), block))
     return PackedCirculant(shape, QFormat(8, frac), block, vectors)
+
+
+def pruned(method, shape, rng, frac=7):
+    w = method.project(torch.from_numpy(rng.integers(-128, 128, shape)) / 2.0**frac)
+    return method.pack(w, QFormat(8, frac))
 
 
 def layer_of(make, hidden, inputs, seed=0):
@@ -128,6 +135,16 @@ def test_placement_balances_better_than_dealing_in_turn():
     greedy, in_turn = map_block(packed, 4, 4), map_block(packed, 4, 4, pe_row_of_unit=np.arange(64) % 4)
     assert greedy.macs.max() < in_turn.macs.max()
     assert greedy.local_rows.max() == 16
+
+
+@pytest.mark.parametrize(("method", "side", "columns"), [
+    (Structured(8), 4, 128), (Structured(8), 16, 128), (Structured(4), 8, 32), (BankBalanced(1 / 8, 16), 16, 128),
+    (BankBalanced(1 / 8, 16), 4, 128), (BankBalanced(0.5, 4), 4, 12)], ids=str)  # fmt: skip
+def test_balanced_patterns_give_every_pe_equal_work(method, side, columns):
+    w = method.project(torch.randn(128, columns, generator=torch.Generator().manual_seed(0)))
+    mapping = map_block(method.pack(w, QFormat(24, 20)), side, side)  # so fine that no weight becomes zero
+    assert mapping.padding.sum() == 0 and mapping.macs.min() == mapping.macs.max() == int((w != 0).sum()) // side**2
+    assert mapping.local_rows.tolist() == [128 // side] * side
 
 
 def test_dense_baseline_needs_5376_words_on_one_group():
@@ -356,6 +373,15 @@ def tiny_cases(draw):
 @given(tiny_cases())
 def test_schedule_equals_the_literal_interpreter(case):
     check_against_interpreter(*case)
+
+
+@pytest.mark.parametrize("method", [RowBalanced(0.3), BankBalanced(0.3, 4), BlockSparse(0.3, 4), Structured(4)], ids=str)
+@pytest.mark.parametrize("frac", [7, 6])
+def test_pruned_layers_equal_the_literal_interpreter(method, frac):
+    layer = layer_of(lambda part, gate, shape, rng: pruned(method, shape, rng, frac if part == "hh" else 7), 16, 5)
+    for layout in candidate_layouts(layer, SMALL):
+        for mapping in fitting_mappings(layer, SMALL, layout):
+            check_against_interpreter(mapping, 3, seed=1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"weight_words": 24, "load_bits_per_cycle": 5}, {"acc_depth": 4, "acc_banks": 1}])

@@ -4,8 +4,21 @@ import scipy.linalg
 import torch
 from torch.nn.utils import parametrize
 
+from workbench.budget import full_bits
 from workbench.fixedpoint import QFormat
-from workbench.methods import METHODS, BlockCirculant, Dense, TopK, method_from_json, method_label, method_to_json
+from workbench.methods import (
+    METHODS,
+    BankBalanced,
+    BlockCirculant,
+    BlockSparse,
+    Dense,
+    RowBalanced,
+    Structured,
+    TopK,
+    method_from_json,
+    method_label,
+    method_to_json,
+)
 from workbench.methods.base import fake_quantise
 from workbench.quantise import weight_format
 
@@ -15,6 +28,20 @@ CASES = [
     (TopK(0.3), (6, 5)),
     (TopK(1), (4, 7)),
     (TopK(0.01), (4, 7)),
+    (RowBalanced(0.3), (6, 5)),
+    (RowBalanced(1), (4, 7)),
+    (RowBalanced(0.01), (4, 7)),
+    (BankBalanced(0.5, 4), (6, 12)),
+    (BankBalanced(0.5, 8), (3, 12)),
+    (BankBalanced(1, 4), (4, 7)),
+    (BankBalanced(0.7, 4), (4, 9)),
+    (BlockSparse(0.3, 2), (6, 5)),
+    (BlockSparse(1, 3), (6, 7)),
+    (BlockSparse(0.01, 4), (8, 3)),
+    (Structured(2), (6, 5)),
+    (Structured(3), (6, 7)),
+    (Structured(4), (8, 12)),
+    (Structured(8), (16, 3)),
     (BlockCirculant(2), (6, 5)),
     (BlockCirculant(3), (6, 6)),
     (BlockCirculant(4), (8, 3)),
@@ -128,6 +155,39 @@ def test_weights_that_are_not_finite_are_refused(method, shape, bad):
             call(w)
 
 
+@pytest.mark.parametrize("shapes", [[(16, 12), (16, 16)], [(8, 3)], [(6, 5), (4, 7)], [(5, 3)]], ids=str)
+@pytest.mark.parametrize("family", METHODS.values(), ids=lambda cls: cls.__name__)
+def test_no_member_of_a_ladder_is_larger_than_the_one_before(family, shapes):
+    members = family.ladder(shapes)
+    assert len(set(members)) == len(members) and all(type(member) is family for member in members)
+    assert members or shapes[0][0] % 2, "only odd rows leave a family without a member"
+    blocks = [random_matrix(shape, seed) for seed, shape in enumerate(shapes)]
+    stored = [sum(m.pack(m.project(w), QFormat(24, 20)).stored_values for w in blocks) for m in members]
+    assert stored == sorted(stored, reverse=True)
+    for bits in (2, 6):
+        sizes = [sum(full_bits(w, member, bits) for w in blocks) for member in members]
+        assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize(("family", "shapes", "members"), [
+    (Dense, [(4, 3)], [Dense()]),
+    (TopK, [(1, 2), (2, 2)], [TopK(1), TopK(0.75), TopK(0.5), TopK(0.25)]),
+    (RowBalanced, [(2, 3), (2, 4)], [RowBalanced(1), RowBalanced(0.75), RowBalanced(0.5), RowBalanced(0.25)]),
+    (BankBalanced, [(2, 2), (2, 4)], [BankBalanced(1, 2), BankBalanced(0.5, 2), BankBalanced(0.25, 1)]),
+    (BankBalanced, [(1, 40)], [BankBalanced(1, 16), BankBalanced(2 / 3, 16), BankBalanced(1 / 3, 16), BankBalanced(0.2, 8),
+                               BankBalanced(0.1, 4), BankBalanced(0.05, 2), BankBalanced(0.025, 1)]),
+    (BlockSparse, [(4, 5)], [BlockSparse(1, 4), BlockSparse(0.5, 4)]),
+    (BlockSparse, [(6, 2), (4, 2)], [BlockSparse(1, 2), BlockSparse(2 / 3, 2), BlockSparse(1 / 3, 2)]),
+    (BlockSparse, [(4, 4), (3, 4)], []),
+    (Structured, [(12, 5), (8, 3)], [Structured(2), Structured(4)]),
+    (BlockCirculant, [(16, 3), (8, 5)], [BlockCirculant(2), BlockCirculant(4), BlockCirculant(8)]),
+    (BlockCirculant, [(12, 12)], [BlockCirculant(2), BlockCirculant(4)]),
+    (BlockCirculant, [(8, 8), (3, 8)], []),
+])  # fmt: skip
+def test_ladders_by_hand(family, shapes, members):
+    assert family.ladder(shapes) == members
+
+
 # --- the number format with a straight-through gradient
 
 
@@ -179,6 +239,183 @@ def test_the_support_stays_when_weights_move():
 def test_topk_refuses(keep):
     with pytest.raises(ValueError, match=r"TopK needs keep in \(0, 1\], got"):
         TopK(keep)
+
+
+# --- balanced, block-sparse and structured supports
+
+
+def row_balanced(mask, keep):
+    return all(sum(row) == round(keep * len(row)) for row in mask)
+
+
+def bank_balanced(mask, banks, count):
+    return all(sum(bank) == min(count, len(bank)) for row in mask for bank in (row[b::banks] for b in range(banks)))
+
+
+def whole_tiles(mask, block, count):
+    """`count` tiles with every position, the others with none."""
+    corners = [(i, j) for i in range(0, len(mask), block) for j in range(0, len(mask[0]), block)]
+    tiles = [{bool(x) for row in mask[i : i + block] for x in row[j : j + block]} for i, j in corners]
+    return all(len(tile) == 1 for tile in tiles) and sum(tile == {True} for tile in tiles) == count
+
+
+def one_diagonal_a_tile(mask, period):
+    stride = -(-len(mask[0]) // period)
+    for first in range(0, len(mask), period):
+        for s in range(stride):
+            kept = {(i, b) for i in range(period) for b, j in enumerate(range(s, len(mask[0]), stride)) if mask[first + i][j]}
+            places = range(len(range(s, len(mask[0]), stride)))
+            if kept not in [{((b - o) % period, b) for b in places} for o in range(period)]:
+                return False
+    return True
+
+
+@pytest.mark.parametrize(("method", "shape", "lawful"), [
+    (RowBalanced(0.5), (2, 6), lambda mask: row_balanced(mask, 0.5)),
+    (RowBalanced(0.25), (3, 4), lambda mask: row_balanced(mask, 0.25)),
+    (BankBalanced(0.4, 2), (2, 6), lambda mask: bank_balanced(mask, 2, 1)),
+    (BankBalanced(0.7, 2), (2, 5), lambda mask: bank_balanced(mask, 2, 2)),  # banks of three columns and two
+    (BankBalanced(0.5, 4), (2, 6), lambda mask: bank_balanced(mask, 4, 1)),  # of two, two, one and one
+    (BankBalanced(0.9, 3), (3, 4), lambda mask: bank_balanced(mask, 3, 2)),
+    (BlockSparse(0.6, 2), (2, 6), lambda mask: whole_tiles(mask, 2, 2)),
+    (BlockSparse(0.5, 2), (4, 3), lambda mask: whole_tiles(mask, 2, 2)),
+    (BlockSparse(0.1, 3), (3, 4), lambda mask: whole_tiles(mask, 3, 1)),
+    (Structured(2), (2, 6), lambda mask: one_diagonal_a_tile(mask, 2)),
+    (Structured(2), (4, 3), lambda mask: one_diagonal_a_tile(mask, 2)),
+    (Structured(3), (3, 4), lambda mask: one_diagonal_a_tile(mask, 3)),
+    (Structured(4), (4, 3), lambda mask: one_diagonal_a_tile(mask, 4)),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("seed", range(3))
+def test_the_support_has_the_most_energy_of_all_lawful_ones(method, shape, lawful, seed):
+    """By trial of every subset of the positions."""
+    w = random_matrix(shape, seed).numpy()
+    masks = (np.arange(1 << w.size)[:, None] >> np.arange(w.size)) & 1
+    masks = masks[[lawful(mask.reshape(shape).tolist()) for mask in masks]]
+    best = masks[np.argmax(masks @ w.ravel() ** 2)].reshape(shape)
+    np.testing.assert_array_equal(method.project(torch.from_numpy(w)).numpy(), np.where(best, w, 0))
+
+
+@pytest.mark.parametrize("method", [RowBalanced(0.3), BankBalanced(0.3, 4), BlockSparse(0.3, 4), Structured(4)], ids=str)
+def test_the_support_does_not_depend_on_the_float_type(method):
+    w = 1 + 1e-6 * random_matrix((256, 64)).float()  # sums of squares that float32 cannot tell apart
+    assert torch.equal(method.support(w), method.support(w.double()))
+
+
+def test_row_balanced_by_hand():
+    w = torch.tensor([[0.5, -4.0, 1.0], [0.3, -0.25, -0.2]])
+    assert RowBalanced(0.6).project(w).tolist() == (w * torch.tensor([[0, 1, 1], [1, 1, 0]])).tolist()  # round(1.8) = 2
+    assert RowBalanced(0.1).constrain(w, None).right_inverse(w).tolist() == [-4, w[1, 0]]  # at least one a row
+
+
+def test_bank_balanced_by_hand():
+    # Columns 0, 2, 4 are one bank, 1, 3 the other: one of each is kept, although 5 and 4 stand in one bank.
+    w = torch.tensor([[5.0, 1.0, 4.0, -2.0, 3.0]])
+    assert BankBalanced(0.4, 2).project(w).tolist() == [[5, 0, 0, -2, 0]]  # round(0.4 * 3) = 1
+    assert BankBalanced(0.7, 2).project(w).tolist() == [[5, 1, 4, -2, 0]]  # 2 of three columns, 2 of two
+
+
+@pytest.mark.parametrize(("keep", "banks", "kept", "stored_words"), [
+    (0.25, 4, 4, 4),  # four banks of three columns, one weight each
+    (0.5, 4, 8, 8),  # round(1.5) = 2 each
+    (0.25, 8, 8, 8),  # four banks of two columns and four of one: at least one each
+    (1, 8, 12, 16),  # two words for every bank, four of them spare
+    (0.25, 12, 12, 12), (0.25, 1, 3, 3)])  # fmt: skip
+def test_banks_of_12_columns(keep, banks, kept, stored_words):
+    method, w = BankBalanced(keep, banks), random_matrix((128, 12))
+    projected = method.project(w)
+    assert ((projected != 0).sum(1) == kept).all()
+    (banked,) = method.encodings((128, 12))
+    words, indices = banked.encode(method.pack(projected, QFormat(24, 20)))
+    assert words.size == indices.size == 128 * stored_words
+
+
+def test_block_sparse_by_hand():
+    w = torch.tensor([[1.0, 1.0, 2.0, 0.0, 1.9], [1.0, 1.0, 0.0, 0.0, 1.9]])  # energies 4, 4 and 7.22
+    w[0, 2] = 2.1
+    assert BlockSparse(0.6, 2).project(w).tolist() == (w * torch.tensor([0, 0, 1, 1, 1])).tolist()  # round(1.8) = 2 tiles
+
+
+def test_structured_by_hand():
+    # Period 2, stride 2: the tiles are the columns 0 and 2, 1 and 3. Energies of the diagonals: 1 + 16 against 4 + 9, and
+    # 25 + 1 against 4 + 36.
+    w = torch.tensor([[1.0, 5.0, 2.0, 2.0], [3.0, 6.0, 4.0, 1.0]])
+    assert Structured(2).project(w).tolist() == [[1, 0, 0, 2], [0, 6, 4, 0]]
+
+
+@pytest.mark.parametrize(("period", "shape"), [(8, (128, 128)), (8, (128, 12)), (16, (32, 40)), (128, (128, 12))])
+def test_structured_keeps_one_of_period_in_every_column(period, shape):
+    kept = Structured(period).project(random_matrix(shape)) != 0
+    assert (kept.sum(0) == shape[0] // period).all()
+    assert kept.sum(1).max() <= -(-shape[1] // period)
+    if shape[1] % period == 0:
+        assert (kept.sum(1) == shape[1] // period).all()
+
+
+def test_equal_weights_are_kept_in_the_stated_numbers():
+    ones = torch.ones(8, 12)
+    for method, kept in ((RowBalanced(0.5), 48), (BankBalanced(0.5, 4), 64), (BlockSparse(0.5, 4), 48), (Structured(4), 24)):
+        assert int((method.project(ones) != 0).sum()) == kept
+
+
+def test_storage_of_each_pattern():
+    """Bits of a 128 x 128 and a 128 x 12 block of 6-bit weights, none zero."""
+    fmt = QFormat(6, 0)
+    for method, columns, weights, index_bits in [
+        (RowBalanced(1 / 8), 128, 128 * 16, 128 * 16 * 7),
+        (BankBalanced(1 / 8, 16), 128, 128 * 16, 128 * 16 * 3),
+        (BlockSparse(1 / 8, 4), 128, 128 * 16, 32 * 32),  # a bit a tile
+        (Structured(8), 128, 128 * 16, 16 * 16 * 3),  # an offset of 3 bits a tile
+        (RowBalanced(1 / 6), 12, 128 * 2, 128 * 2 * 4),
+        (BankBalanced(1 / 6, 4), 12, 128 * 4, 128 * 4 * 2),
+        (BlockSparse(1 / 6, 4), 12, 16 * 16, 32 * 3),
+        (Structured(8), 12, 16 * 12, 16 * 2 * 3),  # 12 columns in two tiles, each column one weight of eight
+    ]:
+        ones = (method.project(random_matrix((128, columns))) != 0).double()
+        packed = method.pack(ones, fmt)
+        encoding = method.encodings(packed.shape)[-1]
+        words, indices = encoding.encode(packed)
+        assert packed.stored_values == words.size == weights
+        assert indices.size * encoding.index_width(packed.shape) == index_bits
+        assert packed.storage_bits <= 6 * weights + index_bits  # no more than in the encoding of the pattern
+
+
+@pytest.mark.parametrize(("method", "name"), [
+    (lambda keep: RowBalanced(keep), "RowBalanced"), (lambda keep: BankBalanced(keep, 4), "BankBalanced"),
+    (lambda keep: BlockSparse(keep, 4), "BlockSparse")])
+@pytest.mark.parametrize("keep", [0, -0.1, 1.01, float("nan"), "0.5", True, None])
+def test_keep_is_refused(method, name, keep):
+    with pytest.raises(ValueError, match=rf"{name} needs keep in \(0, 1\], got"):
+        method(keep)
+
+
+@pytest.mark.parametrize("value", [0, -4, 4.0, "4", True, None])
+def test_whole_parameters_are_refused(value):
+    for make, message in ((lambda: BankBalanced(0.5, value), "BankBalanced needs a whole number of banks of at least 1, got"),
+                          (lambda: BlockSparse(0.5, value), "BlockSparse needs a whole block of at least 2, got"),
+                          (lambda: Structured(value), "Structured needs a whole period of at least 2, got")):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+@pytest.mark.parametrize(("method", "message"), [
+    (BlockSparse(0.5, 4), r"BlockSparse\(keep=0.5, block=4\) needs rows divisible by 4, got a 30x16 block"),
+    (Structured(4), r"Structured\(period=4\) needs rows divisible by 4, got a 30x16 block"),
+    (BankBalanced(0.5, 17), r"BankBalanced\(keep=0.5, banks=17\) needs at least 17 columns, got a 30x16 block"),
+], ids=str)  # fmt: skip
+def test_shapes_that_a_pattern_does_not_fit_are_refused(method, message):
+    for call in (method.project, lambda w: method.constrain(w, None), lambda w: method.pack(w, QFormat(8, 5))):
+        with pytest.raises(ValueError, match=message):
+            call(torch.zeros(30, 16))
+
+
+@pytest.mark.parametrize(("method", "message"), [
+    (RowBalanced(0.25), r"Banks\(banks=1, count=2\) needs at most 2 weights in a bank of a row, got 8"),
+    (BankBalanced(0.25, 2), r"Banks\(banks=2, count=1\) needs at most 1 weights in a bank of a row, got 4"),
+    (Structured(2), r"Diagonals\(period=2\) needs the weights of each tile on one wrapped diagonal"),
+], ids=str)  # fmt: skip
+def test_what_is_no_member_is_not_packed(method, message):
+    with pytest.raises(ValueError, match=message):
+        method.pack(random_matrix((4, 8)), QFormat(8, 5))
 
 
 # --- BlockCirculant
@@ -251,7 +488,7 @@ def test_circulant_refuses_other_datapaths():
 @pytest.mark.parametrize(("data", "message"), [
     ("TopK", "a method needs .*, got 'TopK'"),
     ({"keep": 0.5}, "a method needs"),
-    ({"name": "Topk", "keep": 0.5}, "the methods are Dense, TopK, BlockCirculant, got 'Topk'"),
+    ({"name": "Topk", "keep": 0.5}, "the methods are Dense, TopK, .*, BlockCirculant, got 'Topk'"),
     ({"name": ["TopK"]}, r"the methods are .*, got \['TopK'\]"),
     ({"name": "TopK"}, r"TopK needs keep, got \{\}"),
     ({"name": "TopK", "keep": 0.5, "k": 3, "a": 1}, "TopK has the parameters keep, got a, k"),
@@ -267,13 +504,13 @@ def test_json_that_is_no_method_is_refused(data, message):
 def test_labels():
     assert method_label(Dense()) == "Dense"
     assert method_label(TopK(0.169412)) == "TopK 0.1694"
-    assert method_label(BlockCirculant(8)) == "BlockCirculant 8 time"
+    assert method_label(BlockCirculant(8)) == "BlockCirculant 8"
 
 
 def test_methods_suit_the_format_that_is_chosen_for_them():
     """The error of a packed block is the projection's plus at most half a step a weight, unless it saturates."""
     w = random_matrix((16, 16))
-    for method in (Dense(), TopK(0.25), BlockCirculant(4)):
+    for method in (Dense(), TopK(0.25), BankBalanced(0.25, 4), Structured(4), BlockCirculant(4)):
         projected = method.project(w)
         fmt = weight_format(projected, 12)
         error = np.abs(fmt.dequantise(method.pack(projected, fmt).dense()) - projected.numpy())

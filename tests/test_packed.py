@@ -12,17 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import circulant
 
-from workbench.container import write_tensors
+from workbench.container import read_tensors, write_tensors
 from workbench.fixedpoint import ActivationTable, QFormat
 from workbench.packed import (
+    ENCODINGS,
     FORMS,
+    Banks,
+    Bitmap,
+    Diagonals,
     PackedCirculant,
     PackedDense,
     PackedLayer,
     PackedModel,
     PackedSparse,
+    Relative,
     load,
     pack_bits,
+    tile_encodings,
     unpack_bits,
 )
 
@@ -95,21 +101,49 @@ def signed_word(word, bits):
 
 
 def decode_sparse(block):
-    """A sparse block's bytes -> rows of a matrix, by a walk over the words; only shape, bits and index width are taken
-    from the block."""
-    rows, columns = block.shape
-    about, flat = block.describe(), [0] * (rows * columns)
+    """A sparse block's bytes -> rows of a matrix, by a walk over the words; only shape, bits and what describe() says are
+    taken from the block. A dictionary place -> word tells where each stands; words of value zero need no place."""
+    (rows, columns), about = block.shape, block.describe()
+    encoding = about["encoding"]
     words = [signed_word(w, block.fmt.bits) for w in bit_words(block.arrays["values"], block.fmt.bits)][: about["words"]]
-    if about["index_width"] == 0:
-        present = [n for n, bit in enumerate(bit_words(block.arrays["indices"], 1)) if bit]
-        for position, word in zip(present, words, strict=True):
-            flat[position] = word
+    places = {"Relative": tile_places, "Bitmap": tile_places, "Banks": bank_places, "Diagonals": diagonal_places}
+    matrix = [[0] * columns for _ in range(rows)]
+    for (row, column), word in zip(places[encoding["name"]](block, encoding, len(words)), words, strict=True):
+        if word:
+            matrix[row][column] = word
+    return matrix
+
+
+def tile_places(block, encoding, words):
+    k, across, tiles = encoding["block"], -(-block.shape[1] // encoding["block"]), []
+    if encoding["name"] == "Bitmap":
+        tiles = [n for n, bit in enumerate(bit_words(block.arrays["indices"], 1)) if bit]
     else:
-        position = 0
-        for skip, word in zip(bit_words(block.arrays["indices"], about["index_width"])[: about["words"]], words, strict=True):
-            flat[position + skip] = word
-            position += skip + 1
-    return [flat[r * columns : (r + 1) * columns] for r in range(rows)]
+        for skip in bit_words(block.arrays["indices"], encoding["width"])[: words // k**2]:
+            tiles.append((tiles[-1] + 1 if tiles else 0) + skip)
+    return [(n // across * k + i, n % across * k + j) for n in tiles for i in range(k) for j in range(k)]
+
+
+def bank_places(block, encoding, words):
+    banks, places = encoding["banks"], []
+    bits = (len(range(0, block.shape[1], banks)) - 1).bit_length()
+    index = iter(bit_words(block.arrays["indices"], bits) if bits else [0] * words)
+    for row in range(block.shape[0]):
+        for bank in range(banks):
+            places += [(row, bank + banks * next(index)) for _ in range(encoding["count"])]
+    return places
+
+
+def diagonal_places(block, encoding, words):
+    (rows, columns), period, places = block.shape, encoding["period"], []
+    stride, bits = -(-columns // period), (period - 1).bit_length()
+    offsets = iter(bit_words(block.arrays["indices"], bits))
+    for first in range(0, rows, period):
+        offset = [next(offsets) for _ in range(stride)]
+        for column in range(columns):
+            (row,) = [i for i in range(period) if (i + offset[column % stride]) % period == column // stride]
+            places.append((first + row, column))
+    return places
 
 
 # What each form stores.
@@ -125,17 +159,18 @@ def test_dense_bits_by_hand():
 
 
 def test_relative_index_bits_by_hand():
-    # 60 positions, weights at 0, 20 and 59: gaps of 0, 19 and 38 zeros. Per word 4 value bits, and
-    # 2 index bits: 3 + 4 + 9 padding words -> 16 * 6 = 96; 3: 3 + 2 + 4 -> 9 * 7 = 63; 4: 3 + 1 + 2 -> 6 * 8 = 48;
-    # 5: 3 + 0 + 1 -> 4 * 9 = 36; 6: 3 * 10 = 30; bitmap: 60 + 12.
+    # 60 positions, weights at 0, 20 and 59: gaps of 0, 19 and 38 zeros. Words with 4 value bits, bytes of both arrays:
+    # 2 index bits: 3 + 4 + 9 padding words -> 8 + 4; 3: 3 + 2 + 4 -> 5 + 4; 4: 3 + 1 + 2 -> 3 + 3; 5: 3 + 0 + 1 -> 2 + 3;
+    # 6: 3 -> 2 + 3; bitmap: 2 + 8. Of the two with 5 bytes the first.
     values = np.zeros((6, 10), dtype=np.int64)
     values[0, 0], values[2, 0], values[5, 9] = 1, -2, 3
     block = PackedSparse.from_dense(values, INT4)
-    assert block.index_width == 6
+    assert block.encoding == Relative(5)
     assert (block.stored_values, block.value_bits) == (3, 12)
-    assert {name: array.size for name, array in block.arrays.items()} == {"values": 2, "indices": 3}  # 12 and 18 bits
+    assert {name: array.size for name, array in block.arrays.items()} == {"values": 2, "indices": 3}  # 16 and 20 bits
     assert (block.storage_bits, block.index_bits) == (40, 28)
-    assert bit_words(block.arrays["indices"], 6)[:3] == [0, 19, 38]
+    assert bit_words(block.arrays["indices"], 5)[:4] == [0, 19, 31, 6]
+    assert [signed_word(w, 4) for w in bit_words(block.arrays["values"], 4)] == [1, -2, 0, 3]
 
 
 def test_padding_words_by_hand():
@@ -144,8 +179,8 @@ def test_padding_words_by_hand():
     values[0, 240] = 5  # 40 zeros before it; the zeros after it need nothing
     block = PackedSparse.from_dense(values, INT4)
     # Index bits 2: 51 + 10 padding words, 61 * 6 = 366; 3: 56 * 7 = 392; 4: 53 * 8 = 424; 5: 52 * 9 = 468; bitmap 1804.
-    assert block.index_width == 2
-    assert block.describe() == {"index_width": 2, "words": 61}
+    assert block.encoding == Relative(2)
+    assert block.describe() == {"encoding": {"name": "Relative", "width": 2, "block": 1}, "words": 61}
     assert bit_words(block.arrays["indices"], 2)[:61] == [3] * 50 + [3] * 10 + [0]
     assert (block.stored_values, block.value_bits) == (51, 204)
     assert block.storage_bits == 8 * (31 + 16)  # 61 * 4 = 244 and 61 * 2 = 122 bits
@@ -154,11 +189,11 @@ def test_padding_words_by_hand():
 
 
 def test_bitmap_bits_by_hand():
-    values = np.array([[1, 2, 0, 4, 5], [1, 2, 3, 0, 5]])
-    block = PackedSparse.from_dense(values, INT4)  # relative: 8 * 2 bits of indices; bitmap: 10
-    assert block.index_width == 0
-    assert block.arrays["indices"].tolist() == [0b11011_111, 0b01_000000]
-    assert (block.value_bits, block.index_bits) == (32, 16)
+    values = np.array([[1, 2, 0, 4, 5], [1, 2, 3, 0, 5], [1, 2, 3, 4, 5]])
+    block = PackedSparse.from_dense(values, INT4)  # relative: 13 * 2 bits of indices; bitmap: 15
+    assert block.encoding == Bitmap()
+    assert block.arrays["indices"].tolist() == [0b11011_111, 0b01_11111_0]
+    assert (block.value_bits, block.index_bits) == (52, 4 + 16)
     assert np.array_equal(decode_sparse(block), values)
 
 
@@ -176,9 +211,100 @@ def test_the_cheapest_index_is_chosen():
     for density in (0.01, 0.03, 0.1, 0.2, 0.5):
         block = sparse((64, 64), rng, density)
         gaps = np.diff(np.flatnonzero(block.dense()), prepend=-1) - 1
-        costs = {width: int(sum(1 + gap // 2**width for gap in gaps)) * (width + 6) for width in range(2, 9)}
-        costs[0] = 64 * 64 + 6 * gaps.size
-        assert costs[block.index_width] == min(costs.values())
+        words = {Relative(width): int(sum(1 + gap // 2**width for gap in gaps)) for width in range(2, 9)}
+        sizes = {encoding: -(-6 * n // 8) + -(-encoding.width * n // 8) for encoding, n in words.items()}
+        sizes[Bitmap()] = -(-6 * gaps.size // 8) + 512
+        assert block.storage_bits == 8 * sizes[block.encoding] == 8 * min(sizes.values())
+
+
+def stored_with(encoding, block):
+    """The block in this encoding and no other."""
+    return PackedSparse(block.shape, block.fmt, block.rows, block.cols, block.values, (encoding,))
+
+
+def test_tile_bits_by_hand():
+    # 4 x 5 in tiles of 2 x 2: three tiles in a row, the third half padding. The tiles 2 and 4 hold weights.
+    values = np.array([[0, 0, 0, 0, 1], [0, 0, 0, 0, -2], [0, 0, 0, 3, 0], [0, 0, 4, 0, 0]])
+    block = stored_with(Bitmap(2), PackedSparse.from_dense(values, INT4))
+    assert block.arrays["values"].tolist() == [0x10, 0xE0, 0x03, 0x40]  # row by row of a tile, padding and zeros included
+    assert block.arrays["indices"].tolist() == [0b001010_00]
+    assert (block.stored_values, block.value_bits, block.index_bits) == (4, 16, 24)
+    relative = stored_with(Relative(2, 2), block)
+    assert bit_words(relative.arrays["indices"], 2)[:2] == [2, 1] and relative.storage_bits == 40
+    assert decode_sparse(block) == decode_sparse(relative) == values.tolist()
+
+
+def test_a_long_gap_between_tiles_takes_a_padding_tile():
+    values = np.zeros((2, 20), dtype=np.int64)
+    values[0, 12] = 5  # tile 6: 2 index bits skip at most 3, so that tile 3 is padding
+    block = stored_with(Relative(2, 2), PackedSparse.from_dense(values, INT4))
+    assert bit_words(block.arrays["indices"], 2)[:2] == [3, 2]
+    assert block.describe()["words"] == 8 and decode_sparse(block) == values.tolist()
+
+
+def test_bank_bits_by_hand():
+    # Three banks: columns 0, 3, 6 and 1, 4 and 2, 5. Two words each, of which three are spare.
+    values = np.array([[1, 0, 2, 3, 0, 0, 0], [0, 4, 0, 0, 5, 6, 7]])
+    block = stored_with(Banks(3, 2), PackedSparse.from_dense(values, INT4))
+    assert bit_words(block.arrays["values"], 4) == [1, 3, 0, 0, 2, 0, 7, 0, 4, 5, 6, 0]
+    assert bit_words(block.arrays["indices"], 2) == [0, 1, 0, 0, 0, 0, 2, 0, 0, 1, 1, 0]
+    assert (block.value_bits, block.index_bits) == (28, 48 + 24 - 28)
+    assert decode_sparse(block) == values.tolist()
+    alone = stored_with(Banks(7, 1), PackedSparse.from_dense(values, INT4))  # banks of one column need no index
+    assert alone.arrays["indices"].size == 0 and decode_sparse(alone) == values.tolist()
+
+
+def test_diagonal_bits_by_hand():
+    # Period 2, stride 2: the tiles are the columns 0 and 2, 1 and (absent) 3. Offset 0 keeps the first column in the first row.
+    values = np.array([[1, 0, 0], [0, 2, 3], [0, 4, 5], [0, 0, 0]])
+    block = stored_with(Diagonals(2), PackedSparse.from_dense(values, INT4))
+    assert bit_words(block.arrays["indices"], 1) == [0, 1, 1, 0, 0, 0, 0, 0]
+    assert bit_words(block.arrays["values"], 4) == [1, 2, 3, 0, 4, 5]  # a word a column: first rows 0 and 1, then 2 and 3
+    assert (block.stored_values, block.value_bits, block.index_bits) == (5, 20, 12)
+    assert decode_sparse(block) == values.tolist()
+
+
+@pytest.mark.parametrize(("encoding", "message"), [
+    (Banks(3, 1), "Banks(banks=3, count=1) needs at most 1 weights in a bank of a row, got 2"),
+    (Diagonals(4), "Diagonals(period=4) needs rows divisible by 4, got (2, 7)"),
+    (Diagonals(2), "Diagonals(period=2) needs the weights of each tile on one wrapped diagonal"),
+])
+def test_encodings_refuse_positions_that_do_not_follow(encoding, message):
+    values = np.array([[1, 0, 2, 3, 0, 0, 0], [0, 4, 0, 0, 5, 6, 7]])
+    with pytest.raises(ValueError) as caught:
+        PackedSparse.from_dense(values, INT4, encoding)
+    assert message in str(caught.value)
+
+
+def in_pattern(encoding, shape, rng, density):
+    """Random values whose positions an encoding takes."""
+    values = rng.integers(1, 8, shape) * (rng.random(shape) < density)
+    if isinstance(encoding, Banks):
+        for bank in range(encoding.banks):
+            part = values[:, bank :: encoding.banks]
+            part[rng.random(part.shape).argsort(axis=1) >= encoding.count] = 0
+    if isinstance(encoding, Diagonals):
+        period, stride = encoding.period, -(-shape[1] // encoding.period)
+        offsets = rng.integers(0, period, (shape[0] // period, stride))
+        row, column = np.indices(shape)
+        values *= (row + offsets[row // period, column % stride] - column // stride) % period == 0
+    return values
+
+
+@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 30), st.integers(1, 5), st.sampled_from([0, 0.05, 0.5, 1]))
+def test_every_encoding_against_an_independent_decoder(seed, groups, columns, n, density):
+    rng = np.random.default_rng(seed)
+    for encoding in (*tile_encodings(n), Banks(n, 2), Banks(1, n), Diagonals(n + 1)):
+        shape = (groups * (n + 1 if isinstance(encoding, Diagonals) else 1), columns)
+        values = in_pattern(encoding, shape, rng, density)
+        block = stored_with(encoding, PackedSparse.from_dense(values, INT4))
+        assert decode_sparse(block) == block.dense().tolist() == values.tolist()
+        assert block.storage_bits == 8 * sum(a.nbytes for a in block.arrays.values())
+        again = PackedSparse.restore(block.arrays, shape, INT4, json.loads(json.dumps(block.describe())))
+        assert again.encoding == encoding and again.storage_bits == block.storage_bits
+        assert again.dense().tolist() == values.tolist()
+        offered = PackedSparse.from_dense(values, INT4, encoding)
+        assert offered.storage_bits <= min(block.storage_bits, PackedSparse.from_dense(values, INT4).storage_bits)
 
 
 def test_circulant_bits_and_matrix_by_hand():
@@ -388,15 +514,62 @@ def test_foreign_files_are_refused(model, tmp_path):
         (rewrite(good, tmp_path / "no text", lambda h: h.pop("text")), "load found damage in .*no text"),
         (rewrite(good, tmp_path / "forged", lambda h: h.update(text=h["text"].replace("LSTM", "GRUU"))),
          "load found damage in .*forged"),
-        (write_tensors(tmp_path / "newer", {}, who="", what="packed model", version=2, about={}),
-         "load reads version 1 of a packed model, got version 2 in .*newer"),
-        (write_tensors(tmp_path / "other", {}, who="", what="checkpoint", version=1, about={}),
+        (write_tensors(tmp_path / "older", {}, who="", what="packed model", version=1, about={}),
+         "load reads version 2 of a packed model, got version 1 in .*older"),
+        (write_tensors(tmp_path / "other", {}, who="", what="checkpoint", version=2, about={}),
          "load needs a packed model, got .*other, a checkpoint"),
-        (write_tensors(tmp_path / "broken", {}, who="", what="packed model", version=1, about={"layers": []}),
+        (write_tensors(tmp_path / "broken", {}, who="", what="packed model", version=2, about={"layers": []}),
          "load found a packed model with a broken manifest in .*broken"),
     ):
         with pytest.raises(ValueError, match=message):
             load(path)
+
+
+def test_indices_that_place_other_words_are_refused():
+    block = stored_with(Bitmap(), PackedSparse.from_dense(np.array([[1, 0, 2, 3]]), INT4))
+    for bits, count in (([1, 1, 1, 1], 4), ([0, 0, 1, 1], 2)):
+        with pytest.raises(ValueError, match=rf"Bitmap\(block=1\) needs {count} words for \(1, 4\), got 3"):
+            PackedSparse.restore(block.arrays | {"indices": pack_bits(bits, 1)}, (1, 4), INT4, block.describe())
+
+
+def hostile(about, rng):
+    """The description of a block with one thing changed: a field left out, or a value of another type, sign or size."""
+    target = about["encoding"] if "encoding" in about and rng.random() < 0.7 else about
+    key = str(rng.choice(list(target)))
+    strange = [None, "x", -1, 0, 1, 2, 3, 5, 7, 64, 1.5, True, 10**6, 2**70, [], {}, [3, 4], [-8, 8], [2**40, 2**40],
+               *ENCODINGS, *FORMS]
+    choice = int(rng.integers(len(strange) + 1))
+    if choice == len(strange):
+        del target[key]
+    else:
+        target[key] = strange[choice]
+
+
+@pytest.mark.parametrize("encoding", [Relative(3), Relative(2, 2), Bitmap(), Bitmap(2), Banks(2, 4), Banks(8, 1), Diagonals(2),
+                                      Diagonals(4)], ids=str)
+def test_a_hostile_description_is_refused_or_harmless(encoding, tmp_path):
+    """A file with a right digest whose description lies: ValueError, or a block of the right shape and integers."""
+    def make(part, gate, shape, rng):
+        return stored_with(encoding, PackedSparse.from_dense(in_pattern(encoding, shape, rng, 0.5), INT4))
+
+    manifest, tensors = read_tensors(PackedModel({"lstm.l0": layer_of(make)}, 32, 0).save(tmp_path / "good"), who="",
+                                     what="packed model", version=2)
+    rng, refused = np.random.default_rng(0), 0
+    for n in range(150):
+        about = json.loads(json.dumps(manifest))
+        block = about["layers"]["lstm.l0"]["blocks"]["lstm.weight_hh_l0.f"]
+        if n:
+            hostile(block, rng)
+        else:
+            block["shape"] = [8, 2**70]
+        path = write_tensors(tmp_path / "bad", tensors, who="", what="packed model", version=2, about=about)
+        try:
+            block = load(path).blocks["lstm.weight_hh_l0.f"]
+        except ValueError:
+            refused += 1
+        else:
+            assert block.shape == (8, 8) and block.dense().shape == (8, 8) and block.dense().dtype == np.int64
+    assert refused > 75
 
 
 def test_a_failed_save_leaves_the_old_file(model, tmp_path, monkeypatch):
@@ -442,6 +615,12 @@ def arrays(*rows):
         (lambda: PackedSparse((2, 2), INT4, *arrays([0, 0], [0, 2], [3, 3])), "PackedSparse needs positions inside (2, 2)"),
         (lambda: PackedSparse((2, 2), INT4, *arrays([0, 0], [0, 1], [3, 0])), "PackedSparse stores no zeros, got 1"),
         (lambda: PackedSparse((2, 2), INT4, *arrays([0], [0], [-9])), "PackedSparse needs integers of"),
+        (lambda: Relative(9), "Relative needs a whole width from 2 to 8, got 9"),
+        (lambda: Relative(4, 0), "Relative needs a whole block of at least 1, got 0"),
+        (lambda: Bitmap("2"), "Bitmap needs a whole block of at least 1, got '2'"),
+        (lambda: Banks(0, 1), "Banks needs a whole number of banks of at least 1, got 0"),
+        (lambda: Banks(2, True), "Banks needs a whole count of at least 1, got True"),
+        (lambda: Diagonals(1), "Diagonals needs a whole period of at least 2, got 1"),
         (lambda: PackedCirculant((6, 4), INT4, 4, np.zeros((1, 1, 4), dtype=np.int64)),
          "PackedCirculant needs rows divisible by block 4, got (6, 4)"),
         (lambda: PackedCirculant((4, 5), INT4, 4, np.zeros((1, 1, 4), dtype=np.int64)),

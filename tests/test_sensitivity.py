@@ -1,16 +1,35 @@
-"""The sensitivity table, the classes and the hybrid plan."""
+"""The sensitivity table, the classes, the rankings and the hybrid plan."""
+
+import sys
+from dataclasses import fields
 
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from workbench import models, sensitivity
+from workbench import models, plots, sensitivity, tables
 from workbench.constrain import compress, pack
-from workbench.gates import weight
-from workbench.methods import BlockCirculant, TopK
-from workbench.quantise import calibrate
-from workbench.sensitivity import Strength, classify, hybrid_plan, search_hybrid, sensitivity_table
+from workbench.gates import blocks, dense_weights, weight
+from workbench.methods import METHODS, BlockCirculant, Dense, TopK, method_from_label, method_label
+from workbench.plan import BlockPlan, uniform
+from workbench.quantise import calibrate, weight_format
+from workbench.sensitivity import (
+    Strength,
+    check_sensitivity,
+    class_stability,
+    classify,
+    hybrid_plan,
+    method_agreement,
+    rank_blocks,
+    search_hybrid,
+    seed_agreement,
+    sensitivity_table,
+)
+from workbench.study import sensitivity_over_seeds
 
 
 @pytest.fixture(scope="module")
@@ -122,22 +141,273 @@ def test_the_search_sorts_by_validation_loss(model, tiny_task):
     assert (found["cr_disk"] >= 12.0).all()
 
 
-def test_uniform_plans_at_equal_size(model, signals):
-    topk = sensitivity.uniform_topk(model, 6, 12.0, signals)
-    assert {type(entry.method) for entry in topk.blocks.values()} == {TopK}
-    assert 12.0 <= pack(model, topk).cr_disk < 12.5
-    sizes = [BlockCirculant(k) for k in (2, 4, 8, 16)]
-    circulant = sensitivity.nearest_uniform(model, sizes, [6], 12.0, signals)
-    assert {entry.method for entry in circulant.blocks.values()} == {BlockCirculant(4)}
-    # 4 at 8 bits and 8 at 16 bits take about the same bytes: 3 columns are padded to 4 or to 8.
-    wider = sensitivity.nearest_uniform(model, sizes, [4, 8], 12.0, signals)
-    assert pack(model, wider).cr_disk <= pack(model, circulant).cr_disk
-    with pytest.raises(ValueError, match="meets cr_disk 500"):
-        sensitivity.nearest_uniform(model, [BlockCirculant(2)], [6], 500.0, signals)
-
-
 def test_calibration_batches_hold_every_training_sequence_once(tiny_task):
     batches = list(sensitivity.calibration_batches(tiny_task, size=7))
     lengths = np.concatenate([lengths.numpy() for _, lengths in batches])
     assert sorted(lengths) == sorted(tiny_task.splits["train"].lengths)
     assert all(x.shape[1] == lengths.max() for x, lengths in batches)
+
+
+# --- labels of methods ------------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_a_label_reads_back_as_its_method(data):
+    cls = METHODS[data.draw(st.sampled_from(list(METHODS)))]
+    kinds = {float: st.integers(1, 9999).map(lambda n: n / 10_000), int: st.integers(1, 64)}
+    drawn = {f.name: data.draw(kinds[f.type]) for f in fields(cls) if f.type in kinds}
+    try:
+        method = cls(**drawn)
+    except ValueError:
+        assume(False)
+    assert method_from_label(method_label(method)) == method
+
+
+def test_parameters_of_methods_are_of_types_that_a_text_gives():
+    assert {f.type for cls in METHODS.values() for f in fields(cls)} <= {int, float, str}  # bool("False") is true
+
+
+def test_labels_by_hand():
+    assert method_from_label("Dense") == Dense()
+    assert method_from_label(" TopK  0.125 ") == TopK(0.125)
+    assert method_from_label("BlockCirculant 8") == method_from_label("BlockCirculant 8 time") == BlockCirculant(8, "time")
+
+
+@pytest.mark.parametrize(("label", "message"), [
+    ("topk 0.25", r"a method label begins with one of Dense, TopK, .*, got 'topk 0.25'; did you mean 'TopK'\?"),
+    ("BlokCirculant 8", r"did you mean 'BlockCirculant'\?"),
+    ("Zzz 8", "got 'Zzz 8'$"),
+    ("", "got ''$"),
+    ("TopK", "a TopK label reads 'TopK keep', got 'TopK'"),
+    ("BlockCirculant 8 time 3", r"a BlockCirculant label reads 'BlockCirculant block \[datapath\]', got"),
+    ("TopK a", "TopK needs keep as float, got 'a' in the label 'TopK a'"),
+    ("BlockCirculant 8.0", "BlockCirculant needs block as int, got '8.0'"),
+    ("BlockCirculant __import__('os')", "BlockCirculant needs block as int"),
+    ("TopK 2", r"TopK needs keep in \(0, 1\], got 2.0"),
+    ("TopK nan", r"TopK needs keep in \(0, 1\], got nan"),
+])
+def test_labels_that_name_no_method_are_refused(label, message):
+    with pytest.raises(ValueError, match=message):
+        method_from_label(label)
+
+
+def test_a_label_is_a_text():
+    with pytest.raises(TypeError, match="a method label is a text like .*, got 0.25"):
+        method_from_label(0.25)
+
+
+# --- the measurement --------------------------------------------------------------------------------------------------
+
+
+def test_dense_weights_by_hand(model):
+    assert dense_weights(blocks(model)) == 4 * (16 * 3 + 16 * 16)
+
+
+def test_several_widths_are_measured_as_if_each_alone(model, tiny_task):
+    methods = [TopK(0.25), Dense()]
+    both = sensitivity_table(model, tiny_task, methods, bits=[16, 4])
+    assert both["compression"].unique().tolist() == [
+        "TopK 0.25 at 16 bits", "TopK 0.25 at 4 bits", "Dense at 16 bits", "Dense at 4 bits"]
+    for bits in (16, 4):
+        alone = sensitivity_table(model, tiny_task, methods, bits=bits)
+        pd.testing.assert_frame_equal(both[both["bits"] == bits].reset_index(drop=True), alone)
+    dense = both[both["method"] == "Dense"].set_index("bits")["excess_loss"]
+    assert (dense[16] == 0).all() and (dense[4] != 0).all()  # 16 bits are the reference itself
+
+
+def test_the_ratio_is_that_of_the_packed_block(model, tiny_task, signals):
+    table = sensitivity_table(model, tiny_task, [TopK(0.25), BlockCirculant(4), Dense()], bits=[8])
+    ratios = table.set_index(["method", "block"])["cr_disk"]
+    name = "lstm.weight_hh_l0.f"
+    assert ratios["Dense", name] == 32 / 8 and ratios["BlockCirculant 4", name] == 4 * 32 / 8
+    plan = uniform(model, Dense(), 16, signals)
+    kept = BlockPlan(TopK(0.25), weight_format(TopK(0.25).project(weight(model, name)), 8))
+    packed = pack(model, type(plan)(plan.blocks | {name: kept}, signals))
+    assert ratios["TopK 0.25", name] == packed.blocks[name].cr_disk
+
+
+def test_every_seed_is_measured_as_if_alone(model, tiny_task):
+    found = sensitivity_over_seeds(tiny_task, {5: model, 2: model}, [TopK(0.25)], bits=[4], epochs=1, workers=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = [sensitivity_table(model, tiny_task, [TopK(0.25)], bits=[4], epochs=1, seed=seed).assign(seed=seed)
+             for seed in (5, 2)]
+    torch.set_num_threads(threads)
+    pd.testing.assert_frame_equal(found, pd.concat(alone, ignore_index=True))
+
+
+@pytest.mark.parametrize(("excess", "expected"), [
+    ([1.0, 0.5, 0.05], (0.95, 2)),
+    ([1.0, 0.1, 0.5], (0.5, 1)),
+    ([1.0, 2.0], (-1.0, None)),
+    ([-0.1, 0.3], (None, 0)),
+])
+def test_recovery_by_hand(excess, expected):
+    assert sensitivity._recovery(pd.Series(excess)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"methods": []}, "needs different methods, got none"),
+    ({"methods": [TopK(0.25), TopK(0.25)]}, "needs different methods, got TopK 0.25, TopK 0.25"),
+    ({"bits": []}, "needs different widths in bits, got none"),
+    ({"bits": [4, 4]}, "needs different widths in bits, got 4, 4"),
+    ({"bits": [0]}, r"block lstm.weight_ih_l0.i at 0 bits: QFormat"),
+    ({"methods": [BlockCirculant(5)]}, r"block lstm.weight_ih_l0.i at 8 bits: BlockCirculant.* rows divisible by 5"),
+    ({"epochs": -1}, "needs whole epochs of at least 0, got -1"),
+    ({"epochs": True}, "needs whole epochs of at least 0, got True"),
+])
+def test_a_measurement_is_checked_before_it_starts(model, tiny_task, monkeypatch, change, message):
+    monkeypatch.setattr(sensitivity, "calibrate", lambda *_: pytest.fail("it has started"))
+    arguments = {"methods": [TopK(0.25)], "bits": [8], "epochs": 0} | change
+    with pytest.raises(ValueError, match=message):
+        check_sensitivity(model, **arguments)
+    with pytest.raises(ValueError, match=message):
+        sensitivity_table(model, tiny_task, **arguments)
+
+
+# --- rankings and their stability -------------------------------------------------------------------------------------
+
+NAMES = [f"lstm.weight_{part}_l0.{gate}" for part in ("ih", "hh") for gate in "ifgo"]
+
+
+def measured(losses):
+    """(method, bits) -> seed -> eight excess losses, i f g o of ih and of hh, as a table of several seeds."""
+    return pd.DataFrame([
+        {"method": method, "bits": bits, "compression": f"{method} at {bits} bits", "seed": seed, "block": block,
+         "gate": block[-1], "excess_loss": loss, "cr_disk": 128.0 / bits, "recovered": None, "recovery_epochs": None,
+         "loss_before": 1.0 + loss, "accuracy_before": 90.0}
+        for (method, bits), by_seed in losses.items() for seed, values in by_seed.items()
+        for block, loss in zip(NAMES, values, strict=True)])
+
+
+STABLE = {0: [3, 1, 8, 2, 4, 5, 7, 6], 1: [3, 1, 9, 2, 4, 6, 7, 5]}
+SHUFFLED = {0: [1, 2, 3, 4, 5, 6, 7, 8], 1: [8, 7, 6, 5, 4, 3, 2, 1]}
+LOSSES = {("TopK 0.25", 4): STABLE, ("TopK 0.5", 4): SHUFFLED, ("BlockCirculant 4", 4): STABLE}
+
+
+def test_ranks_by_hand():
+    ranks = rank_blocks(measured({("TopK 0.5", 4): {0: [0.4, 0.1, 0.1, -0.2, 0.3, 0.3, 0.3, 0.5], 1: [0.0] * 8}}))
+    first, level = (ranks[ranks["seed"] == seed] for seed in (0, 1))
+    assert first["rank"].tolist() == [2, 6.5, 6.5, 8, 4, 4, 4, 1]
+    assert first.loc[first["top_quarter"], "block"].tolist() == ["lstm.weight_ih_l0.i", "lstm.weight_hh_l0.o"]
+    assert level["rank"].tolist() == [4.5] * 8 and not level["top_quarter"].any()
+
+
+def test_agreement_of_the_seeds_by_hand():
+    # STABLE: two ranks swapped by one, sum of squares 2: 1 - 6 * 2 / (8 * 63); SHUFFLED: reversed.
+    agreement = seed_agreement(rank_blocks(measured(LOSSES))).set_index("compression")
+    assert agreement["spearman_mean"].tolist() == pytest.approx([1 - 12 / 504, -1, 1 - 12 / 504])
+    assert agreement["pairs"].tolist() == [1, 1, 1] and agreement["excess_loss"].iloc[1] == 4.5
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=8, max_size=8), min_size=3, max_size=3))
+def test_agreement_equals_scipys_spearman(values):
+    assume(all(len(set(row)) > 1 for row in values))
+    ranks = rank_blocks(measured({("TopK 0.5", 4): dict(enumerate(values))}))
+    pairs = [scipy.stats.spearmanr(values[a], values[b]).statistic for a, b in ((0, 1), (0, 2), (1, 2))]
+    (row,) = seed_agreement(ranks).to_dict("records")
+    assert row["spearman_mean"] == pytest.approx(np.mean(pairs)) and row["spearman_least"] == pytest.approx(min(pairs))
+
+
+def test_a_ranking_without_a_difference_is_compared_with_nothing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)  # a tool of the tests only: the package does without it
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    level = {0: [0.0] * 8, 1: STABLE[0], 2: STABLE[1]}
+    (row,) = seed_agreement(rank_blocks(measured({("Dense", 16): level}))).to_dict("records")
+    assert row["pairs"] == 1 and row["spearman_least"] == pytest.approx(1 - 12 / 504)
+    (row,) = seed_agreement(rank_blocks(measured({("Dense", 16): {0: [0.0] * 8, 1: [0.0] * 8}}))).to_dict("records")
+    assert row["pairs"] == 0 and np.isnan(row["spearman_mean"])
+
+
+def test_agreement_of_the_compressions_by_hand():
+    matrix = method_agreement(rank_blocks(measured(LOSSES)))
+    names = ["TopK 0.25 at 4 bits", "TopK 0.5 at 4 bits", "BlockCirculant 4 at 4 bits"]
+    assert matrix.index.tolist() == matrix.columns.tolist() == names
+    assert matrix.loc[names[0], names[2]] == pytest.approx(1)
+    by_seed = [scipy.stats.spearmanr(STABLE[seed], SHUFFLED[seed]).statistic for seed in (0, 1)]
+    assert matrix.loc[names[0], names[1]] == matrix.loc[names[1], names[0]] == pytest.approx(np.mean(by_seed))
+
+
+def test_stability_of_the_classes_by_hand():
+    loud, quiet = [0, 0, 5, 0] * 2, [0, 1, 0, 0] * 2  # g, and f alone
+    stability = class_stability(measured({("TopK 0.25", 4): {0: loud, 7: loud}, ("TopK 0.5", 4): {0: quiet, 7: quiet},
+                                          ("Dense", 4): {0: [0] * 8, 7: [3, 0, 0, 0] * 2}})).set_index("gate")
+    # Seed 7: g scores 10 / 3, i 6 / 3, f 2 / 3, their mean 1.5; seed 0 has no i.
+    assert stability["class"].to_dict() == {"i": "insensitive", "f": "insensitive", "g": "sensitive", "o": "insensitive"}
+    assert stability["seed 7"].tolist() == ["sensitive", "insensitive", "sensitive", "insensitive"]
+    assert stability["sensitive in seeds"].tolist() == [1, 0, 2, 0] and set(stability["seeds"]) == {2}
+    assert stability["sensitive in compressions"].tolist() == [1, 1, 1, 0] and set(stability["compressions"]) == {3}
+
+
+def test_the_tables_of_a_ranking_by_hand():
+    ranks = rank_blocks(measured(LOSSES))
+    table = tables.ranking_table(ranks).set_index("block")
+    g = table.loc["lstm.weight_ih_l0.g"]  # rank 1 where stable, 6 and 3 where shuffled
+    assert g.to_dict() == pytest.approx({
+        "mean rank": 13 / 6, "mean under TopK": 11 / 4, "mean under BlockCirculant": 1, "best": 1, "worst": 6,
+        "in the top quarter": 4, "of rankings": 6})
+    assert table["mean rank"].is_monotonic_increasing
+    stable, shuffled = tables.stability_table(ranks)["in the top quarter (seeds)"][:2]
+    assert stable == "lstm.weight_hh_l0.g 2, lstm.weight_ih_l0.g 2"
+    assert shuffled == ("lstm.weight_hh_l0.g 1, lstm.weight_hh_l0.o 1, lstm.weight_ih_l0.f 1, lstm.weight_ih_l0.i 1")
+    level = tables.stability_table(rank_blocks(measured({("Dense", 16): {0: [0.0] * 8}})))
+    assert level["in the top quarter (seeds)"].tolist() == ["none"]
+
+
+def test_the_verdict_says_what_is_stable():
+    text = tables.sensitivity_verdict(measured(LOSSES)).data
+    assert "The rankings of two seeds correlate with 0.32 on average, in 2 of 3 compressions with at least 0.7" in text
+    assert "Not stable: TopK 0.5 at 4 bits." in text and "4.6 to 4.6 nats where it is stable and 4.5 to 4.5 nats" in text
+    assert "All 2 seeds have the same blocks in the top quarter in 2 of 3 compressions." in text
+    assert "Of the 6 rankings, in the top quarter: lstm.weight_hh_l0.g in 5, lstm.weight_ih_l0.g in 4, " in text
+    assert "lstm.weight_ih_l0.o" not in text  # in none
+    assert "where the method differs (least " in text
+    # Scores of i f g o, times 3: 20 20 40 28 (mean 27) with seed 0, 26 24 40 20 (mean 27.5) with seed 1.
+    assert "Sensitive by the rule: g. Gates whose class changes with the seed: o." in text
+
+
+def test_one_seed_is_enough_for_all_but_the_stability(tmp_path, monkeypatch):
+    monkeypatch.setenv("WB_RUN_DIR", str(tmp_path))
+    table = measured({key: {0: by_seed[0]} for key, by_seed in LOSSES.items()})
+    assert "needs at least two" in tables.sensitivity_verdict(table).data
+    recorded = tables.record_sensitivity(table)
+    assert set(recorded) == {"table", "ranking", "stability", "classes", "sensitive_gates"}
+    assert recorded["stability"][0]["spearman_mean"] is None and recorded["sensitive_gates"] == "g, o"
+    assert tables.sensitivity_verdict(measured({("Dense", 16): {0: [0.0] * 8}})).data.count("could be compared") == 1
+
+
+def test_what_is_recorded(tmp_path, monkeypatch, model, tiny_task):
+    monkeypatch.setenv("WB_RUN_DIR", str(tmp_path))
+    found = [sensitivity_table(model, tiny_task, [TopK(0.25), BlockCirculant(4)], bits=[4], epochs=epochs) for epochs in (0, 1)]
+    for table in found:
+        both = pd.concat([table.assign(seed=0), table.assign(seed=3)], ignore_index=True)
+        recorded = tables.record_sensitivity(both)
+        assert len(recorded["table"]) == len(recorded["ranking"]) == 2 * 2 * 8
+        assert recorded["rank_correlation"] == pytest.approx(1)
+        assert {"loss_before", "cr_disk", "bits", "seed"} <= set(recorded["table"][0])
+        summary = tables.sensitivity_summary(both)
+        assert len(summary) == 16 and ("in epochs" in summary) == (table is found[1])
+
+
+@pytest.mark.parametrize("losses", [
+    LOSSES, {("TopK 0.5", 4): {0: STABLE[0]}}, {("Dense", bits): STABLE for bits in (2, 4, 8)},
+    {("Dense", 16): {0: [0.0] * 8}},
+])  # fmt: skip
+def test_figures(losses):
+    table = measured(losses)
+    ranks = rank_blocks(table)
+    cells = plots.excess_loss_figure(table).axes[0]
+    assert cells.texts[0].get_text() == f"{table['excess_loss'].groupby(table['seed']).first().mean():.3f}"
+    assert len(cells.texts) == 8 * len(losses) and "nats" in cells.figure.axes[1].get_ylabel()
+    curves = plots.excess_curve_figure(table)
+    assert "nats" in curves.get_supylabel() and "cr_disk" in curves.get_supxlabel()
+    assert {axis.get_title() for axis in curves.axes} == {
+        "TopK, 4 bits" if name.startswith("TopK") and len(losses) > 1 else name for name, _ in losses}
+    panels = plots.rank_figure(ranks).axes
+    assert [panel.get_title() for panel in panels] == ranks["compression"].unique().tolist()
+    assert panels[0].yaxis.get_inverted()  # the most sensitive block on top
+    agreement = method_agreement(ranks)
+    image = plots.agreement_figure(agreement).axes[0]
+    assert len(image.texts) == agreement.notna().to_numpy().sum()
+    for figure in (cells.figure, curves, panels[0].figure, image.figure):
+        figure.canvas.draw()

@@ -79,6 +79,11 @@ def blocks(model: nn.Module) -> dict[str, Block]:
     return found
 
 
+def dense_weights(known: dict[str, Block]) -> int:
+    """Weights of these blocks (as `blocks` gives them) before any compression: what every compression ratio starts from."""
+    return sum(block.shape[0] * block.shape[1] for block in known.values())
+
+
 def get_block(model: nn.Module, name: str) -> Block:
     """The block of that name; an unknown name raises ValueError that lists the known ones."""
     known = blocks(model)

@@ -4,7 +4,7 @@ A block's storage is counted from the byte arrays that are really written. Nothi
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from workbench.fixedpoint import ActivationTable, QFormat
 GATES = {"LSTM": ("i", "f", "g", "o"), "GRU": ("r", "z", "n")}  # torch's order of the gates in a weight matrix
 SIGNALS = ("input", "pre", "sigmoid", "tanh", "cell", "hidden")
 FILE_KIND = "packed model"
-FILE_VERSION = 1
+FILE_VERSION = 2
 
 
 def pack_bits(values, bits: int) -> np.ndarray:
@@ -112,16 +112,195 @@ class PackedDense(_Stored):
         return cls(unpack_bits(arrays["values"], fmt.bits, count, fmt.signed).reshape(shape), fmt)
 
 
-BITMAP = 0  # index_width of the bitmap encoding
-INDEX_WIDTHS = range(2, 9)  # relative indices of 2 to 8 bits, as in ESE (arXiv 1612.00694, section 4)
+def check_whole(who, name, value, least, most=math.inf):
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ValueError(f"{who} needs a whole {name} {bounds}, got {value!r}")
+
+
+# Encodings of a sparse block. encode(block) gives its words (values in the order of storage, zero where a place stays
+# empty) and its indices, places(shape, indices) the row and the column of every word; the counts size what a file must hold.
+
+
+@dataclass(frozen=True)
+class Relative:
+    """Relative indices (ESE, arXiv 1612.00694, section 4): each stored tile says how many tiles it skips in row-major order.
+
+    A tile is block x block words, 1 x 1 by default, zeros and padding columns included. A gap too long for `width` bits
+    takes padding tiles of zeros: each spans 2**width tiles, those that it skips and itself.
+    """
+
+    width: int
+    block: int = 1
+
+    def __post_init__(self):
+        check_whole("Relative", "width", self.width, 2, 8)
+        check_whole("Relative", "block", self.block, 1)
+
+    def encode(self, packed):
+        tiles, words = _tiles(packed, self.block)
+        gaps = np.diff(tiles, prepend=-1) - 1
+        numbers = np.cumsum((gaps >> self.width) + 1) - 1  # where each tile stands among the stored ones
+        count = numbers[-1] + 1 if numbers.size else 0
+        padded = np.zeros((count, self.block**2), dtype=np.int64)
+        indices = np.full(count, (1 << self.width) - 1, dtype=np.int64)
+        padded[numbers], indices[numbers] = words, gaps & ((1 << self.width) - 1)
+        return padded.ravel(), indices
+
+    def index_width(self, shape) -> int:
+        return self.width
+
+    def index_count(self, shape, words) -> int:
+        return words // self.block**2
+
+    def word_count(self, shape, indices) -> int:
+        return indices.size * self.block**2
+
+    def places(self, shape, indices):
+        return _places(shape, self.block, np.cumsum(indices + 1) - 1)
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """One bit a tile of block x block words, 1 x 1 by default, in row-major order: stored or not."""
+
+    block: int = 1
+
+    def __post_init__(self):
+        check_whole("Bitmap", "block", self.block, 1)
+
+    def encode(self, packed):
+        tiles, words = _tiles(packed, self.block)
+        present = np.zeros(self.index_count(packed.shape, words.size), dtype=np.int64)
+        present[tiles] = 1
+        return words.ravel(), present
+
+    def index_width(self, shape) -> int:
+        return 1
+
+    def index_count(self, shape, words) -> int:
+        return -(-shape[0] // self.block) * -(-shape[1] // self.block)
+
+    def word_count(self, shape, indices) -> int:
+        return int(indices.sum()) * self.block**2
+
+    def places(self, shape, indices):
+        return _places(shape, self.block, np.flatnonzero(indices))
+
+
+def _tiles(packed, block):
+    """The tiles of block x block that hold a weight: their numbers in row-major order (n,), their words (n, block**2)."""
+    tiles = packed.rows // block * -(-packed.shape[1] // block) + packed.cols // block
+    if block == 1:  # they are sorted and each once
+        return tiles, packed.values[:, None]
+    tiles, owner = np.unique(tiles, return_inverse=True)
+    words = np.zeros((tiles.size, block**2), dtype=np.int64)
+    words[owner, packed.rows % block * block + packed.cols % block] = packed.values
+    return tiles, words
+
+
+def _places(shape, block, tiles):
+    tile, inside = np.divmod(np.arange(tiles.size * block**2), block**2)
+    row, column = np.divmod(tiles[tile], -(-shape[1] // block))
+    return row * block + inside // block, column * block + inside % block
+
+
+@dataclass(frozen=True)
+class Banks:
+    """`count` words for each bank of each row, each with its place in the bank (compressed sparse banks of BBS,
+    DOI 10.1145/3289602.3293898). Bank b has the columns b, b + banks, b + 2 * banks and so on; spare words are zero."""
+
+    banks: int
+    count: int
+
+    def __post_init__(self):
+        check_whole("Banks", "number of banks", self.banks, 1)
+        check_whole("Banks", "count", self.count, 1)
+
+    def encode(self, packed):
+        bank = packed.rows * self.banks + packed.cols % self.banks
+        order = np.argsort(bank, kind="stable")
+        bank = bank[order]
+        rank = np.arange(bank.size) - np.searchsorted(bank, bank)  # 0, 1, ... in each bank
+        if rank.max(initial=0) >= self.count:
+            raise ValueError(f"{self} needs at most {self.count} weights in a bank of a row, got {rank.max() + 1}")
+        words = np.zeros(packed.shape[0] * self.banks * self.count, dtype=np.int64)
+        indices = np.zeros_like(words)
+        places = bank * self.count + rank
+        words[places], indices[places] = packed.values[order], packed.cols[order] // self.banks
+        return words, indices
+
+    def index_width(self, shape) -> int:
+        return (-(-shape[1] // self.banks) - 1).bit_length()
+
+    def index_count(self, shape, words) -> int:
+        return words
+
+    def word_count(self, shape, indices) -> int:
+        return shape[0] * self.banks * self.count
+
+    def places(self, shape, indices):
+        row, bank = np.divmod(np.arange(indices.size) // self.count, self.banks)
+        return row, indices * self.banks + bank
+
+
+@dataclass(frozen=True)
+class Diagonals:
+    """Permuted diagonals (PermDNN, arXiv 2004.10936): no index a weight, one offset a tile.
+
+    A tile is `period` rows by the columns s, s + stride, s + 2 * stride and so on, at most `period` of them, with
+    stride = ceil(in / period). The weight of its column b (counted within the tile) stands in its row (b - offset) % period.
+    Words are stored by groups of `period` rows, in each one word a column.
+    """
+
+    period: int
+
+    def __post_init__(self):
+        check_whole("Diagonals", "period", self.period, 2)
+
+    def encode(self, packed):
+        rows, columns = packed.shape
+        if rows % self.period:
+            raise ValueError(f"{self} needs rows divisible by {self.period}, got {packed.shape}")
+        stride = -(-columns // self.period)
+        group, tile = packed.rows // self.period, packed.rows // self.period * stride + packed.cols % stride
+        offsets = (packed.cols // stride - packed.rows) % self.period
+        words = np.zeros(rows // self.period * columns, dtype=np.int64)
+        indices = np.zeros(self.index_count(packed.shape, words.size), dtype=np.int64)
+        words[group * columns + packed.cols], indices[tile] = packed.values, offsets
+        if np.any(indices[tile] != offsets):
+            raise ValueError(f"{self} needs the weights of each tile on one wrapped diagonal")
+        return words, indices
+
+    def index_width(self, shape) -> int:
+        return (self.period - 1).bit_length()
+
+    def index_count(self, shape, words) -> int:
+        return shape[0] // self.period * -(-shape[1] // self.period)
+
+    def word_count(self, shape, indices) -> int:
+        return shape[0] // self.period * shape[1]
+
+    def places(self, shape, indices):
+        stride = -(-shape[1] // self.period)
+        group, cols = np.divmod(np.arange(self.word_count(shape, indices)), shape[1])
+        return group * self.period + (cols // stride - indices[group * stride + cols % stride]) % self.period, cols
+
+
+def tile_encodings(block: int = 1) -> tuple:
+    """What any block can be stored in, by tiles of block x block."""
+    return (*(Relative(width, block) for width in range(2, 9)), Bitmap(block))
+
+
+ENCODINGS = {cls.__name__: cls for cls in (Relative, Bitmap, Banks, Diagonals)}
 
 
 @dataclass(frozen=True)
 class PackedSparse(_Stored):
     """Non-zero weights with their positions. rows, cols, values: (nnz,) int64, sorted row by row.
 
-    On disk the cheapest of these encodings: relative indices of 2 to 8 bits (each word says how many zeros it skips in
-    row-major order; a longer gap takes padding words of value zero, counted as index bits), or a bitmap of the block.
+    On disk: the encoding that takes the fewest bytes (of equal ones the first). Words of value zero, which pad long gaps,
+    tiles and banks, count as index bits. An encoding that the positions do not follow raises ValueError.
     """
 
     shape: tuple[int, int]
@@ -129,13 +308,14 @@ class PackedSparse(_Stored):
     rows: np.ndarray  # (nnz,)
     cols: np.ndarray  # (nnz,)
     values: np.ndarray  # (nnz,)
+    encodings: tuple = field(default=tile_encodings(), repr=False)  # those to choose from
 
     def __post_init__(self):
         _check_values("PackedSparse", self.values, self.fmt)
         if not self.rows.shape == self.cols.shape == self.values.shape or self.values.ndim != 1:
             raise ValueError("PackedSparse needs rows, cols and values of one length, got "
                              f"{self.rows.shape}, {self.cols.shape} and {self.values.shape}")
-        positions = self._positions
+        positions = self.rows * self.shape[1] + self.cols
         if positions.size and (
             np.any(np.diff(positions) <= 0) or positions[0] < 0 or self.rows[-1] >= self.shape[0]
             or self.cols.min() < 0 or self.cols.max() >= self.shape[1]
@@ -143,16 +323,13 @@ class PackedSparse(_Stored):
             raise ValueError(f"PackedSparse needs positions inside {self.shape}, sorted row by row and each once")
         if np.any(self.values == 0):
             raise ValueError(f"PackedSparse stores no zeros, got {int(np.sum(self.values == 0))}")
+        _ = self._encoded  # refuses an encoding that the positions do not follow
 
     @classmethod
-    def from_dense(cls, values, fmt) -> "PackedSparse":
-        """values: (out, in) int64; zeros are left out."""
+    def from_dense(cls, values, fmt, *encodings) -> "PackedSparse":
+        """values: (out, in) int64; zeros are left out. encodings: to choose from besides those that fit any block."""
         rows, cols = np.nonzero(values)
-        return cls(values.shape, fmt, rows, cols, values[rows, cols])
-
-    @property
-    def _positions(self):
-        return self.rows * self.shape[1] + self.cols
+        return cls(values.shape, fmt, rows, cols, values[rows, cols], tile_encodings() + encodings)
 
     @property
     def stored_values(self) -> int:
@@ -164,53 +341,43 @@ class PackedSparse(_Stored):
         return out
 
     @cached_property
-    def _gaps(self):
-        return np.diff(self._positions, prepend=-1) - 1  # zeros before each weight, in row-major order
+    def _encoded(self):
+        """(encoding, words, indices) of the encoding that takes the fewest bytes."""
 
-    @cached_property
-    def index_width(self) -> int:
-        """Bits of a relative index in the cheapest encoding, or BITMAP."""
+        def stored_bytes(encoded):
+            encoding, words, indices = encoded
+            return sum(-(-n * bits // 8) for n, bits in ((words.size, self.fmt.bits),
+                                                         (indices.size, encoding.index_width(self.shape))))
 
-        def total_bits(width):
-            index_bits = self.shape[0] * self.shape[1] if width == BITMAP else self._words(width) * width
-            return index_bits + self._words(width) * self.fmt.bits
+        return min(((encoding, *encoding.encode(self)) for encoding in self.encodings), key=stored_bytes)
 
-        return min((*INDEX_WIDTHS, BITMAP), key=total_bits)
-
-    def _words(self, width) -> int:
-        # A padding word spans 2**width positions: the zeros that it skips and itself.
-        padding = 0 if width == BITMAP else int((self._gaps >> width).sum())
-        return self.stored_values + padding
+    @property
+    def encoding(self):
+        """The encoding that is written."""
+        return self._encoded[0]
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        width = self.index_width
-        if width == BITMAP:
-            present = np.zeros(self.shape[0] * self.shape[1], dtype=np.int64)
-            present[self._positions] = 1
-            return {"values": pack_bits(self.values, self.fmt.bits), "indices": pack_bits(present, 1)}
-        indices = np.full(self._words(width), (1 << width) - 1, dtype=np.int64)
-        words = np.zeros(self._words(width), dtype=np.int64)
-        places = np.cumsum((self._gaps >> width) + 1) - 1  # where each weight stands among the words
-        indices[places] = self._gaps & ((1 << width) - 1)
-        words[places] = self.values
-        return {"values": pack_bits(words, self.fmt.bits), "indices": pack_bits(indices, width)}
+        encoding, words, indices = self._encoded
+        return {"values": pack_bits(words, self.fmt.bits), "indices": pack_bits(indices, encoding.index_width(self.shape))}
 
     def describe(self) -> dict:
-        return {"index_width": self.index_width, "words": self._words(self.index_width)}
+        encoding, words, _ = self._encoded
+        return {"encoding": {"name": type(encoding).__name__} | asdict(encoding), "words": words.size}
 
     @classmethod
     def restore(cls, arrays, shape, fmt, about) -> "PackedSparse":
-        width, count = about["index_width"], about["words"]
-        words = unpack_bits(arrays["values"], fmt.bits, count, fmt.signed)
-        if width == BITMAP:
-            positions = np.flatnonzero(unpack_bits(arrays["indices"], 1, shape[0] * shape[1], signed=False))
-        else:
-            positions = np.cumsum(unpack_bits(arrays["indices"], width, count, signed=False) + 1) - 1
-        kept = words != 0
-        if positions.size != count or (count and positions[-1] >= shape[0] * shape[1]):
-            raise ValueError(f"PackedSparse needs {count} positions inside {tuple(shape)}, got {positions.size}")
-        return cls(tuple(shape), fmt, positions[kept] // shape[1], positions[kept] % shape[1], words[kept])
+        fields = dict(about["encoding"])
+        encoding = ENCODINGS[fields.pop("name")](**fields)
+        words = unpack_bits(arrays["values"], fmt.bits, about["words"], fmt.signed)
+        count, width = encoding.index_count(shape, words.size), encoding.index_width(shape)
+        indices = unpack_bits(arrays["indices"], width, count, signed=False)
+        if (expected := encoding.word_count(shape, indices)) != words.size:
+            raise ValueError(f"{encoding} needs {expected} words for {tuple(shape)}, got {words.size}")
+        rows, cols = encoding.places(shape, indices)
+        kept = np.flatnonzero(words)
+        kept = kept[np.lexsort((cols[kept], rows[kept]))]
+        return cls(tuple(shape), fmt, rows[kept], cols[kept], words[kept], (encoding,))
 
 
 @dataclass(frozen=True)
@@ -454,7 +621,7 @@ def load(path) -> PackedModel:
     try:
         layers = {name: _restore_layer(name, about, tensors) for name, about in manifest["layers"].items()}
         return PackedModel(layers, manifest["rnn_bias_params"], manifest["other_params"], manifest["metadata"])
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise ValueError(f"load found a packed model with a broken manifest in {path}: {error!r}") from error
 
 

@@ -4,15 +4,16 @@ In the manner of Wu 2026 (DOI 10.20079/j.issn.1001-893x.240926004): compress one
 how much accuracy comes back and how fast. Everything here looks at the validation split only.
 """
 
-from collections.abc import Iterable
+import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 
+from workbench.budget import OutOfReach, check_target, largest_member
 from workbench.constrain import compress, pack
-from workbench.fixedpoint import QFormat
-from workbench.gates import blocks, weight
+from workbench.gates import blocks, dense_weights, weight
 from workbench.methods import BlockCirculant, Dense, Method, TopK, method_label
 from workbench.plan import Plan, pack_block, plan_block, uniform
 from workbench.quantise import calibrate
@@ -31,38 +32,69 @@ def calibration_batches(task: Task, size: int = 256):
         yield x[batch, : lengths[batch].max()], lengths[batch]
 
 
-def sensitivity_table(model: torch.nn.Module, task: Task, methods: list[Method], *, bits: int = 8, epochs: int = 0,
-                      seed: int = 0) -> pd.DataFrame:
-    """One row per block and method: that block alone compressed, the others left at 16 bits.
+def check_sensitivity(model: torch.nn.Module, methods: list[Method], bits: int | list[int], epochs: int) -> None:
+    """Refuse methods, widths and epochs that sensitivity_table cannot measure on a model of this shape. No training."""
+    labels, widths = [method_label(method) for method in methods], _widths(bits)
+    for what, asked in (("methods", labels), ("widths in bits", widths)):
+        if not asked or len(set(asked)) != len(asked):
+            raise ValueError(f"a sensitivity measurement needs different {what}, got {', '.join(map(str, asked)) or 'none'}")
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
+        raise ValueError(f"a sensitivity measurement needs whole epochs of at least 0, got {epochs!r}")
+    for name in blocks(model):
+        for method in methods:
+            for width in widths:
+                try:
+                    plan_block(weight(model, name), method, width)
+                except ValueError as error:
+                    raise ValueError(f"block {name} at {width} bits: {error}") from error
+
+
+def _widths(bits):
+    return [bits] if isinstance(bits, int) else list(bits)
+
+
+def sensitivity_table(model: torch.nn.Module, task: Task, methods: list[Method], *, bits: int | list[int] = 8,
+                      epochs: int = 0, seed: int = 0) -> pd.DataFrame:
+    """One row per block, method and width: that block alone compressed, the others left at 16 bits.
 
     epochs 0 is the one-shot mode. Otherwise the model is retrained for that many epochs, and so is the uncompressed one,
-    whose loss of the same epoch is the reference. Columns: block, gate, method, loss_dense, accuracy_dense (percent),
+    whose loss of the same epoch is the reference. Columns: block, gate, method, bits, compression (method and width as
+    text), cr_disk (of this block alone, packed before retraining), loss_dense, accuracy_dense (percent),
     loss_before, accuracy_before, loss_after, accuracy_after, recovered (share of the excess loss that came back, None
     where none was lost or nothing was retrained), recovery_epochs (first epoch with 90 % back, None if never),
-    excess_loss: the validation loss above the reference, averaged over the epochs 0 (before retraining) to `epochs`, so
-    that slow and incomplete recovery both raise it.
+    excess_loss: the validation loss above the reference in nats, averaged over the epochs 0 (before retraining) to
+    `epochs`, so that slow and incomplete recovery both raise it. ValueError as check_sensitivity.
     """
+    check_sensitivity(model, methods, bits, epochs)
     signals = calibrate(model, calibration_batches(task))
     reference = uniform(model, Dense(), LOSSLESS_BITS, signals)
     dense = _curve(model, reference, task, epochs, seed)
     rows = []
     for name, block in blocks(model).items():
-        for method in methods:
-            entry = plan_block(weight(model, name), method, bits)
+        for method, width in itertools.product(methods, _widths(bits)):
+            w = weight(model, name)
+            entry = plan_block(w, method, width)
             curve = _curve(model, Plan(reference.blocks | {name: entry}, signals), task, epochs, seed)
             excess = curve["loss"] - dense["loss"]  # (epochs + 1,)
-            back = 1 - excess / excess.iloc[0] if excess.iloc[0] > 0 else excess * 0 + 1
-            recovered_at = back.index[back >= RECOVERED]
+            recovered, recovery_epochs = _recovery(excess) if epochs else (None, None)
             rows.append({
-                "block": name, "gate": block.gate, "method": method_label(method),
+                "block": name, "gate": block.gate, "method": method_label(method), "bits": width,
+                "compression": f"{method_label(method)} at {width} bits", "cr_disk": pack_block(w, entry).cr_disk,
                 "loss_dense": dense["loss"].iloc[-1], "accuracy_dense": dense["accuracy"].iloc[-1],
                 "loss_before": curve["loss"].iloc[0], "accuracy_before": curve["accuracy"].iloc[0],
                 "loss_after": curve["loss"].iloc[-1], "accuracy_after": curve["accuracy"].iloc[-1],
-                "recovered": float(back.iloc[-1]) if epochs and excess.iloc[0] > 0 else None,
-                "recovery_epochs": int(recovered_at[0]) if epochs and len(recovered_at) else None,
-                "excess_loss": float(excess.mean()),
+                "recovered": recovered, "recovery_epochs": recovery_epochs, "excess_loss": float(excess.mean()),
             })
     return pd.DataFrame(rows)
+
+
+def _recovery(excess):
+    """(epochs + 1,) excess losses -> share of the first that came back, and the first epoch with 90 % of it back."""
+    if excess.iloc[0] <= 0:
+        return None, 0
+    back = 1 - excess / excess.iloc[0]
+    recovered_at = back.index[back >= RECOVERED]
+    return float(back.iloc[-1]), int(recovered_at[0]) if len(recovered_at) else None
 
 
 def _curve(model, plan, task, epochs, seed):
@@ -101,6 +133,61 @@ def sensitive_gates(classes: pd.DataFrame) -> list[str]:
     return classes.loc[classes["class"] == "sensitive", "gate"].tolist()
 
 
+def class_stability(table: pd.DataFrame) -> pd.DataFrame:
+    """How the classes hold when less is looked at; table: of several seeds, as sensitivity_over_seeds gives it.
+
+    One row a gate: its class from everything, from each seed alone (columns `seed N`), in how many seeds it is sensitive,
+    and in how many compressions, each taken alone over all seeds.
+    """
+    def class_of(rows):
+        return classify(rows).set_index("gate")["class"]
+
+    stability = class_of(table).to_frame()
+    by_seed = pd.DataFrame({f"seed {seed}": class_of(rows) for seed, rows in table.groupby("seed", sort=False)})
+    alone = pd.DataFrame({name: class_of(rows) for name, rows in table.groupby("compression", sort=False)})
+    stability[by_seed.columns] = by_seed
+    stability["seeds"], stability["sensitive in seeds"] = by_seed.shape[1], (by_seed == "sensitive").sum(axis=1)
+    stability["compressions"], stability["sensitive in compressions"] = alone.shape[1], (alone == "sensitive").sum(axis=1)
+    return stability.reset_index()
+
+
+def rank_blocks(table: pd.DataFrame) -> pd.DataFrame:
+    """Every block's rank in each ranking; table: of several seeds, as sensitivity_over_seeds gives it.
+
+    A ranking is one compression on one seed's model; rank 1 has the largest excess loss, equal ones share the mean of
+    their ranks. Columns: method, bits, compression, seed, block, gate, excess_loss, rank, top_quarter (bool; where less
+    than four blocks are ranked it holds the first one).
+    """
+    ranks = table[["method", "bits", "compression", "seed", "block", "gate", "excess_loss"]].copy()
+    ranks["rank"] = ranks.groupby(["compression", "seed"])["excess_loss"].rank(ascending=False)
+    ranks["top_quarter"] = ranks["rank"] <= max(1, ranks["block"].nunique() / 4)
+    return ranks
+
+
+def seed_agreement(ranks: pd.DataFrame) -> pd.DataFrame:
+    """One row a compression: Spearman's correlation between the rankings of two seeds, mean and least over the pairs.
+
+    Columns: compression, excess_loss (mean over blocks and seeds), pairs of seeds that could be compared (a ranking without
+    any difference cannot), spearman_mean, spearman_least (NaN without a pair).
+    """
+    rows = []
+    for name, group in ranks.groupby("compression", sort=False):
+        matrix = group.pivot(index="block", columns="seed", values="excess_loss").corr(method="spearman").to_numpy()
+        pairs = pd.Series(matrix[np.triu_indices(len(matrix), 1)]).dropna()
+        rows.append({"compression": name, "excess_loss": group["excess_loss"].mean(), "pairs": len(pairs),
+                     "spearman_mean": pairs.mean(), "spearman_least": pairs.min()})
+    return pd.DataFrame(rows)
+
+
+def method_agreement(ranks: pd.DataFrame) -> pd.DataFrame:
+    """(compressions, compressions): Spearman's correlation between two compressions' rankings of the same seed's blocks,
+    mean over the seeds; NaN where a ranking has no difference."""
+    names = list(ranks["compression"].unique())
+    by_seed = [group.pivot(index="block", columns="compression", values="excess_loss")[names].corr(method="spearman")
+               for _, group in ranks.groupby("seed")]
+    return pd.concat(by_seed).groupby(level=0).mean().loc[names]
+
+
 @dataclass(frozen=True)
 class Strength:
     """The discrete choices of a hybrid plan; the kept fraction of Top-k follows from the budget."""
@@ -117,41 +204,27 @@ def hybrid_plan(model: torch.nn.Module, sensitive: list[str], strength: Strength
     """Sensitive gates Top-k, the others block-circulant, with the largest kept fraction that meets target_cr_disk.
 
     The size is taken with every kept weight non-zero, so that retraining cannot push the ratio under the target.
-    ValueError when no kept fraction meets it.
+    OutOfReach when no kept fraction meets it.
     """
     check_target(target_cr_disk)
     known = blocks(model)
-    dense_bits = 32 * sum(b.shape[0] * b.shape[1] for b in known.values())
+    dense_bits = 32 * dense_weights(known)
     circulant = {name: plan_block(weight(model, name), BlockCirculant(strength.block), strength.circulant_bits)
                  for name, b in known.items() if b.gate not in sensitive}
     fixed_bits = sum(pack_block(weight(model, name), entry).storage_bits for name, entry in circulant.items())
     kept = {name: weight(model, name) for name, b in known.items() if b.gate in sensitive}
-    budget = dense_bits / target_cr_disk - fixed_bits
-    largest = max((w.numel() for w in kept.values()), default=1)
-
-    def sparse_bits(keep):
-        pattern = QFormat(strength.topk_bits, 0)
-        return sum(TopK(keep).pack((TopK(keep).project(w) != 0).double(), pattern).storage_bits for w in kept.values())
-
+    budget_bits = dense_bits / target_cr_disk - fixed_bits
+    sparse = {}
     if kept:
-        # Bisection over whole numbers of weights of the largest block.
-        low, high = 0, largest
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if sparse_bits(middle / largest) <= budget else (low, middle - 1)
-        if low == 0:
-            raise ValueError(f"hybrid_plan cannot reach cr_disk {target_cr_disk} with {strength}: the circulant gates take "
-                             f"{fixed_bits} of {dense_bits / target_cr_disk:.0f} bits")
-        keep = low / largest
-    elif budget < 0:
-        raise ValueError(f"hybrid_plan cannot reach cr_disk {target_cr_disk} with {strength} and no sensitive gate")
-    sparse = {name: plan_block(w, TopK(keep), strength.topk_bits) for name, w in kept.items()}
+        try:
+            topk, _ = largest_member(list(kept.values()), TopK, strength.topk_bits, budget_bits)
+        except OutOfReach as error:
+            raise OutOfReach(f"hybrid_plan cannot reach cr_disk {target_cr_disk} with {strength}: the circulant gates take "
+                             f"{fixed_bits} of {dense_bits / target_cr_disk:.0f} bits") from error
+        sparse = {name: plan_block(w, topk, strength.topk_bits) for name, w in kept.items()}
+    elif budget_bits < 0:
+        raise OutOfReach(f"hybrid_plan cannot reach cr_disk {target_cr_disk} with {strength} and no sensitive gate")
     return Plan({name: (circulant | sparse)[name] for name in known}, signals)
-
-
-def check_target(target_cr_disk: float) -> None:
-    if isinstance(target_cr_disk, bool) or not isinstance(target_cr_disk, (int, float)) or not target_cr_disk >= 1:
-        raise ValueError(f"a target cr_disk must be a number of at least 1, got {target_cr_disk!r}")
 
 
 def search_hybrid(model: torch.nn.Module, task: Task, sensitive: list[str], target_cr_disk: float,
@@ -159,7 +232,7 @@ def search_hybrid(model: torch.nn.Module, task: Task, sensitive: list[str], targ
     """Every strength that meets the target, with its validation loss after `epochs` of retraining, best first.
 
     Columns: strength, keep (fraction of the sensitive gates, None without one), cr_disk, valid_loss, valid_accuracy.
-    ValueError when none meets it.
+    OutOfReach when none meets it.
     """
     check_target(target_cr_disk)
     signals = calibrate(model, calibration_batches(task))
@@ -167,7 +240,7 @@ def search_hybrid(model: torch.nn.Module, task: Task, sensitive: list[str], targ
     for strength in strengths:
         try:
             plan = hybrid_plan(model, sensitive, strength, target_cr_disk, signals)
-        except ValueError as error:
+        except OutOfReach as error:
             refused.append(str(error))
             continue
         curve = _curve(model, plan, task, epochs, seed)
@@ -175,26 +248,8 @@ def search_hybrid(model: torch.nn.Module, task: Task, sensitive: list[str], targ
         rows.append({"strength": strength, "keep": keeps[0] if keeps else None, "cr_disk": pack(model, plan).cr_disk,
                      "valid_loss": curve["loss"].iloc[-1], "valid_accuracy": curve["accuracy"].iloc[-1]})
     if not rows:
-        raise ValueError(f"no hybrid plan meets cr_disk {target_cr_disk}: " + "; ".join(refused))
+        raise OutOfReach(f"no hybrid plan meets cr_disk {target_cr_disk}: " + "; ".join(refused))
     return pd.DataFrame(rows).sort_values("valid_loss", ignore_index=True)
-
-
-def nearest_uniform(model: torch.nn.Module, methods: list[Method], bits: Iterable[int], target_cr_disk: float, signals) -> Plan:
-    """Of the uniform plans of these methods and widths the largest that meets target_cr_disk: the fairest at equal size.
-    Of equal sizes the widest numbers. ValueError when none meets it."""
-    plans = [uniform(model, method, width, signals) for method in methods for width in bits]
-    found = [(pack(model, plan).cr_disk, -next(iter(plan.blocks.values())).format.bits, n) for n, plan in enumerate(plans)]
-    fitting = [row for row in found if row[0] >= target_cr_disk]
-    if not fitting:
-        raise ValueError(f"none of {', '.join(map(str, methods))} at {', '.join(map(str, bits))} bits meets cr_disk "
-                         f"{target_cr_disk}")
-    return plans[min(fitting)[2]]
-
-
-def uniform_topk(model: torch.nn.Module, bits: int, target_cr_disk: float, signals) -> Plan:
-    """Every gate Top-k with one kept fraction, the largest that meets target_cr_disk."""
-    every_gate = sorted({b.gate for b in blocks(model).values()})
-    return hybrid_plan(model, every_gate, Strength(block=2, circulant_bits=bits, topk_bits=bits), target_cr_disk, signals)
 
 
 def strengths(hidden_size: int) -> list[Strength]:

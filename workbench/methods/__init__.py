@@ -1,17 +1,26 @@
 """Compression methods: METHODS is the one table of them."""
 
-from dataclasses import asdict, fields
+import difflib
+from dataclasses import MISSING, asdict, fields
 
+from workbench.methods.balanced import BankBalanced, RowBalanced
 from workbench.methods.base import Method
+from workbench.methods.blocksparse import BlockSparse
 from workbench.methods.circulant import BlockCirculant
 from workbench.methods.dense import Dense
 from workbench.methods.sparse import TopK
+from workbench.methods.structured import Structured
 
-__all__ = ["METHODS", "BlockCirculant", "Dense", "Method", "TopK", "method_from_json", "method_label", "method_to_json"]
+__all__ = ["METHODS", "BankBalanced", "BlockCirculant", "BlockSparse", "Dense", "Method", "RowBalanced", "Structured", "TopK",
+           "method_from_json", "method_from_label", "method_label", "method_to_json"]
 
 METHODS = {
     "Dense": Dense,
     "TopK": TopK,
+    "RowBalanced": RowBalanced,
+    "BankBalanced": BankBalanced,
+    "BlockSparse": BlockSparse,
+    "Structured": Structured,
     "BlockCirculant": BlockCirculant,
 }
 
@@ -21,9 +30,36 @@ def method_to_json(method: Method) -> dict:
 
 
 def method_label(method: Method) -> str:
-    """Short text for tables and legends, for example "TopK 0.1694" or "BlockCirculant 8 time"."""
-    values = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in asdict(method).values())
-    return " ".join((type(method).__name__, *values))
+    """Short text for tables and legends, for example "TopK 0.1694" or "BlockCirculant 8": the name and its parameters,
+    numbers with four significant digits, without the trailing ones that have their default."""
+    shown = list(fields(method))
+    while shown and getattr(method, shown[-1].name) == shown[-1].default:
+        shown.pop()
+    values = [getattr(method, f.name) for f in shown]
+    return " ".join([type(method).__name__, *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)])
+
+
+def method_from_label(label: str) -> Method:
+    """Inverse of method_label; every parameter that has a default may be left out at the end. ValueError names the rule."""
+    if not isinstance(label, str):
+        raise TypeError(f'a method label is a text like "TopK 0.25", got {label!r}')
+    name, _, rest = label.strip().partition(" ")
+    if name not in METHODS:
+        lower = {known.lower(): known for known in METHODS}
+        close = difflib.get_close_matches(name.lower(), lower, n=1)
+        hint = f"; did you mean {lower[close[0]]!r}?" if close else ""
+        raise ValueError(f"a method label begins with one of {', '.join(METHODS)}, got {label!r}{hint}")
+    known, texts = fields(METHODS[name]), rest.split()
+    if not sum(f.default is MISSING for f in known) <= len(texts) <= len(known):
+        usage = " ".join([name, *(f.name if f.default is MISSING else f"[{f.name}]" for f in known)])
+        raise ValueError(f"a {name} label reads {usage!r}, got {label!r}")
+    arguments = {}
+    for f, text in zip(known, texts, strict=False):  # what is left out has a default
+        try:
+            arguments[f.name] = f.type(text)
+        except ValueError:
+            raise ValueError(f"{name} needs {f.name} as {f.type.__name__}, got {text!r} in the label {label!r}") from None
+    return METHODS[name](**arguments)
 
 
 def method_from_json(data) -> Method:

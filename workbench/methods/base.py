@@ -1,6 +1,6 @@
 """What a compression method is, and what all of them share: the protocol and the straight-through number format."""
 
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
@@ -10,6 +10,13 @@ from workbench.packed import PackedCirculant, PackedDense, PackedSparse
 
 class Method(Protocol):
     """A set of matrices that a block is constrained to. Frozen dataclass: its fields are its parameters and its JSON."""
+
+    @classmethod
+    def ladder(cls, shapes: list[tuple[int, int]]) -> list[Self]:
+        """The members usable on blocks of all these (out, in) shapes, from the most stored values to the fewest.
+
+        Empty where there is none. No member takes more bits than the one before it, at any width.
+        """
 
     def project(self, w: torch.Tensor) -> torch.Tensor:
         """(out, in) -> the nearest member of the set in the Frobenius norm."""

@@ -4,6 +4,7 @@ W[i, j] = v[i // k, j // k, (i - j) % k], the convention of scipy.linalg.circula
 padded in the last tile: means run over real entries, the padding is stored; rows that k does not divide are refused.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,12 @@ class BlockCirculant:
             raise ValueError(f"BlockCirculant needs a whole block of at least 2, got {self.block!r}")
         if self.datapath != "time":
             raise ValueError(f'BlockCirculant has the datapath "time" only so far, got {self.datapath!r}')
+
+    @classmethod
+    def ladder(cls, shapes):
+        """The powers of two that divide the rows of every block."""
+        rows = math.gcd(*(rows for rows, _ in shapes))
+        return [cls(2**n) for n in range(1, rows.bit_length()) if rows % 2**n == 0]
 
     def _check(self, w):
         check_matrix(self, w)

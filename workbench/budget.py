@@ -1,0 +1,76 @@
+"""Plans that fill a budget of bits: of a family of methods the member that stores the most within a compression ratio."""
+
+from bisect import bisect_left
+
+import torch
+
+from workbench.fixedpoint import QFormat
+from workbench.gates import blocks, dense_weights, weight
+from workbench.methods import Method
+from workbench.plan import Plan, uniform
+
+WIDTHS = range(2, 9)  # bits of a weight that a uniform plan may take
+FILLED = 0.95  # a width serves when its plan takes this share of the budget
+
+
+class OutOfReach(ValueError):
+    """No plan of the asked kind is as small as the target demands."""
+
+
+def check_target(target_cr_disk: float) -> None:
+    if isinstance(target_cr_disk, bool) or not isinstance(target_cr_disk, (int, float)) or not target_cr_disk >= 1:
+        raise ValueError(f"a target cr_disk must be a number of at least 1, got {target_cr_disk!r}")
+
+
+def check_bits(bits: int) -> None:
+    if isinstance(bits, bool) or bits not in WIDTHS:
+        raise ValueError(f"a uniform plan needs {WIDTHS[0]} to {WIDTHS[-1]} bits, got {bits!r}")
+
+
+def full_bits(w: torch.Tensor, method: Method, bits: int) -> int:
+    """Bits on disk of the (out, in) block with every kept weight non-zero: retraining cannot make it larger."""
+    module = method.constrain(w, None)
+    ones = module(torch.ones_like(module.right_inverse(w)))
+    return method.pack(ones, QFormat(bits, 0)).storage_bits
+
+
+def largest_member(weights: list[torch.Tensor], family: type[Method], bits: int, budget_bits: float) -> tuple[Method, int]:
+    """The member of the family's ladder of most stored values that fits all these blocks into budget_bits, and the bits
+    that they take. OutOfReach when none fits."""
+    members = family.ladder([tuple(w.shape) for w in weights])
+
+    def size(method):
+        return sum(full_bits(w, method, bits) for w in weights)
+
+    first = bisect_left(members, -budget_bits, key=lambda method: -size(method))  # sizes fall along the ladder
+    if first == len(members):
+        shapes = ", ".join(dict.fromkeys(f"{w.shape[0]}x{w.shape[1]}" for w in weights))
+        raise OutOfReach(f"no {family.__name__} of {bits} bits on blocks of {shapes} fits {budget_bits:.0f} bits")
+    return members[first], size(members[first])
+
+
+def uniform_plan(model: torch.nn.Module, family: type[Method], bits: int, target_cr_disk: float, signals) -> Plan:
+    """One method and one weight width for every block: the largest plan of the family that meets target_cr_disk.
+
+    Of the widths from 2 to 8 bits it is the one nearest to `bits` (of two the wider) whose largest plan takes at least
+    95 % of the target's bits; where no width does, the one that takes most, of equals the nearest to `bits`. So families
+    that come in coarse steps, as circulant blocks do, are compared at their fairest. Sizes are taken with every kept
+    weight non-zero, so that retraining cannot push the ratio under the target. OutOfReach when no width meets it.
+    """
+    check_target(target_cr_disk)
+    check_bits(bits)
+    weights = [weight(model, name) for name in blocks(model)]
+    budget_bits = 32 * dense_weights(blocks(model)) / target_cr_disk
+    best = None
+    for width in sorted(WIDTHS, key=lambda width: (abs(width - bits), -width)):
+        try:
+            method, size = largest_member(weights, family, width, budget_bits)
+        except OutOfReach:
+            continue  # a narrower one may fit
+        if best is None or size > best[2]:
+            best = method, width, size
+        if size >= FILLED * budget_bits:
+            break
+    if best is None:
+        raise OutOfReach(f"no uniform {family.__name__} of {WIDTHS[0]} to {WIDTHS[-1]} bits meets cr_disk {target_cr_disk}")
+    return uniform(model, *best[:2], signals)

@@ -1,0 +1,59 @@
+"""What methods share that keep some weights of a block and set the others to zero."""
+
+from torch import nn
+
+from workbench.methods.base import check_matrix, fake_quantise, to_integers
+from workbench.packed import PackedSparse
+
+
+class Pruning:
+    """A method gives support(w), the (count,) sorted positions of the row-major block that it keeps: those of most energy
+    that its pattern allows, so that nothing in the set is nearer."""
+
+    def check(self, w) -> None:
+        """Refuse a block that the pattern does not fit."""
+        check_matrix(self, w)
+
+    def encodings(self, shape) -> tuple:
+        """Encodings that fit this pattern, to choose from besides those that fit any block."""
+        return ()
+
+    def project(self, w):
+        support = self.support(w)
+        return _scatter(w.flatten()[support], support, w.shape)
+
+    def constrain(self, w, fmt):
+        return _SparseWeights(self.support(w), w.shape, fmt)
+
+    def pack(self, w, fmt):
+        self.check(w)
+        return PackedSparse.from_dense(to_integers(w, fmt), fmt, *self.encodings(tuple(w.shape)))
+
+
+def _scatter(values, support, shape):
+    return values.new_zeros(shape[0] * shape[1]).index_copy(0, support, values).view(shape)  # (out, in)
+
+
+class _SparseWeights(nn.Module):
+    """Stored: the (count,) kept weights; their positions are fixed."""
+
+    def __init__(self, support, shape, fmt):
+        super().__init__()
+        self.shape, self.fmt = tuple(shape), fmt
+        self.register_buffer("support", support)
+
+    def right_inverse(self, w):
+        return w.flatten()[self.support]
+
+    def forward(self, stored):
+        return _scatter(fake_quantise(stored, self.fmt), self.support, self.shape)
+
+
+def check_keep(who: str, keep) -> None:
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
+        raise ValueError(f"{who} needs keep in (0, 1], got {keep!r}")
+
+
+def check_rows(who, w, divisor: int) -> None:
+    if w.shape[0] % divisor:
+        raise ValueError(f"{who} needs rows divisible by {divisor}, got a {w.shape[0]}x{w.shape[1]} block")
