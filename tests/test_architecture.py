@@ -22,10 +22,10 @@ LEVELS = (
     ("container", "fixedpoint", "packed"),
     ("engine", "array"),
     ("gates", "methods"),
-    ("plan", "constrain", "quantise"),
+    ("plan", "budget", "constrain", "quantise"),
     ("tasks", "models", "train"),
     ("sensitivity",),
-    ("runs", "pareto", "sweep", "index", "report", "plots", "study", "tables", "__main__"),
+    ("runs", "pareto", "published", "sweep", "index", "report", "plots", "study", "tables", "__main__"),
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 WITHOUT_TORCH = ("container", "fixedpoint", "packed", "engine", "array")

@@ -8,12 +8,27 @@ from conftest import REPOSITORY
 
 from workbench import report, runs
 
-SMALL = {  # notebook -> (small parameters, metrics that it must hand over, figures in its report)
+SMALL = {  # notebook -> (small parameters, metrics that it must hand over, figures in its report, words in its report)
     "hybrid": (
         {"hidden_size": 16, "target_cr_disk": 12.0, "seeds": [0, 1], "epochs": 1, "retrain_epochs": 1, "search_epochs": 0,
          "array": "group4x4", "steps": 3},
         {"summary", "results", "classes", "search", "hardware"},
         4,
+        ("sensitive", "cr_disk", "integer engine", "small dense 8-bit", "modelled"),
+    ),
+    "sensitivity": (
+        {"hidden_size": 16, "seeds": [0, 1], "epochs": 1, "sensitivity_epochs": 1, "bits": [4],
+         "methods": ["TopK 0.125", "BlockCirculant 8", "Dense"]},
+        {"table", "ranking", "stability", "classes", "sensitive_gates", "rank_correlation"},
+        4,
+        ("Spearman", "cr_disk", "top quarter", "Dense at 4 bits", "recovered"),
+    ),
+    "tradeoff": (
+        {"hidden_size": 16, "methods": ["Dense", "TopK", "hybrid", "small dense"], "target_cr_disks": [6.0, 30.0],
+         "seeds": [0, 1], "epochs": 1, "retrain_epochs": 1, "search_epochs": 0},
+        {"summary", "results", "controls", "unreachable"},
+        1,
+        ("dense control", "front of the means", "integer engine", "no uniform Dense of 2 to 8 bits", "Wu 2026"),
     ),
 }
 
@@ -24,29 +39,29 @@ def test_every_notebook_is_here():
 
 @pytest.fixture(scope="module", params=SMALL)
 def run(request, tmp_path_factory):
-    parameters, metrics, figures = SMALL[request.param]
+    parameters, metrics, figures, words = SMALL[request.param]
     result = runs.run(request.param, parameters, tmp_path_factory.mktemp("results"), timeout_s=300)
     assert result.state == "ok", result.error
-    return result.directory, metrics, figures
+    return result.directory, metrics, figures, words
 
 
 def test_metrics_are_handed_over(run):
-    directory, metrics, _ = run
+    directory, metrics, _, _ = run
     recorded = json.loads((directory / "metrics.json").read_text())
     assert set(recorded) == metrics
-    rows = recorded["results"]
+    rows = recorded["results" if "results" in recorded else "table"]  # a row a seed and variant or block
     assert {row["seed"] for row in rows} == {0, 1}
-    assert all(row["cr_disk"] >= 12.0 for row in rows if row["variant"].startswith(("hybrid", "uniform")))
+    assert all(row["cr_disk"] >= 12.0 for row in rows if row.get("variant", "").startswith(("hybrid", "uniform")))
 
 
 def test_the_report_is_whole_and_needs_no_network(run):
-    directory, _, figures = run
+    directory, _, figures, words = run
     page = report.build(directory).read_text()
     assert report.offline_problems(page) == []
     pictures = re.findall(r'<img[^>]*src="data:image/png;base64,[^"]{2000,}"[^>]*>', page)
     assert len(pictures) == figures
     assert all(re.search(r'alt="[^"]{20,}"', picture) for picture in pictures)
-    for word in ("sensitive", "cr_disk", "integer engine", "small dense 8-bit", "modelled", "SHA-256", "Provenance"):
+    for word in (*words, "SHA-256", "Provenance"):
         assert word in page, word
     printed = re.findall(r"<pre>(.*?)</pre>", page, flags=re.DOTALL)
     assert max(map(len, printed), default=0) < 500, "a value is printed in full: give it a name instead"
@@ -54,7 +69,7 @@ def test_the_report_is_whole_and_needs_no_network(run):
 
 
 def test_the_report_in_a_browser(run, screenshot, tmp_path):
-    directory, _, _ = run
+    directory = run[0]
     for width in (1280, 390):
         picture = tmp_path / f"{width}.png"
         screenshot(report.build(directory), width, 3000, picture)

@@ -1,13 +1,15 @@
 """Studies over seeds: the variants, the controls, their sizes and what is read when."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from workbench import models, plots, study, tables
+from workbench import models, plots, runs, study, tables
 from workbench.array import preset, schedule_layers
+from workbench.array.cost import BASELINE
 from workbench.constrain import attach, bake
-from workbench.methods import BlockCirculant, TopK
+from workbench.methods import METHODS, BlockCirculant, TopK
 from workbench.sensitivity import Strength, classify
 from workbench.train import evaluate
 
@@ -103,6 +105,15 @@ def test_every_ratio_is_against_the_dense_model(comparison, dense):
         assert row["cr_model"] == pytest.approx(32 * total / (bits + 32 * rest))
 
 
+def test_of_the_dense_controls_one_is_retrained(comparison, dense, tiny_task):
+    for seed in (0, 1):
+        once, again = (comparison.results.query(f"variant == '{v}' and seed == {seed}").iloc[0]
+                       for v in (study.DENSE_ONCE, study.DENSE))
+        before = evaluate(dense[seed], tiny_task, "test").loss
+        assert once["test_loss"] == pytest.approx(before, abs=1e-6)
+        assert again["test_loss"] != pytest.approx(before, abs=1e-4)
+
+
 def test_the_small_control_takes_at_least_the_budget():
     assert study.small_hidden_size(40, 1) == 1
     size = study.small_hidden_size(12, 59733)
@@ -165,7 +176,7 @@ def test_tables_and_figures_of_a_study(comparison, dense, tiny_task):
     assert len(sensitivity) == 2 * 2 * 8
     classes = classify(sensitivity)
     layers = study.array_layers(dense[0], tiny_task, comparison, 0, STRENGTH, TARGET)
-    assert set(layers) == {study.DENSE_16, study.SMALL, study.UNIFORM_TOPK, study.UNIFORM_CIRCULANT, study.HYBRID}
+    assert set(layers) == {BASELINE, study.SMALL, study.UNIFORM_TOPK, study.UNIFORM_CIRCULANT, study.HYBRID}
     schedules = schedule_layers(layers, preset("group4x4"), 5)
     assert (tables.split_table(schedules).loc["total"] == [s.cycles for s in schedules.values()]).all()
     assert len(tables.plan_table(comparison, 0)) == 8
@@ -174,7 +185,7 @@ def test_tables_and_figures_of_a_study(comparison, dense, tiny_task):
     assert signals["table error (last places)"].notna().to_dict() == {
         "input": False, "pre": False, "sigmoid": True, "tanh": True, "cell": False, "hidden": False}
     assert len(tables.task_table(tiny_task)) == 3 and len(tables.accuracy_table(dense, tiny_task)) == 2
-    assert tables.hardware_table(schedules).loc["acceleration", study.DENSE_16] == 1
+    assert tables.hardware_table(schedules).loc["acceleration", BASELINE] == 1
     assert list(tables.energy_table(schedules)) == list(schedules)
     prices = tables.price_table().set_index("event")
     assert set(prices.index) == set(tables.count_table(schedules).index)
@@ -195,6 +206,231 @@ def test_tables_and_figures_of_a_study(comparison, dense, tiny_task):
 def test_only_the_final_measurement_reads_the_test_split(monkeypatch, tiny_task, dense):
     read = []
     monkeypatch.setattr(study, "evaluate", lambda model, task, split: read.append(split) or evaluate(model, task, split))
+    retraining = study.Retraining(dense_epochs=1, epochs=1, distillation_weight=0.0, checkpoints=None)
     plan = study._plans(dense[0], tiny_task, ["g"], STRENGTH, TARGET, [study.HYBRID])[study.HYBRID]
-    study._variant(tiny_task, dense[0], plan, study.HYBRID, 0, 1, 1, 0.0, None, TARGET)
-    assert read == ["valid", "valid", "test"]
+    study._compressed(tiny_task, dense[0], dense[0], plan, study.HYBRID, 0, retraining)
+    study._dense_control(tiny_task, dense[0], study.DENSE, 0, retraining)
+    study._small_control(tiny_task, dense[0], TARGET, 0, retraining)
+    assert read == 3 * ["valid", "valid", "test"]
+
+
+def one_after_another(function, jobs, workers, description):
+    """For study.parallel: no processes, each of which takes seconds to start; what they give is tested above."""
+    return [function(*job) for job in jobs]
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    monkeypatch.setattr(study, "parallel", one_after_another)
+
+
+def test_the_array_shows_what_was_retrained_and_else_the_plan_one_shot(tiny_task, dense, in_process):
+    """A comparison without the uniform plans: only those are made for the array, and they meet the target."""
+    comparison = study.compare(tiny_task, {0: dense[0]}, ["g"], STRENGTH, TARGET, variants=study.variants(False),
+                               dense_epochs=1, epochs=1, distillation_weight=0.0, workers=1)
+    layers = study.array_layers(dense[0], tiny_task, comparison, 0, STRENGTH, TARGET)
+    assert list(layers) == [BASELINE, study.SMALL, study.UNIFORM_TOPK, study.UNIFORM_CIRCULANT, study.HYBRID]
+    assert layers[study.HYBRID] is comparison.packed[study.HYBRID][0].layers["lstm.l0"]
+    for variant in study.UNIFORM:
+        assert sum(block.storage_bits for block in layers[variant].blocks.values()) <= 32 * 4 * 16 * (3 + 16) / TARGET
+
+
+def test_a_plan_that_was_retrained_is_not_made_again_for_the_array(tiny_task, dense, comparison, monkeypatch):
+    monkeypatch.setattr(study, "uniform_plan", lambda *_: pytest.fail("planned again"))
+    layers = study.array_layers(dense[0], tiny_task, comparison, 0, STRENGTH, TARGET)
+    for variant in study.UNIFORM:
+        assert layers[variant] is comparison.packed[variant][0].layers["lstm.l0"]
+
+
+# --- compression ratio against accuracy
+
+METHODS_OF_TRADEOFF = ["TopK", "Dense", study.HYBRID, study.SMALL]
+ARGUMENTS = {"bits": 6, "dense_epochs": 1, "epochs": 1, "search_epochs": 0, "distillation_weight": 0.0, "workers": 2}
+
+
+@pytest.fixture(scope="module")
+def tradeoff(tiny_task, dense):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "parallel", one_after_another)
+        return study.tradeoff(tiny_task, dense, METHODS_OF_TRADEOFF, [30.0, 6.0], **ARGUMENTS)
+
+
+def test_a_tradeoff_has_one_row_per_method_target_and_seed_or_says_why_not(tradeoff):
+    points = [(m, t, s) for m in METHODS_OF_TRADEOFF for t in (30.0, 6.0) for s in (0, 1)]
+    reached = list(tradeoff.results[["method", "target_cr_disk", "seed"]].itertuples(index=False, name=None))
+    missing = list(tradeoff.unreachable[["method", "target_cr_disk", "seed"]].itertuples(index=False, name=None))
+    assert missing == [("Dense", 30.0, 0), ("Dense", 30.0, 1)]
+    assert reached == [point for point in points if point not in missing]
+    assert tradeoff.unreachable["reason"].tolist() == 2 * ["no uniform Dense of 2 to 8 bits meets cr_disk 30.0"]
+    rows = tradeoff.results[tradeoff.results["method"] != study.SMALL]
+    assert (rows["cr_disk"] >= rows["target_cr_disk"]).all()
+    assert (tradeoff.results.query("method == 'TopK'")["bits"] == 6).all()
+    small = tradeoff.results[tradeoff.results["method"] == study.SMALL]
+    assert (small["bits"] == 8).all() and (small["hidden_size"] < 16).all()
+    assert (small["cr_disk"] <= small["target_cr_disk"]).all()
+    assert tradeoff.results.query("method == 'hybrid'")["strength"].str.contains("TopK|BlockCirculant").all()
+
+
+def test_a_tradeoff_measures_what_a_comparison_measures(tiny_task, dense, tradeoff, in_process):
+    """The same plan of the same seed, retrained alike, gives the same row; the loss is against that seed's control."""
+    comparison = study.compare(tiny_task, {1: dense[1]}, ["g"], STRENGTH, 30.0, variants=[study.DENSE, study.UNIFORM_TOPK],
+                               dense_epochs=1, epochs=1, distillation_weight=0.0, workers=1)
+    row = tradeoff.results.query("method == 'TopK' and target_cr_disk == 30 and seed == 1").iloc[0]
+    control, topk = comparison.results.iloc[0], comparison.results.iloc[1]
+    for name in ("cr_params", "cr_bits", "cr_disk", "cr_model", "rnn_bytes", "valid_loss", "test_accuracy", "test_loss"):
+        assert row[name] == topk[name], name
+    assert row["loss_points"] == pytest.approx(control["test_accuracy"] - topk["test_accuracy"])
+
+
+def test_the_summary_of_a_tradeoff(tradeoff):
+    assert len(tradeoff.summary) == 7
+    row = tradeoff.summary.query("method == 'TopK' and target_cr_disk == 6").iloc[0]
+    seeds = tradeoff.results.query("method == 'TopK' and target_cr_disk == 6")
+    assert row["accuracy %"] == pytest.approx(seeds["test_accuracy"].mean())
+    assert row["std"] == pytest.approx(np.std(seeds["test_accuracy"], ddof=1)) and row["seeds"] == 2
+    assert row["loss (points)"] == pytest.approx(seeds["loss_points"].mean())
+    assert row["loss std"] == pytest.approx(np.std(seeds["loss_points"], ddof=1))
+    assert row["low"] <= row["loss (points)"] <= row["high"]
+    assert row["cr_disk"] == pytest.approx(seeds["cr_disk"].mean()) and row["strength"] == seeds["strength"].iloc[0]
+    best = tradeoff.summary.sort_values(["cr_disk", "loss (points)"], ascending=[False, True]).iloc[0]
+    assert best["front"], "the point of the largest ratio is on the front"
+    assert tradeoff.controls["variant"].tolist() == 2 * [study.DENSE] + 2 * [study.DENSE_ONCE]
+
+
+def summary_of(points):
+    """points: (method, target, ratio, losses of the seeds); every seed's control has 8 of 8 items right."""
+    rows = []
+    for method, target, ratio, losses in points:
+        for seed, loss in enumerate(losses):
+            correct = np.arange(8) >= loss
+            rows.append({"method": method, "target_cr_disk": target, "seed": seed, "hidden_size": 4, "strength": f"s{seed}",
+                         "bits": 6.0, "cr_params": ratio, "cr_bits": ratio, "cr_disk": ratio, "test_loss": 0.5,
+                         "test_accuracy": 100 * correct.mean(), "loss_points": 12.5 * loss, "correct": correct})
+    reference = {seed: {"correct": np.ones(8, bool)} for seed in range(3)}
+    return pd.DataFrame(rows), study._summary(rows, reference)
+
+
+def test_the_front_of_the_means_by_hand():
+    _, summary = summary_of([
+        ("a", 10, 10.0, (0, 2)),  # mean 12.5
+        ("b", 10, 10.0, (1, 1)),  # the same point: they stand together
+        ("c", 10, 9.0, (1, 1)),   # beaten in the ratio
+        ("d", 10, 10.0, (2, 2)),  # beaten in the loss
+        ("e", 40, 40.0, (4, 4)),
+        ("f", 40, 41.0, (4, 4)),  # beats e
+        ("g", 80, 80.0, (3, 3)),  # beats both
+    ])
+    assert summary.loc[summary["front"], "method"].tolist() == ["a", "b", "g"]
+    assert summary["loss (points)"].tolist() == [12.5, 12.5, 12.5, 25, 50, 50, 37.5]
+    assert summary["loss std"].iloc[0] == pytest.approx(12.5 * np.sqrt(2))
+
+
+def test_the_verdict_of_a_tradeoff_by_hand():
+    results, summary = summary_of([
+        ("TopK", 10, 10.25, (1, 1)), (study.SMALL, 10, 9.75, (1, 2)), ("Dense", 10, 10.5, (0, 0)),
+        ("BlockCirculant", 10, 11.0, (2, 3)), ("TopK", 40, 40.0, (8, 8)), (study.SMALL, 40, 41.0, (8, 8)),
+    ])
+    text = tables.tradeoff_verdict(study.Tradeoff(results, summary, pd.DataFrame(), pd.DataFrame())).data
+    assert "Asked for 10x, the least mean loss: Dense." in text
+    assert "Dense 0.00 (0.00 to 0.00) at 10.5x; TopK 12.50" in text
+    assert "better than a small dense network of about the same bytes: Dense, TopK." in text
+    assert "Asked for 40x, the least mean loss: TopK, small dense." in text
+    assert "better than a small dense network of about the same bytes: none." in text
+    assert "so a loss is shown, for: TopK, small dense." in text.split("Asked for 40x")[1]
+    assert "**On the front of the means:** BlockCirculant at 11.0x" not in text
+    assert text.endswith("Dense at 10.5x, BlockCirculant at 11.0x, small dense at 41.0x.")
+
+
+def test_one_seed_method_and_target_leave_spread_and_interval_empty(tiny_task, dense, tmp_path, in_process):
+    def run():
+        return study.tradeoff(tiny_task, {1: dense[1]}, ["BlockCirculant"], [10.0], **ARGUMENTS | {"checkpoints": tmp_path})
+
+    tradeoff = run()
+    (row,) = tradeoff.summary.to_dict("records")
+    assert row["seeds"] == 1 and row["front"] and all(pd.isna(row[name]) for name in ("std", "low", "high", "loss std"))
+    recorded = tables.record_tradeoff(tradeoff)
+    assert recorded["summary"][0]["std"] is None and recorded["summary"][0]["low"] is None
+    assert recorded["results"][0]["method"] == "BlockCirculant" and recorded["unreachable"] == []
+    assert "(" not in tables.tradeoff_verdict(tradeoff).data.split("least first: ")[1].split(" at ")[0]
+    assert tables.tradeoff_table(tradeoff)["95 % interval"].tolist() == ["", "", ""]
+    assert plots.tradeoff_figure(tradeoff.results, tradeoff.summary, tables.published_table()).axes
+    # What a sweep relies on: the next run with the same directory trains nothing again.
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(written) == 2 and run().results.equals(tradeoff.results)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
+
+
+def test_every_plan_has_a_checkpoint_of_its_own(tiny_task, dense, tmp_path, in_process):
+    study.tradeoff(tiny_task, {0: dense[0]}, ["TopK"], [6.0, 30.0], **ARGUMENTS | {"checkpoints": tmp_path})
+    assert len(list(tmp_path.iterdir())) == 3  # the dense control, one for each ratio
+
+
+def test_a_point_out_of_reach_alone_is_a_result(tiny_task, dense, in_process):
+    tradeoff = study.tradeoff(tiny_task, {0: dense[0]}, ["Dense", study.HYBRID], [400.0], **ARGUMENTS | {"workers": 1})
+    assert tradeoff.results.empty and tradeoff.summary.empty and len(tradeoff.controls) == 2
+    listed = tables.unreachable_table(tradeoff)
+    assert listed["method"].tolist() == ["Dense", study.HYBRID] and listed["seeds"].tolist() == ["0", "0"]
+    assert "no hybrid plan meets cr_disk 400" in listed["reason"].iloc[1]
+    assert len(tables.tradeoff_table(tradeoff)) == 2 and tradeoff.by_seed().empty
+    assert tables.tradeoff_verdict(tradeoff).data == "**On the front of the means:** none."
+    assert plots.tradeoff_figure(tradeoff.results, tradeoff.summary, tables.published_table()).axes
+    assert tables.record_tradeoff(tradeoff)["results"] == []
+
+
+def test_tables_and_figure_of_a_tradeoff(tradeoff):
+    table = tables.tradeoff_table(tradeoff)
+    assert table["method"].tolist()[:3] == [study.DENSE, study.DENSE_ONCE, "TopK"] and len(table) == 9
+    assert (table["front"] == "yes").sum() == tradeoff.summary["front"].sum()
+    listed = tables.unreachable_table(tradeoff)
+    assert listed[["method", "target_cr_disk", "seeds"]].values.tolist() == [["Dense", 30.0, "0, 1"]]
+    published = tables.published_table()
+    assert published[["ratio", "loss (%)"]].values.tolist() == [[38.4, 1.7], [32.8, 1.896]]
+    assert published["source"].str.contains("DOI 10.").all()
+    figure = plots.tradeoff_figure(tradeoff.results, tradeoff.summary, published)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert set(METHODS_OF_TRADEOFF) < set(labels) and "dense control" in labels
+    low, high = figure.axes[0].get_ylim()
+    assert low > high, "less loss is further up"
+    losses = [*tradeoff.results["loss_points"], 1.7, 0]
+    assert low > max(losses) and high < min(losses)
+    colours = {handle.get_color() + handle.get_marker() for handle in figure.legends[0].legend_handles[2:6]}
+    assert len(colours) == 4
+    assert len(tradeoff.by_seed()) == 14 and len(tradeoff.plans()) == 7
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"methods": ["TopK", "Topk"]}, "a tradeoff knows the methods Dense, TopK, .*hybrid, small dense, got Topk"),
+    ({"methods": []}, r"needs different methods, at least one, got \[\]"),
+    ({"methods": ["TopK", "TopK"]}, "needs different methods"),
+    ({"target_cr_disks": []}, "needs different target_cr_disks"),
+    ({"target_cr_disks": [10, 10.0]}, "needs different target_cr_disks"),
+    ({"target_cr_disks": [10, 0.5]}, "at least 1, got 0.5"),
+    ({"bits": 9}, "2 to 8 bits, got 9"),
+    ({"search_epochs": -1}, "search_epochs of at least 0, got -1"),
+    ({"hidden_size": 12}, "that 8 divides, got 12"),
+    ({"hidden_size": 0, "methods": ["TopK"]}, "at least 1 unit, got 0"),
+    ({"seeds": [0, 0]}, "different seeds"),
+    ({"retrain_epochs": 0}, "epochs of at least 1, got 0"),
+    ({"distillation_weight": 2}, r"distillation_weight in \[0, 1\], got 2"),
+    ({"workers": 0}, "at least 1 worker, got 0"),
+])
+def test_a_tradeoff_is_checked_before_training(tiny_task, change, message):
+    good = {"hidden_size": 16, "methods": list(study.TRADEOFF_METHODS), "target_cr_disks": [10.0, 40], "bits": 6, "seeds": [0],
+            "epochs": 1, "retrain_epochs": 1, "search_epochs": 0, "distillation_weight": 0.0, "workers": 1}
+    study.check_tradeoff(tiny_task, **good)
+    study.check_tradeoff(tiny_task, **good | {"hidden_size": 12, "methods": ["TopK"]})  # 8 is the hybrid plan's rule only
+    with pytest.raises(ValueError, match=message):
+        study.check_tradeoff(tiny_task, **good | change)
+
+
+def test_a_tradeoff_refuses_before_training_also_without_its_check(tiny_task, dense, monkeypatch):
+    monkeypatch.setattr(study, "parallel", lambda *_: pytest.fail("something was started"))
+    with pytest.raises(ValueError, match="a tradeoff knows the methods"):
+        study.tradeoff(tiny_task, dense, ["Topk"], [10.0], **ARGUMENTS)
+    with pytest.raises(ValueError, match="at least 1, got 0.5"):
+        study.tradeoff(tiny_task, dense, ["TopK"], [0.5], **ARGUMENTS)
+
+
+def test_the_notebook_compares_every_method_by_default():
+    methods = runs.read_parameters("tradeoff")["methods"].default
+    assert methods == [*METHODS, study.HYBRID, study.SMALL]

@@ -14,26 +14,30 @@ _NAMES = {
     for module, names in {
         "constrain": "attach bake compress pack",
         "fixedpoint": "QFormat",
-        "methods": "METHODS BlockCirculant Dense TopK",
+        "methods": "METHODS BankBalanced BlockCirculant BlockSparse Dense RowBalanced Structured TopK"
+        " method_from_label",
         "models": "SequenceClassifier build_classifier",
         "packed": "PackedModel load",
         "plan": "Plan uniform",
         "quantise": "calibrate weight_format",
         "report": "show",
-        "sensitivity": "Strength classify hybrid_plan search_hybrid sensitive_gates sensitivity_table strengths",
+        "sensitivity": "Strength check_sensitivity class_stability classify hybrid_plan method_agreement rank_blocks"
+        " search_hybrid seed_agreement sensitive_gates sensitivity_table strengths",
         "sweep": "results",
-        "study": "array_layers check_study compare sensitivity_over_seeds train_dense variants",
+        "study": "array_layers check_study check_tradeoff compare sensitivity_over_seeds tradeoff train_dense variants",
         "runs": "record run",
         "tables": "accuracy_table assumption_table count_table energy_note energy_table hardware_table layout_table"
-        " plan_table present price_table record_study sensitivity_summary signal_table spec_table split_table task_table"
-        " verdict",
+        " plan_table present price_table published_table ranking_table record_sensitivity record_study record_tradeoff"
+        " sensitivity_summary sensitivity_verdict signal_table"
+        " spec_table split_table stability_table task_table tradeoff_table tradeoff_verdict unreachable_table verdict",
         "train": "evaluate fit load_checkpoint paired_interval save_checkpoint",
     }.items()
     for name in names.split()
 }
 _SUBMODULES = (
-    "array", "constrain", "container", "engine", "fixedpoint", "gates", "index", "methods", "models", "packed", "pareto",
-    "plan", "plots", "quantise", "report", "runs", "sensitivity", "study", "sweep", "tables", "tasks", "train",
+    "array", "budget", "constrain", "container", "engine", "fixedpoint", "gates", "index", "methods", "models", "packed",
+    "pareto", "plan", "plots", "published", "quantise", "report", "runs", "sensitivity", "study", "sweep", "tables",
+    "tasks", "train",
 )  # fmt: skip
 
 __all__ = ["__version__", *_NAMES, *_SUBMODULES]

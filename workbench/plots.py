@@ -2,7 +2,9 @@
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -10,7 +12,15 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 COLOURS = {"mac": "#0072B2", "drain": "#56B4E9", "activation": "#E69F00", "elementwise": "#D55E00", "multicast": "#009E73",
            "load": "#CC79A7", "config": "#999999"}
 PALE = ("drain", "activation")  # kinds whose bars need dark letters
+GATE_COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7")  # in the model's order
+MATRIX_LINES = ("--", "-", ":", "-.")  # of the weight matrices, in the model's order
+LINEAR_NATS = 0.01  # losses are drawn on a logarithmic scale down to this, and linearly below
 SENSITIVE, INSENSITIVE = "#D55E00", "#0072B2"
+# One pair a method: colours of the same palette (the last two of Tol 2021), and markers whose count shares no divisor.
+METHOD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black", "#882255", "#999933")
+METHOD_MARKERS = "os^Dv<P>Xp"
+_LOSS_TICKS = (-20, -10, -5, -3, -2, -1, 0, 1, 2, 3, 5, 10, 20, 50, 100)
+_RATIO_TICKS = [step * 10**power for power in range(5) for step in (1, 2, 5)]
 
 
 def sensitivity_figure(table: pd.DataFrame, classes: pd.DataFrame) -> Figure:
@@ -32,6 +42,113 @@ def sensitivity_figure(table: pd.DataFrame, classes: pd.DataFrame) -> Figure:
     right.legend([Patch(color=SENSITIVE), Patch(color=INSENSITIVE), right.get_lines()[0]],
                  ["sensitive", "insensitive", "mean of the gates"], fontsize="small", loc="upper center",
                  bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False, columnspacing=1, handlelength=1.2)
+    return figure
+
+
+def excess_loss_figure(table: pd.DataFrame) -> Figure:
+    """Map of the excess validation loss, mean over the seeds: a row a block, a column a compression.
+
+    The colours are logarithmic on both sides of zero and linear within LINEAR_NATS of it.
+    """
+    values = table.pivot_table(index="block", columns="compression", values="excess_loss", sort=False)
+    figure = Figure(figsize=(max(6, 2.4 + 0.65 * values.shape[1]), 1.9 + 0.36 * values.shape[0]), layout="constrained")
+    axis = figure.subplots()
+    largest = max(float(values.abs().to_numpy().max()), 10 * LINEAR_NATS)
+    norm = SymLogNorm(linthresh=LINEAR_NATS, vmin=-largest, vmax=largest)
+    image = _numbered_map(axis, values, norm, "RdBu_r", "{:.3f}")
+    figure.colorbar(image, ax=axis, label="excess validation loss (nats)", shrink=0.9)
+    return figure
+
+
+def _numbered_map(axis, values, norm, cmap, form):
+    """A coloured cell with its number for every value of a frame; values that are not there stay empty."""
+    image = axis.imshow(values.to_numpy(), norm=norm, cmap=cmap, aspect="auto")
+    for row, column in np.argwhere(values.notna().to_numpy()):
+        value = values.iat[row, column]
+        # Both ends of a diverging map are dark, its middle is pale. Adding zero turns a rounded -0.0 into 0.0.
+        axis.text(column, row, form.format(round(value, 3) + 0.0), ha="center", va="center", fontsize=7,
+                  color="white" if abs(norm(value) - 0.5) > 0.35 else "black")
+    axis.set_xticks(range(values.shape[1]), values.columns, rotation=40, ha="right", rotation_mode="anchor", fontsize="small")
+    axis.set_yticks(range(values.shape[0]), values.index, fontsize="small")
+    return image
+
+
+def excess_curve_figure(table: pd.DataFrame) -> Figure:
+    """Excess loss of each block against that block's own ratio: a panel per method and width, a line per block through the
+    means of the seeds, every seed a pale point. A method of a single strength has one panel, over its widths."""
+    panels = {}
+    for family, group in table.groupby(table["method"].str.split().str[0], sort=False):
+        if group["method"].nunique() > 1:
+            panels |= {f"{family}, {width} bits": rows for width, rows in group.groupby("bits", sort=False)}
+        else:
+            panels[group["method"].iloc[0]] = group
+    gates, parameters = list(table["gate"].unique()), list(table["block"].str.rsplit(".", n=1).str[0].unique())
+    figure = Figure(figsize=(10, 3.3 * -(-len(panels) // 2) + 0.7), layout="constrained")
+    axes = figure.subplots(-(-len(panels) // 2), 2, sharex=True, sharey=True, squeeze=False)
+    for axis, (title, rows) in zip(axes.flat, panels.items(), strict=False):
+        for block, points in rows.groupby("block", sort=False):
+            colour = GATE_COLOURS[gates.index(points["gate"].iloc[0]) % len(GATE_COLOURS)]
+            style = MATRIX_LINES[parameters.index(block.rsplit(".", 1)[0]) % len(MATRIX_LINES)]
+            means = points.groupby("compression")[["cr_disk", "excess_loss"]].mean().sort_values("cr_disk")
+            axis.plot(points["cr_disk"], points["excess_loss"], "o", color=colour, alpha=0.25, markersize=4)
+            axis.plot(means["cr_disk"], means["excess_loss"], style, color=colour, marker="o", markersize=5, label=block)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("symlog", linthresh=LINEAR_NATS)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_title(title, fontsize="medium")
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelbottom=True)
+    for axis in axes.flat[len(panels):]:
+        axis.remove()
+    figure.supxlabel("cr_disk of the block alone", fontsize="medium")
+    figure.supylabel("excess validation loss (nats)", fontsize="medium")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize="small")
+    return figure
+
+
+def rank_figure(ranks: pd.DataFrame) -> Figure:
+    """Rank of every block, a panel per compression: each seed a point (the first on top), a bar at the mean, the top quarter
+    shaded. The blocks are in the order of their mean rank over everything."""
+    order = list(ranks.groupby("block")["rank"].mean().sort_values(kind="stable").index)
+    seeds = list(ranks["seed"].unique())
+    names = list(ranks["compression"].unique())
+    across = min(4, len(names))
+    figure = Figure(figsize=(max(5, 1.6 + 2.2 * across), (0.9 + 0.2 * len(order)) * -(-len(names) // across) + 0.4),
+                    layout="constrained")
+    axes = figure.subplots(-(-len(names) // across), across, sharex=True, sharey=True, squeeze=False)
+    offsets = np.linspace(-0.25, 0.25, len(seeds)) if len(seeds) > 1 else [0.0]
+    for axis, name in zip(axes.flat, names, strict=False):
+        group = ranks[ranks["compression"] == name]
+        for seed, offset in zip(seeds, offsets, strict=True):
+            of_seed = group[group["seed"] == seed].set_index("block")["rank"].reindex(order)
+            (point,) = axis.plot(of_seed, np.arange(len(order)) + offset, "o", color="#0072B2", alpha=0.8, markersize=4)
+        means = group.groupby("block")["rank"].mean().reindex(order)
+        (bar,) = axis.plot(means, np.arange(len(order)), "|", color="#D55E00", markersize=11, markeredgewidth=2.5)
+        shade = axis.axvspan(0.5, max(1, len(order) / 4) + 0.5, color="#999999", alpha=0.2, linewidth=0)
+        axis.set_title(name, fontsize="small")
+        axis.grid(axis="y", alpha=0.3)
+        axis.tick_params(labelbottom=True)
+    axes[0, 0].set(xlim=(0.5, len(order) + 0.5), xticks=range(1, len(order) + 1))
+    axes[0, 0].set_yticks(range(len(order)), order)
+    axes[0, 0].invert_yaxis()
+    for axis in axes.flat:
+        axis.tick_params(labelsize="small")
+    for axis in axes.flat[len(names):]:
+        axis.remove()
+    figure.legend([point, bar, shade], ["one seed (the first on top)", "mean of the seeds", "top quarter"],
+                  loc="outside upper center", ncols=3, fontsize="small")
+    figure.supxlabel("rank (1: the largest excess loss)", fontsize="medium")
+    return figure
+
+
+def agreement_figure(agreement: pd.DataFrame) -> Figure:
+    """Map of Spearman's correlation between the rankings of the blocks under every two compressions."""
+    size = len(agreement)
+    figure = Figure(figsize=(3.4 + 0.48 * size, 2.2 + 0.36 * size), layout="constrained")
+    axis = figure.subplots()
+    image = _numbered_map(axis, agreement, Normalize(-1, 1), "RdBu_r", "{:.2f}")
+    figure.colorbar(image, ax=axis, label="Spearman's correlation", shrink=0.9)
     return figure
 
 
@@ -141,3 +258,50 @@ def sweep_figure(points: pd.DataFrame, samples: pd.DataFrame, x: str, y: str, lo
 def _deviation(points, name):
     deviation = points[f"std {name[2:]}"]
     return deviation.where(deviation > 0, 0)
+
+
+def tradeoff_figure(results: pd.DataFrame, summary: pd.DataFrame, published: pd.DataFrame) -> Figure:
+    """Accuracy loss against compression ratio, both axes such that better is up and right. Seeds are pale points, means have
+    the standard deviation of the loss; means on the front are joined and full, the others grey inside."""
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    axis = figure.subplots()
+    axis.axhline(0, color="black", linestyle="--", linewidth=1)
+    front = summary[summary["front"]].sort_values("cr_disk")
+    axis.plot(front["cr_disk"], front["loss (points)"], color="black", linewidth=1.5, alpha=0.6, zorder=2)
+    handles = [Line2D([], [], color="black", linestyle="--", linewidth=1, label="dense control"),
+               Line2D([], [], color="black", alpha=0.6, label="front of the means")]
+    for n, (method, means) in enumerate(summary.groupby("method", sort=False)):
+        colour, marker = METHOD_COLOURS[n % len(METHOD_COLOURS)], METHOD_MARKERS[n % len(METHOD_MARKERS)]
+        seeds = results[results["method"] == method]
+        axis.plot(seeds["cr_disk"], seeds["loss_points"], marker, color=colour, alpha=0.3, markersize=4, markeredgewidth=0)
+        axis.errorbar(means["cr_disk"], means["loss (points)"], means["loss std"].fillna(0), color=colour, fmt="none",
+                      capsize=2, elinewidth=1, alpha=0.5)
+        for best, inside in ((False, "lightgrey"), (True, colour)):
+            part = means[means["front"] == best]
+            axis.plot(part["cr_disk"], part["loss (points)"], marker, markersize=8, markeredgecolor=colour,
+                      markerfacecolor=inside, markeredgewidth=1.5, zorder=3)
+        handles.append(Line2D([], [], color=colour, marker=marker, linestyle="none", label=method))
+    for _, point in published.iterrows():
+        axis.plot(point["ratio"], point["loss (%)"], "*", markersize=14, color="black", markerfacecolor="none", zorder=3)
+        axis.annotate(point["work"], (point["ratio"], point["loss (%)"]), (-8, 4), textcoords="offset points",
+                      ha="right", fontsize="small")
+    handles += [
+        Line2D([], [], color="grey", marker="o", markerfacecolor="lightgrey", linestyle="none", label="mean off the front"),
+        Line2D([], [], color="grey", marker="o", markersize=4, markeredgewidth=0, linestyle="none", label="one seed"),
+        Line2D([], [], color="black", marker="*", markersize=12, markerfacecolor="none", linestyle="none",
+               label="published, other data,\nratio counted their way"),
+    ]
+    ratios = [*results["cr_disk"], *published["ratio"]]
+    ticks = [tick for tick in _RATIO_TICKS if min(ratios) / 1.3 <= tick <= max(ratios) * 1.3]
+    axis.set(xscale="log", xlabel="compression ratio cr_disk (log scale; better: right)",
+             ylabel="accuracy loss against the dense control (percentage points,\n"
+                    "mean ± std over seeds; linear up to 2, log beyond; better: up)")
+    axis.set_yscale("symlog", linthresh=2, linscale=1.2)
+    axis.set_yticks(_LOSS_TICKS, map(str, _LOSS_TICKS))
+    axis.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+    axis.minorticks_off()
+    losses = [*results["loss_points"], *published["loss (%)"], 0]
+    axis.set_ylim(max(losses) * 1.3 + 0.5, min(losses) * 1.3 - 0.5)
+    axis.grid(alpha=0.3)
+    figure.legend(handles=handles, loc="outside right upper", fontsize="small", frameon=False)
+    return figure

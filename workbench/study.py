@@ -1,12 +1,16 @@
-"""One study: dense models, their compressed versions and the controls, over several seeds, on as many processes.
+"""Studies: dense models, their compressed versions and the controls, over several seeds, on as many processes.
+
+compare: the hybrid plan and its rivals at one compression ratio; tradeoff: every method at several.
 
 Every training runs single-threaded in a process of its own, so results do not depend on the number of workers.
 """
 
 import hashlib
+import inspect
 import json
 import math
 import multiprocessing
+import operator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,23 +21,25 @@ import torch
 from tqdm import tqdm
 
 from workbench import constrain, models, train
+from workbench.array.cost import BASELINE
+from workbench.budget import OutOfReach, check_bits, check_target, uniform_plan
 from workbench.constrain import attach, bake, compress, pack
-from workbench.gates import blocks
-from workbench.methods import BlockCirculant, Dense, Method, base, circulant, sparse
-from workbench.methods import dense as dense_method
+from workbench.gates import blocks, dense_weights
+from workbench.methods import METHODS, BlockCirculant, Dense, Method, TopK, base, method_label
 from workbench.packed import PackedLayer, PackedModel
+from workbench.pareto import pareto_front
 from workbench.plan import Plan, uniform
 from workbench.quantise import calibrate
 from workbench.sensitivity import (
     LOSSLESS_BITS,
     Strength,
     calibration_batches,
-    check_target,
+    classify,
     hybrid_plan,
-    nearest_uniform,
+    search_hybrid,
+    sensitive_gates,
     sensitivity_table,
     strengths,
-    uniform_topk,
 )
 from workbench.tasks import Task
 from workbench.train import evaluate, fit, paired_interval
@@ -42,11 +48,20 @@ CONTROL_BITS = 8  # weights of the small dense control
 DENSE = "dense control"
 DENSE_ONCE = "dense, trained once"  # where retraining makes the dense control worse, this shows it
 HYBRID = "hybrid"
-SMALL = "small dense 8-bit"
+SMALL = "small dense"
 UNIFORM_TOPK = "uniform Top-k"
 UNIFORM_CIRCULANT = "uniform circulant"
-DENSE_16 = "dense 16-bit"  # the array's baseline
-VARIANTS = (DENSE, DENSE_ONCE, HYBRID, SMALL, UNIFORM_TOPK, UNIFORM_CIRCULANT)
+UNIFORM = {UNIFORM_TOPK: TopK, UNIFORM_CIRCULANT: BlockCirculant}  # the hybrid plan's own methods, each alone
+VARIANTS = (DENSE, DENSE_ONCE, HYBRID, SMALL, *UNIFORM)
+TRADEOFF_METHODS = (*METHODS, HYBRID, SMALL)
+RESULT_COLUMNS = [
+    "method", "target_cr_disk", "seed", "hidden_size", "strength", "bits", "cr_params", "cr_bits", "cr_disk", "cr_model",
+    "rnn_bytes", "valid_accuracy_before", "valid_accuracy", "valid_loss", "test_accuracy", "test_loss", "loss_points",
+]  # fmt: skip
+SUMMARY_COLUMNS = [
+    "method", "target_cr_disk", "units", "strength", "bits", "cr_params", "cr_bits", "cr_disk", "accuracy %", "std", "seeds",
+    "loss (points)", "low", "high", "loss std", "cross-entropy",
+]  # fmt: skip
 
 
 def parallel(function, jobs: list[tuple], workers: int, description: str) -> list:
@@ -72,15 +87,47 @@ def check_seeds(seeds: list[int]) -> None:
 
 def check_study(task: Task, *, hidden_size: int, target_cr_disk: float, seeds: list[int], epochs: int, retrain_epochs: int,
                 distillation_weight: float, steps: int, workers: int) -> None:
-    """Refuse bad values before any training."""
+    """Refuse the bad values of a comparison before any training."""
     strengths(hidden_size)
     check_target(target_cr_disk)
+    _check_training(task, seeds, epochs, retrain_epochs, distillation_weight)
+    _check_counts(step=steps, worker=workers)
+
+
+def check_tradeoff(task: Task, *, hidden_size: int, methods: list[str], target_cr_disks: list[float], bits: int,
+                   seeds: list[int], epochs: int, retrain_epochs: int, search_epochs: int, distillation_weight: float,
+                   workers: int) -> None:
+    """Refuse the bad values of a tradeoff before any training."""
+    _check_points(methods, target_cr_disks, bits, search_epochs)
+    if HYBRID in methods:
+        strengths(hidden_size)
+    _check_training(task, seeds, epochs, retrain_epochs, distillation_weight)
+    _check_counts(unit=hidden_size, worker=workers)
+
+
+def _check_points(methods, target_cr_disks, bits, search_epochs):
+    if unknown := [method for method in methods if method not in TRADEOFF_METHODS]:
+        raise ValueError(f"a tradeoff knows the methods {', '.join(TRADEOFF_METHODS)}, got {', '.join(map(str, unknown))}")
+    for target in target_cr_disks:
+        check_target(target)
+    for what, values in (("methods", methods), ("target_cr_disks", target_cr_disks)):
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"a tradeoff needs different {what}, at least one, got {values}")
+    check_bits(bits)
+    if search_epochs < 0:
+        raise ValueError(f"a tradeoff needs search_epochs of at least 0, got {search_epochs}")
+
+
+def _check_training(task, seeds, epochs, retrain_epochs, distillation_weight):
     check_seeds(seeds)
     for count in (epochs, retrain_epochs):
         replace(task.recipe, epochs=count)
     if not 0 <= distillation_weight <= 1:
         raise ValueError(f"a study needs a distillation_weight in [0, 1], got {distillation_weight}")
-    for name, count in (("step", steps), ("worker", workers)):
+
+
+def _check_counts(**counts):
+    for name, count in counts.items():
         if count < 1:
             raise ValueError(f"a study needs at least 1 {name}, got {count}")
 
@@ -101,12 +148,13 @@ def _train_dense(task, hidden_size, seed, epochs, checkpoints):
 
 
 def _once(model, task, key, checkpoints, training, constraints=()):
-    """Run the training, or load what an earlier run of the same training left in the directory."""
+    """Run the training, or load what an earlier run of the same training left in the directory. constraints: files whose
+    code takes part in it."""
     if checkpoints is None:
         training()
         return model
     # What decides the result: the task's data and recipe, the arguments, and the code that trains.
-    code = b"".join(Path(module.__file__).read_bytes() for module in (models, train, *constraints))
+    code = b"".join(Path(file).read_bytes() for file in (models.__file__, train.__file__, *constraints))
     name = hashlib.sha256(f"{task.digest} {task.split} {task.recipe} {key} ".encode() + code).hexdigest()[:16]
     path = Path(checkpoints) / f"{name}.safetensors"
     if path.is_file():
@@ -118,8 +166,8 @@ def _once(model, task, key, checkpoints, training, constraints=()):
     return model
 
 
-def sensitivity_over_seeds(task: Task, dense: dict[int, torch.nn.Module], methods: list[Method], *, bits: int, epochs: int,
-                           workers: int) -> pd.DataFrame:
+def sensitivity_over_seeds(task: Task, dense: dict[int, torch.nn.Module], methods: list[Method], *,
+                           bits: int | list[int], epochs: int, workers: int) -> pd.DataFrame:
     """sensitivity_table of every seed's model, one below the other, with the seed as a column."""
     jobs = [(model, task, methods, bits, epochs, seed) for seed, model in dense.items()]
     tables = parallel(_sensitivity, jobs, workers, "sensitivity")
@@ -157,14 +205,18 @@ class Comparison:
         with its 95 % interval, paired by seed and test item (points)."""
         rows = []
         for variant, group in self.results.groupby("variant", sort=False):
-            low, mean, high = paired_interval(self.correct[DENSE], self.correct[variant], seed=0)
             rows.append({
                 "variant": variant, "units": int(group["hidden_size"].iloc[0]), "arithmetic": group["arithmetic"].iloc[0],
-                "cr_disk": group["cr_disk"].mean(), "accuracy %": group["test_accuracy"].mean(),
-                "std": group["test_accuracy"].std(ddof=1), "cross-entropy": group["test_loss"].mean(),
-                "loss (points)": mean, "low": low, "high": high, "seeds": len(group),
-            })
+                "cr_disk": group["cr_disk"].mean(),
+            } | _statistics(group, self.correct[DENSE], self.correct[variant]))
         return pd.DataFrame(rows)
+
+
+def _statistics(group, reference, correct) -> dict:
+    """Over the seeds of one model: accuracy, and its loss against the reference with the paired interval (points)."""
+    low, mean, high = paired_interval(reference, correct, seed=0)
+    return {"accuracy %": group["test_accuracy"].mean(), "std": group["test_accuracy"].std(ddof=1),
+            "cross-entropy": group["test_loss"].mean(), "loss (points)": mean, "low": low, "high": high, "seeds": len(group)}
 
 
 def compare(task: Task, dense: dict[int, torch.nn.Module], sensitive: list[str], strength: Strength,
@@ -184,9 +236,17 @@ def compare(task: Task, dense: dict[int, torch.nn.Module], sensitive: list[str],
         raise ValueError(f"compare needs the variant {DENSE!r} as the reference, got {', '.join(variants)}")
     # The plans come first: a target out of reach is refused before any training.
     plans = {seed: _plans(model, task, sensitive, strength, target_cr_disk, variants) for seed, model in dense.items()}
-    jobs = [(task, model, plans[seed].get(variant), variant, seed, dense_epochs, epochs, distillation_weight, checkpoints,
-             target_cr_disk) for variant in sorted(variants, key=lambda v: v != SMALL) for seed, model in dense.items()]
-    rows = parallel(_variant, jobs, workers, "retraining")
+    retraining = Retraining(dense_epochs, epochs, distillation_weight, checkpoints)
+    jobs = []
+    for variant in sorted(variants, key=lambda v: v != SMALL):  # the longest first
+        for seed, model in dense.items():
+            if variant == SMALL:
+                jobs.append((_small_control, task, model, target_cr_disk, seed, retraining))
+            elif variant in (DENSE, DENSE_ONCE):
+                jobs.append((_dense_control, task, model, variant, seed, retraining))
+            else:
+                jobs.append((_compressed, task, model, model, plans[seed][variant], variant, seed, retraining))
+    rows = parallel(operator.call, jobs, workers, "retraining")
     rows.sort(key=lambda row: variants.index(row["variant"]))
     by_variant = {v: [row for row in rows if row["variant"] == v] for v in variants}
     apart = ("correct", "packed", "plan")
@@ -200,12 +260,13 @@ def compare(task: Task, dense: dict[int, torch.nn.Module], sensitive: list[str],
 
 def _plans(model, task, sensitive, strength, target_cr_disk, variants):
     signals = calibrate(model, calibration_batches(task))
-    makers = {
-        HYBRID: lambda: hybrid_plan(model, sensitive, strength, target_cr_disk, signals),
-        UNIFORM_TOPK: lambda: uniform_topk(model, strength.topk_bits, target_cr_disk, signals),
-        UNIFORM_CIRCULANT: lambda: uniform_circulant(model, target_cr_disk, signals),
-    }
-    return {variant: make() for variant, make in makers.items() if variant in variants}
+    plans = {}
+    if HYBRID in variants:
+        plans[HYBRID] = hybrid_plan(model, sensitive, strength, target_cr_disk, signals)
+    for variant, bits in ((UNIFORM_TOPK, strength.topk_bits), (UNIFORM_CIRCULANT, strength.circulant_bits)):
+        if variant in variants:
+            plans[variant] = uniform_plan(model, UNIFORM[variant], bits, target_cr_disk, signals)
+    return plans
 
 
 def array_layers(model: torch.nn.Module, task: Task, comparison: Comparison, seed: int, strength: Strength,
@@ -215,25 +276,19 @@ def array_layers(model: torch.nn.Module, task: Task, comparison: Comparison, see
     A variant that the comparison retrained is taken from there; a uniform plan that it did not is packed one-shot.
     """
     signals = calibrate(model, calibration_batches(task))
-    packed = {DENSE_16: pack(model, uniform(model, Dense(), LOSSLESS_BITS, signals))}
-    for variant, plan in _plans(model, task, [], strength, target_cr_disk, (UNIFORM_TOPK, UNIFORM_CIRCULANT)).items():
-        retrained = comparison.packed.get(variant)
-        packed[variant] = retrained[seed] if retrained else pack(model, plan)
-    packed |= {variant: comparison.packed[variant][seed] for variant in (SMALL, HYBRID)}
-    return {label: next(iter(p.layers.values())) for label, p in packed.items()}
+    missing = [variant for variant in UNIFORM if variant not in comparison.packed]
+    packed = {BASELINE: pack(model, uniform(model, Dense(), LOSSLESS_BITS, signals))}
+    packed |= {variant: pack(model, plan)
+               for variant, plan in _plans(model, task, [], strength, target_cr_disk, missing).items()}
+    packed |= {variant: by_seed[seed] for variant, by_seed in comparison.packed.items()}
+    order = (BASELINE, SMALL, *UNIFORM, HYBRID)
+    return {label: next(iter(packed[label].layers.values())) for label in order}
 
 
 def _stored_parameters(model) -> int:
     """Parameters of a dense classifier as it would be stored: the two biases of its LSTM merged into one."""
     merged = sum(p.numel() for name, p in model.named_parameters() if "bias_hh" in name)
     return sum(p.numel() for p in model.parameters()) - merged
-
-
-def uniform_circulant(model, target_cr_disk: float, signals) -> Plan:
-    """Every gate block-circulant: of all power-of-two blocks at 4 to 8 bits the plan whose size comes nearest to the budget."""
-    hidden = {b.shape[0] for b in blocks(model).values()}
-    sizes = [2**n for n in range(1, 11) if all(h % 2**n == 0 for h in hidden)]
-    return nearest_uniform(model, [BlockCirculant(k) for k in sizes], range(4, 9), target_cr_disk, signals)
 
 
 def small_hidden_size(num_features: int, payload_bits: int) -> int:
@@ -244,49 +299,207 @@ def small_hidden_size(num_features: int, payload_bits: int) -> int:
     return hidden_size
 
 
-def _variant(task, dense, plan, variant, seed, dense_epochs, epochs, distillation_weight, checkpoints, target_cr_disk):
-    """Train one variant of one seed and measure it; the only place of a study that reads the test split."""
-    settings = {"seed": seed, "epochs": epochs, "progress": False}
-    if distillation_weight:
-        settings |= {"teacher": dense, "distillation_weight": distillation_weight}
-    hidden_size = next(iter(blocks(dense).values())).shape[0]
-    dense_weights = sum(b.shape[0] * b.shape[1] for b in blocks(dense).values())
-    start = dense
-    if variant == SMALL:
-        hidden_size = small_hidden_size(task.num_features, math.ceil(32 * dense_weights / target_cr_disk))
-        start = _train_dense(task, hidden_size, seed, dense_epochs, checkpoints)
-        plan = uniform(start, Dense(), CONTROL_BITS, calibrate(start, calibration_batches(task)))
-    row = {"variant": variant, "seed": seed, "hidden_size": hidden_size, "plan": None, "packed": None}
-    if variant in (DENSE, DENSE_ONCE):
-        measured = bake(dense)
-        before = evaluate(measured, task, "valid")
-        if variant == DENSE:
-            key = f"dense control {hidden_size} {seed} {dense_epochs} {epochs} {distillation_weight}"
-            _once(measured, task, key, checkpoints, lambda: fit(measured, task, **settings))
-        row |= {"arithmetic": "float", "cr_params": 1.0, "cr_bits": 1.0, "cr_disk": 1.0, "cr_model": 1.0,
-                "rnn_bytes": 4 * dense_weights}
-    else:
-        before = evaluate(attach(start, pack(start, plan)), task, "valid")
-        compressed = compress(start, plan)
-        key = f"{variant} {hidden_size} {seed} {dense_epochs} {epochs} {distillation_weight} {json.dumps(plan.to_json())}"
-        _once(compressed, task, key, checkpoints, lambda: fit(compressed, task, **settings),
-              constraints=(constrain, base, circulant, dense_method, sparse))
-        # Retraining moves the ranges of the signals, so their formats are calibrated on the model that is packed.
-        plan = plan.with_signals(calibrate(compressed, calibration_batches(task)))
-        packed = pack(compressed, plan)
-        measured = attach(compressed, packed)
-        # Every ratio is against the dense model, also that of the control with fewer units.
-        dense_bits, stored = 32 * dense_weights, sum(block.stored_values for block in packed.blocks.values())
-        rest = 32 * (packed.rnn_bias_params + packed.other_params)
-        row |= {"arithmetic": "integers", "cr_params": dense_weights / stored,
-                "cr_bits": dense_bits / packed.value_bits, "cr_disk": dense_bits / packed.storage_bits,
-                "cr_model": 32 * _stored_parameters(dense) / (packed.storage_bits + rest),
-                "rnn_bytes": packed.storage_bits // 8, "plan": plan, "packed": packed}
-    valid, test = evaluate(measured, task, "valid"), evaluate(measured, task, "test")
-    return row | {"valid_accuracy_before": before.accuracy, "valid_accuracy": valid.accuracy, "valid_loss": valid.loss,
-                  "test_accuracy": test.accuracy, "test_loss": test.loss, "correct": test.correct}
+@dataclass(frozen=True)
+class Retraining:
+    """dense_epochs: from scratch; epochs: of retraining; checkpoints: directory that keeps what is trained, or None."""
+
+    dense_epochs: int
+    epochs: int
+    distillation_weight: float
+    checkpoints: str | Path | None
+
+    def run(self, model, task: Task, teacher, seed: int, what: str, constraints=()) -> None:
+        """Retrain the model in place, for the same epochs whatever it is; `what` tells it from others of its seed."""
+        settings = {"seed": seed, "epochs": self.epochs, "progress": False}
+        if self.distillation_weight:
+            settings |= {"teacher": teacher, "distillation_weight": self.distillation_weight}
+        key = f"{what} {_units(teacher)} {seed} {self.dense_epochs} {self.epochs} {self.distillation_weight}"
+        _once(model, task, key, self.checkpoints, lambda: fit(model, task, **settings), constraints)
+
+
+def _units(model) -> int:
+    return next(iter(blocks(model).values())).shape[0]
+
+
+def _dense_control(task, dense, variant, seed, retraining) -> dict:
+    """The dense model in float, retrained (DENSE) or as it was (DENSE_ONCE)."""
+    measured = bake(dense)
+    before = evaluate(measured, task, "valid")
+    if variant == DENSE:
+        retraining.run(measured, task, dense, seed, DENSE)
+    return _identity(variant, seed, dense) | {
+        "arithmetic": "float", "cr_params": 1.0, "cr_bits": 1.0, "cr_disk": 1.0, "cr_model": 1.0,
+        "rnn_bytes": 4 * dense_weights(blocks(dense))} | _measurement(measured, task, before)
+
+
+def _small_control(task, dense, target_cr_disk, seed, retraining) -> dict:
+    """An LSTM with as many units as fill the target's bytes at 8 bits, trained from scratch and then in 8 bits."""
+    payload_bits = math.ceil(32 * dense_weights(blocks(dense)) / target_cr_disk)
+    hidden_size = small_hidden_size(task.num_features, payload_bits)
+    small = _train_dense(task, hidden_size, seed, retraining.dense_epochs, retraining.checkpoints)
+    plan = uniform(small, Dense(), CONTROL_BITS, calibrate(small, calibration_batches(task)))
+    return _compressed(task, dense, small, plan, SMALL, seed, retraining)
+
+
+def _compressed(task, dense, start, plan, variant, seed, retraining) -> dict:
+    """`start` retrained inside the plan, packed, and measured on the integer engine. Ratios are against `dense`."""
+    before = evaluate(attach(start, pack(start, plan)), task, "valid")
+    compressed = compress(start, plan)
+    used = {inspect.getfile(type(entry.method)) for entry in plan.blocks.values()}
+    retraining.run(compressed, task, dense, seed, f"{_units(start)} {json.dumps(plan.to_json())}",
+                   constraints=(constrain.__file__, base.__file__, *sorted(used)))
+    # Retraining moves the ranges of the signals, so their formats are calibrated on the model that is packed.
+    plan = plan.with_signals(calibrate(compressed, calibration_batches(task)))
+    packed = pack(compressed, plan)
+    dense_bits = 32 * dense_weights(blocks(dense))
+    rest = 32 * (packed.rnn_bias_params + packed.other_params)
+    return _identity(variant, seed, start) | {
+        "arithmetic": "integers", "cr_params": dense_bits / 32 / _stored_values(packed),
+        "cr_bits": dense_bits / packed.value_bits, "cr_disk": dense_bits / packed.storage_bits,
+        "cr_model": 32 * _stored_parameters(dense) / (packed.storage_bits + rest),
+        "rnn_bytes": packed.storage_bits // 8, "plan": plan, "packed": packed,
+    } | _measurement(attach(compressed, packed), task, before)
+
+
+def _identity(variant, seed, model):
+    return {"variant": variant, "seed": seed, "hidden_size": _units(model), "plan": None, "packed": None}
+
+
+def _measurement(model, task, before) -> dict:
+    """The only place of a study that reads the test split."""
+    valid, test = evaluate(model, task, "valid"), evaluate(model, task, "test")
+    return {"valid_accuracy_before": before.accuracy, "valid_accuracy": valid.accuracy, "valid_loss": valid.loss,
+            "test_accuracy": test.accuracy, "test_loss": test.loss, "correct": test.correct}
+
+
+def _stored_values(packed) -> int:
+    return sum(block.stored_values for block in packed.blocks.values())
 
 
 def variants(uniform_controls: bool) -> list[str]:
     """The variants of a comparison: always the hybrid model and the two dense controls."""
     return [DENSE, DENSE_ONCE, HYBRID, SMALL] + [UNIFORM_TOPK, UNIFORM_CIRCULANT] * uniform_controls
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """Compression ratio against accuracy. results: one row per method, target and seed; summary: one row per method and
+    target: means over the seeds, the strength of the first, whether the mean is on the front; controls: the dense models
+    per seed; unreachable: the points that no plan reaches, and why."""
+
+    results: pd.DataFrame
+    summary: pd.DataFrame
+    controls: pd.DataFrame
+    unreachable: pd.DataFrame
+
+    def by_seed(self) -> pd.DataFrame:
+        """The figures of every seed that tell models apart, one row per method, target and seed."""
+        names = {"method": "method", "target_cr_disk": "target", "seed": "seed", "strength": "strength", "cr_disk": "cr_disk",
+                 "valid_accuracy_before": "valid % before", "valid_accuracy": "after", "test_accuracy": "test %",
+                 "loss_points": "loss", "test_loss": "test loss"}
+        return self.results[list(names)].rename(columns=names)
+
+    def plans(self) -> pd.DataFrame:
+        """One row per method and target: what was planned, and every compression ratio, mean over the seeds."""
+        columns = ["method", "target_cr_disk", "units", "strength", "bits", "cr_params", "cr_bits", "cr_disk"]
+        return self.summary[columns].rename(columns={"target_cr_disk": "target"})
+
+
+def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], target_cr_disks: list[float], *, bits: int,
+             dense_epochs: int, epochs: int, search_epochs: int, distillation_weight: float, workers: int,
+             checkpoints: str | Path | None = None) -> Tradeoff:
+    """Retrain every method at every target from the dense model of each seed, for the same epochs, and measure it on the
+    integer engine.
+
+    methods: a name of METHODS is its uniform plan (see uniform_plan) of about `bits` bits. "hybrid" is the hybrid plan:
+    sensitive gates from a one-shot measurement of all seeds, the strength (with widths of its own, see strengths) from
+    search_epochs of retraining on the first seed. "small dense" has as many units as fill the target's bytes at 8 bits; it
+    is trained from scratch for dense_epochs and then, in 8 bits, for epochs. Losses are against the dense control,
+    retrained alike once per seed. Points that a method cannot reach are listed.
+    """
+    _check_points(methods, target_cr_disks, bits, search_epochs)
+    retraining = Retraining(dense_epochs, epochs, distillation_weight, checkpoints)
+    hybrids = _search_hybrids(task, dense, target_cr_disks, search_epochs, workers) if HYBRID in methods else {}
+    jobs = [(_point, task, model, method, target, seed, bits, hybrids.get(target), retraining)
+            for method in sorted(methods, key=lambda method: method != SMALL)  # the longest first
+            for target in target_cr_disks for seed, model in dense.items()]
+    jobs += [(_dense_control, task, model, variant, seed, retraining)
+             for variant in (DENSE, DENSE_ONCE) for seed, model in dense.items()]
+    rows = parallel(operator.call, jobs, workers, "retraining")
+    points, controls = rows[:-2 * len(dense)], rows[-2 * len(dense):]
+    points.sort(key=lambda row: (methods.index(row["method"]), target_cr_disks.index(row["target_cr_disk"])))
+    reference = {row["seed"]: row for row in controls if row["variant"] == DENSE}
+    reached = [row | {"loss_points": _loss_points(reference[row["seed"]], row)} for row in points if "reason" not in row]
+    columns = ["variant", "seed", "valid_accuracy", "valid_loss", "test_accuracy", "test_loss"]
+    return Tradeoff(
+        pd.DataFrame(reached, columns=RESULT_COLUMNS),
+        _summary(reached, reference),
+        pd.DataFrame(controls)[columns],
+        pd.DataFrame([row for row in points if "reason" in row], columns=["method", "target_cr_disk", "seed", "reason"]),
+    )
+
+
+def _search_hybrids(task, dense, target_cr_disks, epochs, workers):
+    """Target -> (sensitive gates, Strength), found on the validation split, or the OutOfReach that says why none is."""
+    table = sensitivity_over_seeds(task, dense, [TopK(0.125), BlockCirculant(8)], bits=8, epochs=0, workers=workers)
+    sensitive = sensitive_gates(classify(table))
+    seed, model = next(iter(dense.items()))
+    jobs = [(task, model, sensitive, target, seed, epochs) for target in target_cr_disks]
+    return dict(zip(target_cr_disks, parallel(_search_hybrid, jobs, workers, "hybrid plans"), strict=True))
+
+
+def _search_hybrid(task, model, sensitive, target_cr_disk, seed, epochs):
+    candidates = strengths(_units(model))
+    try:
+        found = search_hybrid(model, task, sensitive, target_cr_disk, candidates, epochs=epochs, seed=seed)
+    except OutOfReach as error:
+        return error
+    return sensitive, found["strength"].iloc[0]
+
+
+def _point(task, dense, method, target_cr_disk, seed, bits, hybrid, retraining) -> dict:
+    """One method at one target: its row, or the reason why it is out of reach. hybrid: what _search_hybrids found."""
+    point = {"method": method, "target_cr_disk": target_cr_disk, "seed": seed}
+    if method == SMALL:
+        row = _small_control(task, dense, target_cr_disk, seed, retraining)
+    else:
+        signals = calibrate(dense, calibration_batches(task))
+        try:
+            if method != HYBRID:
+                plan = uniform_plan(dense, METHODS[method], bits, target_cr_disk, signals)
+            elif isinstance(hybrid, OutOfReach):
+                raise hybrid
+            else:
+                plan = hybrid_plan(dense, *hybrid, target_cr_disk, signals)
+        except OutOfReach as error:
+            return point | {"reason": str(error)}
+        row = _compressed(task, dense, dense, plan, method, seed, retraining)
+    packed, labels = row["packed"], {method_label(entry.method): None for entry in row["plan"].blocks.values()}
+    return row | point | {"strength": ", ".join(labels), "bits": packed.value_bits / _stored_values(packed),
+                          "plan": None, "packed": None}
+
+
+def _loss_points(control, row) -> float:
+    """Test accuracy lost, in points; from whole items, so that no loss is exactly 0."""
+    return 100 * (int(control["correct"].sum()) - int(row["correct"].sum())) / len(row["correct"])
+
+
+def _summary(rows, reference) -> pd.DataFrame:
+    """reference: seed -> row of the dense control."""
+    points = {}
+    for row in rows:
+        points.setdefault((row["method"], row["target_cr_disk"]), []).append(row)
+    table = []
+    for (method, target), group in points.items():
+        frame = pd.DataFrame(group)
+        found = _statistics(frame, np.array([reference[row["seed"]]["correct"] for row in group]),
+                            np.array([row["correct"] for row in group]))
+        if len(group) == 1:  # one seed says nothing of the spread over seeds
+            found |= {"low": None, "high": None}
+        table.append({
+            "method": method, "target_cr_disk": target, "units": group[0]["hidden_size"],
+            "strength": group[0]["strength"], "bits": frame["bits"].mean(),
+            "loss std": frame["loss_points"].std(ddof=1),
+        } | {name: frame[name].mean() for name in ("cr_params", "cr_bits", "cr_disk")} | found)
+    summary = pd.DataFrame(table, columns=SUMMARY_COLUMNS)
+    return summary.assign(front=pareto_front(summary["cr_disk"], summary["loss (points)"], lower_y=True))

@@ -4,16 +4,20 @@ import hashlib
 from dataclasses import fields
 from numbers import Number
 
+import numpy as np
 import pandas as pd
 
 from workbench.array import ASSUMPTIONS, ArraySpec, Schedule
 from workbench.array.cost import ENERGY_NOTE, PJ_PER_EVENT, STATIC_POWER, compare, energy
 from workbench.array.schedule import EVENTS, SPLIT
+from workbench.published import PUBLISHED
 from workbench.runs import record
-from workbench.study import HYBRID, Comparison
+from workbench.sensitivity import class_stability, method_agreement, rank_blocks, seed_agreement
+from workbench.study import HYBRID, SMALL, Comparison, Tradeoff
 from workbench.tasks import Task
 from workbench.train import evaluate
 
+STABLE = 0.7  # Spearman's correlation: with the eight blocks of an LSTM chance reaches it in about 3 % of the cases
 LONG_TEXT = 40  # characters; longer texts may wrap
 
 
@@ -55,15 +59,117 @@ def accuracy_table(models: dict, task: Task) -> pd.DataFrame:
 
 
 def sensitivity_summary(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per block and method, averaged over the seeds (recovery epochs: over the seeds that recover)."""
-    names = {"loss_before": "loss before", "loss_after": "loss after", "accuracy_before": "% before",
-             "accuracy_after": "% after", "recovered": "recovered", "recovery_epochs": "in epochs",
-             "excess_loss": "excess loss"}
+    """One row per block, method and width, averaged over the seeds (recovery epochs: over the seeds that recover)."""
+    names = {"cr_disk": "cr_disk of the block", "loss_before": "loss before", "loss_after": "loss after",
+             "accuracy_before": "% before", "accuracy_after": "% after", "recovered": "recovered",
+             "recovery_epochs": "in epochs", "excess_loss": "excess loss"}
     if table["recovered"].isna().all():  # one-shot: there is no after
-        names = {name: names[name] for name in ("loss_before", "accuracy_before", "excess_loss")}
+        names = {name: names[name] for name in ("cr_disk", "loss_before", "accuracy_before", "excess_loss")}
     numbers = table.astype({"recovered": float, "recovery_epochs": float})
-    means = numbers.groupby(["block", "method"], sort=False)[list(names)].mean()
+    means = numbers.groupby(["block", "method", "bits"], sort=False)[list(names)].mean()
     return means.reset_index().rename(columns=names)
+
+
+def ranking_table(ranks: pd.DataFrame) -> pd.DataFrame:
+    """One row a block, the most sensitive first: mean rank over everything and per method, best and worst rank, and how
+    many of all rankings (a compression on a seed's model) have it in their top quarter."""
+    by_block = ranks.groupby("block")
+    methods = ranks.groupby(["block", ranks["method"].str.split().str[0]], sort=False)["rank"].mean().unstack()
+    table = pd.DataFrame({"mean rank": by_block["rank"].mean()}).join(methods.add_prefix("mean under "))
+    table["best"], table["worst"] = by_block["rank"].min(), by_block["rank"].max()
+    table["in the top quarter"], table["of rankings"] = by_block["top_quarter"].sum(), by_block.size()
+    return table.sort_values("mean rank", kind="stable").reset_index()
+
+
+def stability_table(ranks: pd.DataFrame) -> pd.DataFrame:
+    """One row a compression: mean excess loss, Spearman's correlation between the seeds' rankings, and in how many seeds each
+    block is in the top quarter (blocks not named: in none)."""
+    top = ranks[ranks["top_quarter"]].groupby(["compression", "block"]).size()
+    texts = {}
+    for name in ranks["compression"].unique():
+        counts = top[name].sort_values(ascending=False, kind="stable") if name in top.index else {}
+        texts[name] = ", ".join(f"{block} {count}" for block, count in counts.items()) or "none"
+    table = seed_agreement(ranks).drop(columns="pairs")
+    table["in the top quarter (seeds)"] = table["compression"].map(texts)
+    return table.rename(columns={"excess_loss": "mean excess loss", "spearman_mean": "Spearman, mean",
+                                 "spearman_least": "least"})
+
+
+def sensitivity_verdict(table: pd.DataFrame):
+    """What is stable and what is not, written from the figures; table: as sensitivity_over_seeds gives it."""
+    from IPython.display import Markdown
+
+    ranks = rank_blocks(table)
+    points = {"Over the seeds": _seed_text(ranks), "Blocks": _block_text(ranks), "Between compressions": _method_text(ranks),
+              "Classes": _class_text(class_stability(table))}
+    return Markdown("\n".join(f"- **{title}.** {text}" for title, text in points.items()))
+
+
+def _listed(names):
+    return ", ".join(names) or "none"
+
+
+def _seed_text(ranks):
+    seeds, agreement = ranks["seed"].nunique(), seed_agreement(ranks).dropna(subset="spearman_mean")
+    if seeds < 2:
+        return "With one seed nothing can be said about the stability of the ranking: that needs at least two."
+    if agreement.empty:
+        return "No compression made a difference between the blocks in two seeds, so there is nothing to compare."
+    is_stable = agreement["spearman_mean"] >= STABLE
+    means = [f"{part['excess_loss'].min():.2g} to {part['excess_loss'].max():.2g} nats where {what}"
+             for part, what in ((agreement[is_stable], "it is stable"), (agreement[~is_stable], "it is not")) if len(part)]
+    top = ranks.pivot(index=["compression", "block"], columns="seed", values="top_quarter")
+    same_top = (top.nunique(axis=1) == 1).groupby(level="compression").all()
+    return (f"The rankings of two seeds correlate with {agreement['spearman_mean'].mean():.2f} on average, in "
+            f"{is_stable.sum()} of {len(agreement)} compressions with at least {STABLE} (called stable). "
+            f"Not stable: {_listed(agreement.loc[~is_stable, 'compression'])}. "
+            f"The mean excess loss of the blocks is {' and '.join(means)}. "
+            f"All {seeds} seeds have the same blocks in the top quarter in {same_top.sum()} of {len(same_top)} compressions.")
+
+
+def _block_text(ranks):
+    counts = ranks.groupby("block", sort=False)["top_quarter"].sum().sort_values(ascending=False, kind="stable")
+    seen = [f"{block} in {count}" for block, count in counts[counts > 0].items()]
+    return f"Of the {ranks.groupby(['compression', 'seed']).ngroups} rankings, in the top quarter: {_listed(seen)}."
+
+
+def _method_text(ranks):
+    agreement = method_agreement(ranks)
+    methods = agreement.index.str.split().str[0].to_numpy()
+    values, upper = agreement.to_numpy(), np.triu(np.ones(agreement.shape, bool), 1)
+    same = methods[:, None] == methods
+    pairs = {"is the same": pd.Series(values[upper & same]), "differs": pd.Series(values[upper & ~same])}
+    means = [f"with {found.mean():.2f} on average where the method {what} (least {found.min():.2f})"
+             for what, found in pairs.items() if found.notna().any()]
+    if not means:
+        return "There are no two compressions whose rankings could be compared."
+    return f"On the same model, the rankings of two compressions correlate {', '.join(means)}."
+
+
+def _class_text(classes):
+    seeds, compressions = classes["seeds"].iloc[0], classes["compressions"].iloc[0]
+    changing = classes.loc[~classes["sensitive in seeds"].isin([0, seeds]), "gate"]
+    alone = [f"{row['gate']} in {row['sensitive in compressions']}" for _, row in classes.iterrows()]
+    return (f"Sensitive by the rule: {_listed(classes.loc[classes['class'] == 'sensitive', 'gate'])}. "
+            + (f"Gates whose class changes with the seed: {_listed(changing)}. " if seeds > 1 else "")
+            + f"Taken alone, the {compressions} compressions call sensitive: {_listed(alone)}.")
+
+
+def record_sensitivity(table: pd.DataFrame) -> dict:
+    """Hand a measurement over to the run; table: as sensitivity_over_seeds gives it.
+
+    table (a row per block, method, width and seed), ranking (the ranks of the same rows), stability (a row a compression),
+    classes, sensitive_gates (text), and rank_correlation: Spearman's between two seeds, mean over the compressions; left
+    out where no two seeds can be compared.
+    """
+    ranks, classes = rank_blocks(table), class_stability(table)
+    agreement = seed_agreement(ranks)
+    correlation = agreement["spearman_mean"].mean()
+    return record(
+        table=_plain(table), ranking=ranks, stability=_plain(agreement), classes=classes,
+        sensitive_gates=_listed(classes.loc[classes["class"] == "sensitive", "gate"]),
+        **({} if np.isnan(correlation) else {"rank_correlation": correlation}),
+    )
 
 
 def plan_table(comparison: Comparison, seed: int) -> pd.DataFrame:
@@ -169,3 +275,69 @@ def record_study(comparison: Comparison, schedules: dict[str, Schedule], classes
         summary=comparison.summary(), results=comparison.results, classes=classes,
         search=search.assign(strength=search["strength"].astype(str)), hardware=compare(schedules),
     )
+
+
+def tradeoff_table(tradeoff: Tradeoff) -> pd.DataFrame:
+    """The dense controls, then one row per method and target: mean over the seeds, standard deviation, loss, interval."""
+    rows = [{"method": variant, "cr_disk": 1.0, "accuracy %": group["test_accuracy"].mean(),
+             "std": group["test_accuracy"].std(ddof=1), "seeds": len(group), "95 % interval": "",
+             "cross-entropy": group["test_loss"].mean(), "front": ""}
+            for variant, group in tradeoff.controls.groupby("variant", sort=False)]
+    rows += [row | {"target": row["target_cr_disk"], "95 % interval": _loss_interval(row),
+                    "front": "yes" if row["front"] else ""} for row in tradeoff.summary.to_dict("records")]
+    columns = ["method", "target", "cr_disk", "accuracy %", "std", "seeds", "loss (points)", "95 % interval", "cross-entropy",
+               "front"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def unreachable_table(tradeoff: Tradeoff) -> pd.DataFrame:
+    """One row per method and target that no plan reaches, the seeds that it holds for, and why."""
+    grouped = tradeoff.unreachable.groupby(["method", "target_cr_disk"], sort=False)
+    return grouped.agg(seeds=("seed", lambda seeds: ", ".join(map(str, seeds))), reason=("reason", "first")).reset_index()
+
+
+def published_table() -> pd.DataFrame:
+    """Published ratios with an accuracy loss: other data, the ratio counted their way."""
+    return pd.DataFrame([{"work": p.work, "ratio": p.ratio, "loss (%)": p.loss_percent, "source": p.source}
+                         for p in PUBLISHED])
+
+
+def tradeoff_verdict(tradeoff: Tradeoff):
+    """Who wins at every target, in paragraphs written from the figures."""
+    from IPython.display import Markdown
+
+    paragraphs = [_target_verdict(target, rows.sort_values("loss (points)", kind="stable"))
+                  for target, rows in tradeoff.summary.groupby("target_cr_disk")]
+    front = tradeoff.summary[tradeoff.summary["front"]].sort_values("cr_disk")
+    points = [f"{row['method']} at {row['cr_disk']:.1f}x" for _, row in front.iterrows()]
+    return Markdown("\n\n".join([*paragraphs, f"**On the front of the means:** {_listed(points)}."]))
+
+
+def _target_verdict(target, rows):
+    """rows: of the summary, least loss first."""
+    losses = [f"{row['method']} {row['loss (points)']:.2f}" + (f" ({interval})" if (interval := _loss_interval(row)) else "")
+              + f" at {row['cr_disk']:.1f}x" for _, row in rows.iterrows()]
+    best = rows.loc[rows["loss (points)"] == rows["loss (points)"].min(), "method"]
+    text = f"**Asked for {target:g}x, the least mean loss: {_listed(best)}.** Loss in points, least first: {'; '.join(losses)}."
+    if rows["low"].notna().any():
+        text += f" The interval excludes zero, so a loss is shown, for: {_listed(rows.loc[rows['low'] > 0, 'method'])}."
+    small = rows.loc[rows["method"] == SMALL, "loss (points)"]
+    if len(small) and len(rows) > 1:
+        text += (f" By its mean better than a small dense network of about the same bytes: "
+                 f"{_listed(rows.loc[rows['loss (points)'] < small.iloc[0], 'method'])}.")
+    return text
+
+
+def _loss_interval(row):
+    return f"{row['low']:.2f} to {row['high']:.2f}" if pd.notna(row["low"]) else ""
+
+
+def record_tradeoff(tradeoff: Tradeoff) -> dict:
+    """Hand the figures over to the run: every seed's row, the summary, the dense controls, the points out of reach."""
+    return record(results=_plain(tradeoff.results), summary=_plain(tradeoff.summary), controls=_plain(tradeoff.controls),
+                  unreachable=_plain(tradeoff.unreachable))
+
+
+def _plain(frame):
+    """None for what one seed cannot tell: metrics hold no NaN."""
+    return frame.astype(object).where(frame.notna(), None)
