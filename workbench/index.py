@@ -5,6 +5,7 @@ policy keeps any other from running.
 """
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -184,6 +185,9 @@ def _text(value):
     """A cell as it is read: four significant digits, nothing where nothing is."""
     if _empty(value):
         return ""
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError):  # the table holds lists as JSON, but this may be any text
+            return ", ".join(map(str, json.loads(value)))
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return str(value)
     # A column of whole numbers is one of floats as soon as a run has none: both read the same.

@@ -216,11 +216,6 @@ def utilisation_figure(schedules: dict) -> Figure:
     return figure
 
 
-# Markers beside colours: curves stay apart in print and for colour-blind readers.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-
-
 def sweep_figure(points: pd.DataFrame, samples: pd.DataFrame, x: str, y: str, lower_is_better: list[str]) -> Figure:
     """Means over the seeds with their standard deviation, every run as a small point, and the Pareto front of the means.
 
@@ -236,7 +231,7 @@ def sweep_figure(points: pd.DataFrame, samples: pd.DataFrame, x: str, y: str, lo
         kinds = points[group].unique()
         parts = [(kind, points[points[group].isin([kind])], samples[samples[group].isin([kind])]) for kind in kinds]
     for n, (kind, mine, runs) in enumerate(parts):
-        colour, marker = PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)]
+        colour, marker = METHOD_COLOURS[n % len(METHOD_COLOURS)], METHOD_MARKERS[n % len(METHOD_MARKERS)]
         label = "none" if kind is None or kind != kind else str(kind).replace("$", r"\$")
         axis.errorbar(mine[x], mine[y], xerr=_deviation(mine, x), yerr=_deviation(mine, y), fmt=marker, color=colour,
                       markerfacecolor="white", markersize=9, capsize=3, label=label)

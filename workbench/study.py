@@ -6,11 +6,11 @@ Every training runs single-threaded in a process of its own, so results do not d
 """
 
 import hashlib
-import inspect
 import json
 import math
 import multiprocessing
 import operator
+import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +20,12 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from workbench import constrain, models, train
+from workbench import constrain, methods, models, train
 from workbench.array.cost import BASELINE
 from workbench.budget import OutOfReach, check_bits, check_target, uniform_plan
 from workbench.constrain import attach, bake, compress, pack
 from workbench.gates import blocks, dense_weights
-from workbench.methods import METHODS, BlockCirculant, Dense, Method, TopK, base, method_label
+from workbench.methods import METHODS, BlockCirculant, Dense, Method, TopK, method_label
 from workbench.packed import PackedLayer, PackedModel
 from workbench.pareto import pareto_front
 from workbench.plan import Plan, uniform
@@ -134,7 +134,10 @@ def _check_counts(**counts):
 
 def train_dense(task: Task, hidden_size: int, seeds: list[int], *, epochs: int, workers: int,
                 checkpoints: str | Path | None = None) -> dict[int, torch.nn.Module]:
-    """Seed -> trained dense classifier. checkpoints: a directory where finished trainings are kept and found again."""
+    """Seed -> trained dense classifier.
+
+    checkpoints: a directory where finished trainings are kept and found again; in a run, a relative one lies below results/.
+    """
     check_seeds(seeds)
     models.build_classifier(task, hidden_size, seed=seeds[0])  # refuses a bad size before any process starts
     jobs = [(task, hidden_size, seed, epochs, checkpoints) for seed in seeds]
@@ -156,7 +159,7 @@ def _once(model, task, key, checkpoints, training, constraints=()):
     # What decides the result: the task's data and recipe, the arguments, and the code that trains.
     code = b"".join(Path(file).read_bytes() for file in (models.__file__, train.__file__, *constraints))
     name = hashlib.sha256(f"{task.digest} {task.split} {task.recipe} {key} ".encode() + code).hexdigest()[:16]
-    path = Path(checkpoints) / f"{name}.safetensors"
+    path = Path(os.environ.get("WB_RESULTS", "")) / checkpoints / f"{name}.safetensors"
     if path.is_file():
         train.load_checkpoint(model, path)
     else:
@@ -345,9 +348,8 @@ def _compressed(task, dense, start, plan, variant, seed, retraining) -> dict:
     """`start` retrained inside the plan, packed, and measured on the integer engine. Ratios are against `dense`."""
     before = evaluate(attach(start, pack(start, plan)), task, "valid")
     compressed = compress(start, plan)
-    used = {inspect.getfile(type(entry.method)) for entry in plan.blocks.values()}
-    retraining.run(compressed, task, dense, seed, f"{_units(start)} {json.dumps(plan.to_json())}",
-                   constraints=(constrain.__file__, base.__file__, *sorted(used)))
+    constraints = (constrain.__file__, *sorted(Path(methods.__file__).parent.glob("*.py")))
+    retraining.run(compressed, task, dense, seed, f"{_units(start)} {json.dumps(plan.to_json())}", constraints)
     # Retraining moves the ranges of the signals, so their formats are calibrated on the model that is packed.
     plan = plan.with_signals(calibrate(compressed, calibration_batches(task)))
     packed = pack(compressed, plan)
