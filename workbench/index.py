@@ -157,7 +157,7 @@ def _runs(frame, asked, folder):
 
 
 def _short(value):
-    return len(_text(value)) <= LONG_CELL and not _text(value).startswith(("[", "{"))  # no tables as JSON
+    return len(_text(value)) <= LONG_CELL and not str(value).startswith(("[", "{"))  # no tables as JSON
 
 
 def _table(frame, links):
