@@ -138,6 +138,9 @@ def _pareto(who, pareto):
     _check_keys(f"{who}: [pareto]", pareto, PARETO_KEYS)
     if missing := [key for key in ("x", "y") if key not in pareto]:
         raise ValueError(f"{who}: [pareto] needs {' and '.join(missing)}")
+    group = pareto.get("group", [""])
+    if not group or not all(isinstance(name, str) for name in group):
+        raise TypeError(f"{who}: [pareto] group needs a list of names, got {group!r}")
     axes = (pareto["x"], pareto["y"])
     if unknown := [name for name in pareto.get("lower_is_better", []) if name not in axes]:
         raise ValueError(f"{who}: [pareto] lower_is_better names an axis, x or y, got {unknown[0]!r}")
