@@ -388,9 +388,12 @@ def read_status(directory) -> dict:
     """status.json of a run directory; ValueError where there is none."""
     path = Path(directory) / "status.json"
     try:
-        return json.loads(path.read_text())
+        status = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        raise ValueError(f"{directory} is not a run directory: it has no readable status.json") from None
+        status = None
+    if not isinstance(status, dict) or "state" not in status:
+        raise ValueError(f"{directory} is not a run directory: it has no readable status.json")
+    return status
 
 
 def is_finished(directory) -> bool:
