@@ -179,6 +179,8 @@ def _write_index(directory, with_report):
         for problem in index.build_reports(directory) if with_report else ():
             click.echo(problem, err=True)
         index.build_index(directory)
+        while not sweep.index_is_new(directory):  # another shard has ended meanwhile
+            index.build_index(directory)
     click.echo(directory / sweep.INDEX)
 
 

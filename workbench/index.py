@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from workbench import plots, report, sweep
+from workbench import plots, report, runs, sweep
 from workbench.pareto import pareto_front
 
 LONG_CELL = 60  # characters; longer values are left to the run's own report
@@ -23,8 +23,8 @@ LONG_CELL = 60  # characters; longer values are left to the run's own report
 def build_index(folder) -> Path:
     """Write index.html into the folder of a sweep (results/sweeps/<name>/) from its table, and give its path."""
     folder = Path(folder)
-    asked = json.loads((folder / sweep.ASKED).read_text())
-    frame = pd.read_parquet(folder / sweep.TABLE)
+    about, table = (folder / sweep.ASKED).read_bytes(), (folder / sweep.TABLE).read_bytes()
+    asked, frame = json.loads(about), pd.read_parquet(io.BytesIO(table))
     points = spread(frame, asked)
     pareto = asked["pareto"]
     picture = None
@@ -36,6 +36,7 @@ def build_index(folder) -> Path:
     failed = frame[frame["state"] == "failed"]
     varied = [f"p_{name}" for name in asked["swept"]]
     page = report.environment().get_template("sweep.html.j2").render(
+        stamp=sweep.stamp(about, table),
         name=asked["name"],
         description=asked["description"],
         notebook=asked["notebook"],
@@ -65,7 +66,8 @@ def build_index(folder) -> Path:
     )
     if problems := report.offline_problems(page, script=script):
         raise ValueError(f"the index of {folder} would not open without a network: {'; '.join(problems)}")
-    return report.write(folder / sweep.INDEX, page)
+    runs.replace_file(folder / sweep.INDEX, page.encode())
+    return folder / sweep.INDEX
 
 
 def build_reports(folder) -> list[str]:

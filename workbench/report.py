@@ -6,7 +6,6 @@ nbconvert renders the executed notebook through the templates in report_template
 import base64
 import html
 import io
-import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -86,7 +85,8 @@ def build(run_dir) -> Path:
         raise ValueError(
             f"the report of {run_dir} would not open without a network or a picture: {'; '.join(problems)}"
         )
-    return write(run_dir / REPORT, page)
+    runs.replace_file(run_dir / REPORT, page.encode())
+    return run_dir / REPORT
 
 
 def environment():
@@ -96,17 +96,6 @@ def environment():
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
-
-
-def write(path: Path, page: str) -> Path:
-    """Write a page so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(page)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def offline_problems(page: str, script: str | None = None) -> list[str]:

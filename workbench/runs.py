@@ -299,9 +299,18 @@ def _plain(name, value):
 
 
 def _write_json(path, data):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    replace_file(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, though this process is killed or others write it too."""
+    tidy(path.parent, path.name)
+    temporary = path.with_name(f".tmp-{path.name}-{_owner()}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -421,16 +430,19 @@ def _owner():
 
 
 def tidy(folder: Path, name: str = "*") -> None:
-    """Finish or remove what killed processes of this machine left of the run `name`, or of all runs in `folder`."""
+    """Finish or remove what killed processes of this machine left of the run or file `name`, or of all in `folder`."""
     for leftover in folder.glob(f".*-{name}-*"):
         kind, run, owner = leftover.name.split("-", 2)
         host, pid, started = owner.rsplit("-", 2)
         if host != socket.gethostname() or _lives(int(pid), float(started)):
             continue
-        if kind == ".old" and not (folder / run).exists():
-            os.replace(leftover, folder / run)
-        else:
-            shutil.rmtree(leftover)
+        with contextlib.suppress(FileNotFoundError):  # another process tidies too
+            if kind == ".old" and not (folder / run).exists():
+                os.replace(leftover, folder / run)
+            elif leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
 
 def _lives(pid, started):

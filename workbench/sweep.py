@@ -5,6 +5,7 @@ of them together: results.parquet with one row a run, sweep.json with what was a
 """
 
 import concurrent.futures
+import hashlib
 import itertools
 import json
 import math
@@ -290,8 +291,8 @@ ASKED = "sweep.json"
 def write_table(sweep: Sweep, results: Path, command: str) -> Path:
     """Write results.parquet and sweep.json of the sweep from what lies on disk, and give their folder.
 
-    Several shards may end at the same time: who writes looks again afterwards, so that the last one has seen all runs.
-    Nothing is written where nothing has changed.
+    Several shards may end at the same time: who writes looks again afterwards, so that the last one has seen all runs and
+    finds the table that it wrote. Nothing is written where nothing has changed.
     """
     folder = results / "sweeps" / sweep.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -307,10 +308,12 @@ def write_table(sweep: Sweep, results: Path, command: str) -> Path:
     while True:
         points = survey(sweep, results)
         state = asked | {"runs": [_mark(point) for point in points]}
-        if (folder / TABLE).is_file() and _asked(folder) == state:
+        if _kept(folder) == state:
             return folder
-        _replace(folder / TABLE, lambda path, points=points: _frame(sweep, points).to_parquet(path, index=False))
-        _replace(folder / ASKED, lambda path, state=state: path.write_text(json.dumps(state, indent=1) + "\n"))
+        table = _frame(sweep, points).to_parquet(index=False)
+        runs.replace_file(folder / TABLE, table)
+        state["table"] = hashlib.sha256(table).hexdigest()
+        runs.replace_file(folder / ASKED, (json.dumps(state, indent=1) + "\n").encode())
 
 
 def _mark(point):
@@ -319,20 +322,14 @@ def _mark(point):
     return {"id": point.run.id, "state": point.state, "ended": ended}
 
 
-def _asked(folder):
+def _kept(folder):
+    """What sweep.json says of the table that lies beside it, None where they do not belong together."""
     try:
-        return json.loads((folder / ASKED).read_text())
-    except (FileNotFoundError, ValueError):
+        state = json.loads((folder / ASKED).read_text())
+        whole = state.pop("table") == hashlib.sha256((folder / TABLE).read_bytes()).hexdigest()
+    except (FileNotFoundError, ValueError, KeyError):
         return None
-
-
-def _replace(path, write):
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return state if whole else None
 
 
 def _frame(sweep, points):
@@ -408,7 +405,12 @@ def explode(frame, records: str):
 INDEX = "index.html"
 
 
+def stamp(asked: bytes, table: bytes) -> str:
+    """What the index page bears of the two files that it was made from."""
+    return hashlib.sha256(asked + table).hexdigest()
+
+
 def index_is_new(folder: Path) -> bool:
-    """Whether the index page of a sweep is at least as new as its table."""
+    """Whether the index page of a sweep was made from the table that is there now."""
     index = folder / INDEX
-    return index.is_file() and index.stat().st_mtime >= (folder / ASKED).stat().st_mtime
+    return index.is_file() and stamp((folder / ASKED).read_bytes(), (folder / TABLE).read_bytes()) in index.read_text()
