@@ -285,6 +285,10 @@ def _plain(name, value):
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"record cannot keep {name} = {value}: metrics must be finite; leave it out or give None")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"record cannot keep {name} = {value}: whole numbers have at most 64 bits here")
+    if isinstance(value, str) and value.encode(errors="replace").decode() != value:
+        raise ValueError(f"record cannot keep {name} = {value!r}: it is no valid Unicode text")
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):

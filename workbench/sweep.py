@@ -395,7 +395,7 @@ def explode(frame, records: str):
     rows = []
     about = frame[[name for name in frame.columns if not name.startswith("m_")]]
     for (_, run), text in zip(about.iterrows(), frame[column], strict=True):
-        table = json.loads(text) if isinstance(text, str) else []
+        table = json.loads(text) if isinstance(text, str) else [] if pd.isna(text) else text
         if not isinstance(table, list) or not all(isinstance(row, dict) for row in table):
             raise ValueError(f"the metric {records!r} is no table of records, got {str(text)[:60]}")
         rows += [dict(run) | {f"m_{name}": value for name, value in row.items()} for row in table]
