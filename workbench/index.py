@@ -103,6 +103,8 @@ def spread(frame: pd.DataFrame, asked: dict) -> pd.DataFrame:
     groups = [column(rows, name) for name in (pareto or {}).get("group", asked["swept"])]
     if pareto:
         figures = [column(rows, pareto[axis]) for axis in ("x", "y")]
+        if texts := [name for name in figures if not pd.api.types.is_numeric_dtype(rows[name])]:
+            raise ValueError(f"[pareto] needs numbers on its axes, {_plain(texts[0])} is {rows[texts[0]].iloc[0]!r}")
     else:
         figures = [name for name in rows if name.startswith("m_") and pd.api.types.is_numeric_dtype(rows[name])]
     grouped = rows.groupby(groups, sort=False, dropna=False) if groups else rows.groupby(lambda _: 0)
@@ -157,15 +159,16 @@ def _short(value):
 
 
 def _table(frame, links):
-    numbers = {name: pd.api.types.is_numeric_dtype(frame[name]) and frame[name].dtype != bool for name in frame}
+    # By position: a parameter and a metric may share a name.
+    numbers = [pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_bool_dtype(dtype) for dtype in frame.dtypes]
     rows = []
     for n, row in enumerate(frame.itertuples(index=False)):
-        cells = [{"value": "" if _empty(v) else v, "text": _text(v), "number": numbers[name], "links": []}
-                 for name, v in zip(frame, row, strict=True)]
+        cells = [{"value": "" if _empty(v) else v, "text": _text(v), "number": number, "links": []}
+                 for number, v in zip(numbers, row, strict=True)]
         if links:
             cells[-1]["links"] = links[n]
         rows.append(cells)
-    return {"columns": [{"name": name, "number": numbers[name]} for name in frame], "rows": rows}
+    return {"columns": [{"name": n, "number": number} for n, number in zip(frame, numbers, strict=True)], "rows": rows}
 
 
 def _empty(value):
@@ -177,7 +180,7 @@ def _text(value):
     if _empty(value):
         return ""
     if isinstance(value, float):
-        return f"{value:,.0f}" if value == int(value) or abs(value) >= 10_000 else f"{value:.4g}"
+        return f"{value:,.0f}" if value.is_integer() or abs(value) >= 10_000 else f"{value:.4g}"
     return str(value)
 
 

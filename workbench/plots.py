@@ -107,18 +107,22 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 def sweep_figure(points: pd.DataFrame, samples: pd.DataFrame, x: str, y: str, lower_is_better: list[str]) -> Figure:
     """Means over the seeds with their standard deviation, every run as a small point, and the Pareto front of the means.
 
-    points: as index.spread gives them, its first column decides the colour; samples: one row a run, with the same columns.
+    points: as index.spread gives them, its first column decides the colour where it is a group; samples: one row a run, with
+    the same columns.
     x, y: columns of both, m_* or p_*; lower_is_better: names of axes, without that prefix.
     """
     group = points.columns[0]
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     axis = figure.subplots()
-    kinds = list(points[group].unique())
-    for n, kind in enumerate(kinds):
+    parts = [("all runs", points, samples)]
+    if group in samples:  # isin, because a parameter that is none is NaN here, which equals nothing
+        kinds = points[group].unique()
+        parts = [(kind, points[points[group].isin([kind])], samples[samples[group].isin([kind])]) for kind in kinds]
+    for n, (kind, mine, runs) in enumerate(parts):
         colour, marker = PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)]
-        mine, runs = points[points[group] == kind], samples[samples[group] == kind]
+        label = "none" if kind is None or kind != kind else str(kind).replace("$", r"\$")
         axis.errorbar(mine[x], mine[y], xerr=_deviation(mine, x), yerr=_deviation(mine, y), fmt=marker, color=colour,
-                      markerfacecolor="white", markersize=9, capsize=3, label=str(kind))
+                      markerfacecolor="white", markersize=9, capsize=3, label=label)
         axis.plot(runs[x], runs[y], marker, color=colour, alpha=0.5, markersize=4, linestyle="none", zorder=4)
     front = points[points["front"] == "yes"].sort_values(x)
     axis.plot(front[x], front[y], color="black", linewidth=1, linestyle="--", label="Pareto front of the means", zorder=0)
