@@ -506,6 +506,7 @@ def _execute(build, results, threads, timeout_s, echo, cancelled):
     finally:
         _kill_tree(process.pid)
         process.wait()
+        _kill_strays(build)
         process.stdin.close()
         reader.join()
         process.stdout.close()
@@ -538,6 +539,14 @@ def _kill_tree(pid):
             process.kill()
         except psutil.NoSuchProcess:
             continue
+
+
+def _kill_strays(build):
+    """Kill what outlived its parent: where the child is killed, its kernel may hang on, and holds the log open."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # other users' processes, and those that end meanwhile
+            if process.environ().get("WB_RUN_DIR") == str(build):
+                process.kill()
 
 
 def _judged(build, returncode, timeout_s):
