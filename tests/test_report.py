@@ -15,6 +15,10 @@ label: str = "plain"  # shown as typed
 limit: int | None = None"""
 
 
+PLOTLY = {"application/vnd.plotly.v1+json": {"data": [], "layout": {}}}
+ALTAIR = {"application/vnd.vegalite.v6+json": {"mark": "bar"}, "text/plain": "alt.Chart(...)"}
+
+
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory, write_notebook):
     """A finished run whose notebook shows one of everything."""
@@ -73,6 +77,12 @@ def test_report_loads_nothing_from_anywhere(page):
     assert not [text for text in page.texts if "@import" in text or "url(" in text]
 
 
+def test_report_forbids_what_it_does_not_hold(page):
+    """Even what the check of a page overlooked can neither run nor load."""
+    (policy,) = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
 def test_report_is_structured(page):
     assert page.all("html") == [{"lang": "en"}]
     assert len(page.all("h1")) == 1
@@ -113,8 +123,18 @@ def test_report_hides_code_and_shows_what_was_asked(page, run_dir):
         (new_markdown_cell("<script>1</script>"), "<script>"),
         (new_markdown_cell("<p onclick='x()'>a</p>"), "<p onclick>"),
         (new_markdown_cell("<style>@import 'x.css';</style>"), "a style that loads a file"),
+        (new_markdown_cell("<p style='background: url(https://example.org/x.png)'>a</p>"), "a style that loads a file"),
+        (new_markdown_cell("<meta http-equiv='Refresh' content='0; url=https://example.org'>"), "<meta http-equiv=refresh>"),
+        (new_markdown_cell("<iframe srcdoc='a'></iframe>"), "<iframe>"),
+        (new_markdown_cell("<link rel='stylesheet' href='x.css'>"), "<link>"),
         (new_code_cell(outputs=[new_output("display_data", {"image/png": "AAAA"})]), "has no description"),
-        (new_code_cell(outputs=[new_output("display_data", {"image/svg+xml": "<svg/>"})]), "cannot describe or run"),
+        (new_code_cell(outputs=[new_output("display_data", {"image/svg+xml": "<svg/>"})]), "cannot show image/svg"),
+        (new_code_cell(outputs=[new_output("display_data", {"image/jpeg": "AAAA"})]), "cannot show image/jpeg"),
+        # Plots that need a script: plotly's default is dropped by nbconvert with a warning only, altair's loads from a CDN.
+        (new_code_cell(outputs=[new_output("display_data", PLOTLY)]), "cannot show application/vnd.plotly.v1"),
+        (new_code_cell(outputs=[new_output("execute_result", ALTAIR)]), "cannot show application/vnd.vegalite.v6"),
+        (new_code_cell(outputs=[new_output("display_data", {"text/html": "<div></div><script>1</script>"})]), "<script>"),
+        (new_code_cell(outputs=[new_output("display_data", {"application/x-new": "?", "text/plain": "a"})]), "cannot show"),
         (
             new_code_cell(outputs=[new_output("display_data", {"text/html": "<img alt='x' src='http://a/b.png'>"})]),
             'src="http://a/b.png"',

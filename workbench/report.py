@@ -15,10 +15,11 @@ import nbformat
 from workbench import runs
 
 TEMPLATES = Path(__file__).with_name("report_template")
-# Pictures of these kinds cannot carry a description in a notebook; `show` makes PNG.
-UNDESCRIBED = ("image/svg+xml", "image/jpeg", "application/javascript")
 REPORT = "report.html"
 WIDGET = "application/vnd.jupyter.widget-view+json"
+# What a report shows. Other pictures cannot carry a description in a notebook, and nbconvert drops plots that need a
+# script (plotly, altair) without a word.
+SHOWN = ("text/plain", "text/html", "text/markdown", "text/latex", "image/png", WIDGET)
 
 
 def show(fig, alt: str) -> None:
@@ -129,6 +130,10 @@ class _Checker(HTMLParser):
                 self.problems.append(f'{name}="{(value or "")[:60]}"')
             if name == "href" and tag != "a":
                 self.problems.append(f"<{tag} href>")
+            if name == "style" and "url(" in (value or ""):
+                self.problems.append("a style that loads a file")
+            if name == "http-equiv" and (value or "").lower() == "refresh":
+                self.problems.append("<meta http-equiv=refresh>")
             if name.startswith("on"):
                 self.problems.append(f"<{tag} {name}>")
 
@@ -153,10 +158,8 @@ def _shown(cell):
         data = output.get("data", {})
         if output.get("name") == "stderr":  # progress bars; log.txt keeps them
             continue
-        if kinds := [kind for kind in UNDESCRIBED if kind in data]:
-            raise ValueError(
-                f"a report cannot describe or run {kinds[0]}: display figures with workbench.show(fig, alt)"
-            )
+        if kinds := [kind for kind in data if kind not in SHOWN]:
+            raise ValueError(f"a report cannot show {kinds[0]}: display figures with workbench.show(fig, alt)")
         if "image/png" in data and not output.metadata.get("image/png", {}).get("alt", "").strip():
             raise ValueError(
                 "a picture in the notebook has no description: display figures with workbench.show(fig, alt)"
