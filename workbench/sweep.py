@@ -256,12 +256,16 @@ def perform(plan: Plan, results: Path, *, workers: int, progress=None) -> dict[s
                 "the package or the notebook has changed since the sweep began: it stops here, finished runs are kept; the "
                 "same command starts again with the new code, with --stale ignore it goes on and keeps the older results"
             )
-        return runs.perform(replace(run, code=code), results, **settings)
+        run = replace(run, code=code)
+        done = results / "runs" / run.id
+        if runs.is_finished(done):  # another process has had the same run meanwhile
+            return runs.RunResult(done, "ok", True, "")
+        return runs.perform(run, results, **settings)
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        pending = {pool.submit(one, point.run): point.run for point in plan.to_run}
-        waiting = set(pending)
         try:
+            pending = {pool.submit(one, point.run): point.run for point in plan.to_run}
+            waiting = set(pending)
             while waiting:
                 done, waiting = concurrent.futures.wait(waiting, 1, concurrent.futures.FIRST_COMPLETED)
                 for future in done:
