@@ -93,6 +93,9 @@ def sweep_command(file, plan_only, workers, shard, stale, results, with_report):
         raise click.ClickException("interrupted: finished runs are kept, the same command goes on") from None
     except RuntimeError as error:
         raise click.ClickException(str(error)) from error
+    except OSError as error:
+        kept = f"the sweep stops, finished runs are kept in {folder}; the same command goes on once this is mended"
+        raise click.ClickException(f"{error}: {kept}") from error
     place = sweep.write_table(asked, folder, f"python -m workbench sweep {file}")
     for point, result in failed:
         varied = {name: point.run.parameters[name] for name in (*asked.swept, asked.seed_parameter) if name}

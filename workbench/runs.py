@@ -9,6 +9,7 @@ import ast
 import contextlib
 import datetime
 import difflib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -357,7 +358,10 @@ def run(
 
 
 def perform(asked: Run, results: Path, *, threads: int, timeout_s=None, echo=None, cancelled=None) -> RunResult:
-    """Run it now. cancelled: a threading.Event that ends it (Cancelled) from another thread; the rest as for `run`."""
+    """Run it now. cancelled: a threading.Event that ends it (Cancelled) from another thread; the rest as for `run`.
+
+    A full disk is no result of the notebook but an OSError.
+    """
     done, failed = results / "runs" / asked.id, results / "failed" / asked.id
     build = done.with_name(f".tmp-{asked.id}-{_owner()}")
     status = {
@@ -379,7 +383,11 @@ def perform(asked: Run, results: Path, *, threads: int, timeout_s=None, echo=Non
         build.mkdir(parents=True)
         shutil.copyfile(asked.notebook, build / "run.ipynb")
         _write_json(build / "status.json", status)
-        status = _judged(build, _execute(build, results, threads, timeout_s, echo, cancelled), timeout_s)
+        with open(build / "log.txt", "wb", buffering=0) as log:
+            returncode = _execute(build, results, threads, timeout_s, log, echo, cancelled)
+        status = _judged(build, returncode, timeout_s)
+        if _disk_is_full(status, build):  # no fault of the notebook: every later run would fail in the same way
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(results))
         _write_json(build / "status.json", status)
         ok = status["state"] == "ok"
         _publish(build, done if ok else failed)
@@ -460,16 +468,21 @@ def _publish(build, final):
     """Move `build` to `final`; what stood there steps aside and is deleted only when the new one is in place."""
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".old-{final.name}-{_owner()}")
-    if final.exists():
-        os.replace(final, aside)
-    os.replace(build, final)
-    shutil.rmtree(aside, ignore_errors=True)
+    while build.exists():
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(final, aside)
+        try:
+            os.replace(build, final)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process published the same run in between
+                raise
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 TRACEBACK = "traceback.txt"  # how the child hands the traceback of a failed cell over
 
 
-def _execute(build, results, threads, timeout_s, echo, cancelled):
+def _execute(build, results, threads, timeout_s, log, echo, cancelled):
     """Run the child process and give its exit status, None where it was stopped at the limit."""
     environment = os.environ | {
         name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -492,7 +505,7 @@ def _execute(build, results, threads, timeout_s, echo, cancelled):
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    reader = threading.Thread(target=_copy_log, args=(process.stdout, build / "log.txt", echo))
+    reader = threading.Thread(target=_copy_log, args=(process.stdout, log, echo))
     reader.start()
     end = time.monotonic() + (math.inf if timeout_s is None else timeout_s)
     try:
@@ -512,19 +525,17 @@ def _execute(build, results, threads, timeout_s, echo, cancelled):
         process.stdout.close()
         # The traceback belongs into the log but not on the screen, where one message names the error.
         if (found := build / TRACEBACK).exists():
-            with open(build / "log.txt", "a") as log:
-                log.write(found.read_text())
+            log.write(found.read_bytes())
             found.unlink()
 
 
-def _copy_log(stream, path, echo):
-    with open(path, "wb", buffering=0) as log:
-        while chunk := stream.read1():
-            with contextlib.suppress(OSError):  # a full disk: the log is cut, but the child must not wait for its reader
-                log.write(chunk)
-            if echo is not None:
-                echo.write(chunk)
-                echo.flush()
+def _copy_log(stream, log, echo):
+    while chunk := stream.read1():
+        for target in filter(None, (log, echo)):
+            # A full disk, a closed terminal: the log is cut, but the child must not wait for its reader.
+            with contextlib.suppress(OSError):
+                target.write(chunk)
+                target.flush()
 
 
 def _kill_tree(pid):
@@ -569,6 +580,14 @@ def _judged(build, returncode, timeout_s):
         except ValueError as invalid:
             error = {"class": "ValueError", "message": str(invalid)}
     return status | {"state": "failed" if error else "ok", "error": error}
+
+
+def _disk_is_full(status, place):
+    """Whether the run failed for want of room on a disk."""
+    if status["state"] == "ok":
+        return False
+    full = [f"[Errno {number}]" for number in (errno.ENOSPC, errno.EDQUOT)]
+    return any(text in status["error"]["message"] for text in full) or shutil.disk_usage(place).free < 2**16
 
 
 def _provenance():
