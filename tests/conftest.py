@@ -1,13 +1,18 @@
 """Fixtures that several test files share."""
 
+import json
 import os
 import shutil
+import signal
 import subprocess
+import tempfile
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from workbench import runs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -30,18 +35,44 @@ def write_notebook():
     return write
 
 
+@pytest.fixture
+def instant(monkeypatch):
+    """(function): runs ask the function, parameters -> metrics, instead of executing a notebook. What it raises is the error
+    of the run. The command line's handler of SIGTERM goes with the test."""
+    sigterm = signal.getsignal(signal.SIGTERM)
+
+    def install(function):
+        def execute(build, *_):
+            status = runs.read_status(build)
+            (build / "log.txt").write_text("a line\n")
+            try:
+                metrics = function(**status["parameters"])
+            except Exception as error:
+                failure = {"class": type(error).__name__, "message": str(error)}
+                (build / "status.json").write_text(json.dumps(status | {"error": failure}))
+                return 1
+            (build / "metrics.json").write_text(json.dumps(metrics))
+            return 0
+
+        monkeypatch.setattr(runs, "_execute", execute)
+        monkeypatch.setattr(runs, "_git", lambda *_: "commit")
+
+    yield install
+    signal.signal(signal.SIGTERM, sigterm)
+
+
 @pytest.fixture(scope="session")
-def screenshot():
-    """(page, width, height, picture): Chromium without any network writes the picture of an HTML file."""
+def browse():
+    """(page, options...) -> stdout: Chromium without any network opens an HTML file."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         if os.environ.get("WORKBENCH_REQUIRE_BROWSER") == "1":
             pytest.fail("WORKBENCH_REQUIRE_BROWSER=1, but there is no chromium on this machine")
         pytest.skip("no chromium on this machine")
 
-    def take(page, width, height, picture):
-        subprocess.run(
-            [
+    def open_page(page, *options):
+        with tempfile.TemporaryDirectory() as profile:
+            command = [
                 chromium,
                 "--headless",
                 "--no-sandbox",
@@ -51,17 +82,23 @@ def screenshot():
                 "--disable-background-networking",
                 "--disable-component-update",
                 "--disable-sync",
-                f"--user-data-dir={picture.parent / 'chromium'}",
+                f"--user-data-dir={profile}",
                 "--host-resolver-rules=MAP * ~NOTFOUND",
                 "--hide-scrollbars",
-                f"--window-size={width},{height}",
-                f"--screenshot={picture}",
+                *options,
                 page.resolve().as_uri(),
-            ],
-            check=True,
-            timeout=120,
-            capture_output=True,
-        )
+            ]
+            return subprocess.run(command, check=True, timeout=120, capture_output=True, text=True).stdout
+
+    return open_page
+
+
+@pytest.fixture(scope="session")
+def screenshot(browse):
+    """(page, width, height, picture): Chromium without any network writes the picture of an HTML file."""
+
+    def take(page, width, height, picture):
+        browse(page, f"--window-size={width},{height}", f"--screenshot={picture}")
 
     return take
 
