@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+import numbers
 import os
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def build_index(folder) -> Path:
         failures=[{"run": _label(row, [*varied, "seed"]), "error": row["error"],
                    "notebook": _href(folder, row, "run.ipynb"), "log": _href(folder, row, "log.txt")}
                   for _, row in failed.iterrows()],
-        parameters=[(_plain(name), _text(frame[name].iloc[0])) for name in frame
+        parameters=[(_plain(name), _text(frame[name].iloc[0]) or "none") for name in frame
                     if name.startswith("p_") and name not in varied and frame[name].nunique(dropna=False) == 1],
         provenance=_provenance(frame, asked),
     )
@@ -103,10 +104,10 @@ def spread(frame: pd.DataFrame, asked: dict) -> pd.DataFrame:
     groups = [column(rows, name) for name in (pareto or {}).get("group", asked["swept"])]
     if pareto:
         figures = [column(rows, pareto[axis]) for axis in ("x", "y")]
-        if texts := [name for name in figures if not pd.api.types.is_numeric_dtype(rows[name])]:
+        if texts := [name for name in figures if not _is_number(rows[name].dtype)]:
             raise ValueError(f"[pareto] needs numbers on its axes, {_plain(texts[0])} is {rows[texts[0]].iloc[0]!r}")
     else:
-        figures = [name for name in rows if name.startswith("m_") and pd.api.types.is_numeric_dtype(rows[name])]
+        figures = [name for name in rows if name.startswith("m_") and _is_number(rows[name].dtype)]
     grouped = rows.groupby(groups, sort=False, dropna=False) if groups else rows.groupby(lambda _: 0)
     table = grouped.size().rename("n").reset_index()[[*groups, "n"]]
     for name in figures:
@@ -160,15 +161,19 @@ def _short(value):
 
 def _table(frame, links):
     # By position: a parameter and a metric may share a name.
-    numbers = [pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_bool_dtype(dtype) for dtype in frame.dtypes]
+    right = [_is_number(dtype) for dtype in frame.dtypes]
     rows = []
     for n, row in enumerate(frame.itertuples(index=False)):
         cells = [{"value": "" if _empty(v) else v, "text": _text(v), "number": number, "links": []}
-                 for number, v in zip(numbers, row, strict=True)]
+                 for number, v in zip(right, row, strict=True)]
         if links:
             cells[-1]["links"] = links[n]
         rows.append(cells)
-    return {"columns": [{"name": n, "number": number} for n, number in zip(frame, numbers, strict=True)], "rows": rows}
+    return {"columns": [{"name": n, "number": number} for n, number in zip(frame, right, strict=True)], "rows": rows}
+
+
+def _is_number(dtype):
+    return pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_bool_dtype(dtype)
 
 
 def _empty(value):
@@ -179,9 +184,10 @@ def _text(value):
     """A cell as it is read: four significant digits, nothing where nothing is."""
     if _empty(value):
         return ""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value.is_integer() or abs(value) >= 10_000 else f"{value:.4g}"
-    return str(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return str(value)
+    # A column of whole numbers is one of floats as soon as a run has none: both read the same.
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def _label(row, names):
