@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -180,6 +181,9 @@ def test_record_by_hand_writes_nothing(tmp_path, monkeypatch):
         (float("nan"), ValueError, "record cannot keep m = nan"),
         (np.array([0.0, np.inf]), ValueError, r"m\[1\] = inf"),
         (pd.DataFrame({"loss": [1.0, np.nan]}), ValueError, r"m\[1\]\['loss'\] = nan"),
+        # What the table of a sweep could not hold would cost the whole table.
+        ("\udc80", ValueError, r"record cannot keep m = '\\udc80': it is no valid Unicode text"),
+        ([1, 2**63], ValueError, r"record cannot keep m\[1\] = 9223372036854775808: whole numbers have at most 64 bits"),
         ({1: 2}, TypeError, "text as keys of m, got 1"),
         ({"a": {2}}, TypeError, r"m\['a'\] is a set"),
     ],
@@ -189,6 +193,13 @@ def test_record_refuses_by_name(tmp_path, monkeypatch, value, error, message):
     with pytest.raises(error, match=message):
         runs.record(m=value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", "", '{"state": "failed"}', '{"state": "ok"'])
+def test_a_damaged_status_is_not_a_finished_run(tmp_path, text):
+    (tmp_path / "metrics.json").write_text('{"a": 1}')
+    (tmp_path / "status.json").write_text(text)
+    assert not runs.is_finished(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", '{"a": NaN}', '{"a": ', "3"])
@@ -324,6 +335,22 @@ def wait_until(condition, seconds):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+class Closed(io.BytesIO):
+    """A full disk or a terminal that is gone."""
+
+    def write(self, chunk):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("targets", [(Closed(), None), (io.BytesIO(), Closed()), (Closed(), io.BytesIO())])
+def test_the_log_is_read_to_its_end_whatever_becomes_of_it(targets):
+    """A child whose output nobody reads would stop for ever."""
+    stream = io.BufferedReader(io.BytesIO(b"x" * 100_000), 1000)
+    runs._copy_log(stream, *targets)
+    assert stream.read() == b""
+    assert [len(target.getvalue()) for target in targets if type(target) is io.BytesIO] in ([], [100_000])
 
 
 def test_an_interrupted_exchange_of_directories_is_finished(tmp_path):
