@@ -71,6 +71,31 @@ def test_report_of_no_run_is_refused(tmp_path):
     assert outcome.stderr == f"Error: {tmp_path} is not a run directory: it has no readable status.json\n"
 
 
+def test_a_sweep_has_a_report_of_every_run_and_an_index(tmp_path, write_notebook, instant):
+    path = write_notebook(tmp_path / "n.ipynb", RECORD)
+    (tmp_path / "s.toml").write_text('notebook = "n.ipynb"\nseeds = [0, 1]')
+    instant(lambda seed: {"done": seed})
+    outcome = call("sweep", tmp_path / "s.toml", "--results", tmp_path, "--report")
+    folder = tmp_path / "sweeps" / "s"
+    assert (outcome.exit_code, outcome.stdout) == (0, f"{folder / 'index.html'}\n")
+    reports = sorted(tmp_path.glob("runs/*/report.html"))
+    assert len(reports) == 2
+    assert (folder / "index.html").read_text().count("/report.html") == 2
+
+    written = reports[0].stat().st_mtime_ns
+    reports[1].unlink()
+    assert call("report", folder).stdout == outcome.stdout
+    assert reports[1].exists() and reports[0].stat().st_mtime_ns == written
+
+    # A notebook that breaks a rule of reports costs its report, neither the runs nor the index.
+    write_notebook(path, "# A second title", RECORD)
+    (tmp_path / "t.toml").write_text('notebook = "n.ipynb"\nseeds = [2]')
+    outcome = call("sweep", tmp_path / "t.toml", "--results", tmp_path, "--report")
+    (place,) = set(tmp_path.glob("runs/*")) - {report.parent for report in reports}
+    assert outcome.exit_code == 0 and outcome.stdout.endswith("sweeps/t/index.html\n")
+    assert f"no report of {place}: a report needs one top heading (# ...) that opens the notebook, n has 2" in outcome.stderr
+
+
 @pytest.mark.parametrize(("command", "name"), [("tasks", "japanese_vowels"), ("methods", "BlockCirculant")])
 def test_tables_are_listed(command, name):
     outcome = call(command)

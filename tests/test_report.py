@@ -119,6 +119,7 @@ def test_report_hides_code_and_shows_what_was_asked(page, run_dir):
     [
         (new_markdown_cell("# A second top heading"), "needs one top heading .* has 2"),
         (new_markdown_cell("![](data:image/png;base64,AAAA)"), "<img> without alt"),
+        (new_markdown_cell("![x](picture.png)"), 'src="picture.png"'),
         (new_markdown_cell("![x](https://example.org/x.png)"), 'src="https://example.org/x.png"'),
         (new_markdown_cell("<script>1</script>"), "<script>"),
         (new_markdown_cell("<p onclick='x()'>a</p>"), "<p onclick>"),
@@ -164,6 +165,18 @@ def test_widgets_leave_a_note_and_latex_outputs_become_mathml(run_dir, tmp_path)
     source = report.build(changed(run_dir, tmp_path, new_code_cell(outputs=outputs))).read_text()
     assert "An interactive control stands here" in source and "HBox" not in source and "widget" not in source
     assert source.count("<math") == 3
+
+
+def test_the_state_of_widgets_stays_out(run_dir, tmp_path):
+    """papermill keeps it in the notebook; nbconvert would load a manager for it from a CDN."""
+    copy = changed(run_dir, tmp_path, new_markdown_cell("the end"))
+    notebook = nbformat.read(copy / "run.ipynb", as_version=4)
+    state = {"a": {"model_module": "@jupyter-widgets/controls", "model_module_version": "2.0.0", "model_name": "HBoxModel"}}
+    state["a"]["state"] = {}
+    kind = "application/vnd.jupyter.widget-state+json"
+    notebook.metadata["widgets"] = {kind: {"state": state, "version_major": 2, "version_minor": 0}}
+    nbformat.write(notebook, copy / "run.ipynb")
+    assert "jupyter-widgets" not in report.build(copy).read_text()
 
 
 def test_a_cell_can_be_left_out(run_dir, tmp_path):

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import psutil
@@ -215,7 +216,10 @@ def test_invalid_metrics_are_not_a_finished_run(tmp_path, text):
 
 
 def test_a_run_is_kept_and_reused(tmp_path, write_notebook, monkeypatch):
-    """One run has it all: a results path with braces, a kernel that is this interpreter although another one is named so."""
+    """One run has it all: a results path with braces, a kernel that is this interpreter although another one is named so.
+
+    Traps: T3, the warning of ipykernel; T5, papermill formats paths; a kernel of another environment; a wrong directory.
+    """
     spec = tmp_path / "jupyter" / "kernels" / "python3"
     spec.mkdir(parents=True)
     (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
@@ -224,7 +228,7 @@ def test_a_run_is_kept_and_reused(tmp_path, write_notebook, monkeypatch):
     cells = (
         "import os, sys\nimport workbench as wb",
         "wb.record(executable=sys.executable, threads=os.environ['OMP_NUM_THREADS'], seed=seed, rate=rate)",
-        "wb.record(package=wb.__file__, data=os.environ['WORKBENCH_DATA'])",
+        "wb.record(package=wb.__file__, data=os.environ['WORKBENCH_DATA'], here=os.getcwd() == os.environ['WB_RUN_DIR'])",
     )
     path = write_notebook(tmp_path / "n.ipynb", *cells, parameters="seed: int = 0\nrate: float = 1")
     results = tmp_path / "{seed} of results"
@@ -239,6 +243,7 @@ def test_a_run_is_kept_and_reused(tmp_path, write_notebook, monkeypatch):
         "rate": 1.0,
         "package": str(Path(runs.__file__).with_name("__init__.py")),
         "data": os.path.abspath("somewhere"),
+        "here": True,
     }
     assert "without encryption" not in (first.directory / "log.txt").read_text()
     status = runs.read_status(first.directory)
@@ -249,6 +254,32 @@ def test_a_run_is_kept_and_reused(tmp_path, write_notebook, monkeypatch):
     again = runs.run(path, {"seed": 5, "rate": 1.0}, results)
     assert again == runs.RunResult(first.directory, "ok", True, "")
     assert [p.name for p in (results / "runs").iterdir()] == [first.directory.name]
+
+
+def test_every_kernel_has_time_sockets_and_an_interpreter_of_its_own(tmp_path, write_notebook, monkeypatch):
+    """Traps T3 and T4, sockets that kernels share; T6, too little time to start; a kernel of another environment."""
+    import papermill
+
+    build = tmp_path / "build"
+    build.mkdir()
+    write_notebook(build / "run.ipynb", RECORD)
+    (build / "status.json").write_text('{"state": "running", "parameters": {}}')
+    asked = []
+
+    def execute(*_, **options):
+        manager = options["kernel_manager_class"]()
+        assert Path(manager.ip).parent.is_dir() and manager.transport == "ipc"
+        assert manager.kernel_spec.argv[0] == sys.executable
+        asked.append((manager.ip, options["kernel_name"], options["start_timeout"]))
+        return nbformat.v4.new_notebook()
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    monkeypatch.setattr(runs, "_die_with_parent", lambda: None)
+    monkeypatch.setenv("IPYTHONDIR", "")  # put back afterwards
+    monkeypatch.chdir(build)
+    assert runs._run_notebook(build) == runs._run_notebook(build) == 0
+    (first, *_), (second, name, seconds) = asked
+    assert first != second and name == "python3" and seconds >= 60
 
 
 def test_failures_are_kept_aside_retried_and_never_replace_a_finished_run(tmp_path, write_notebook):
@@ -284,6 +315,7 @@ def test_failures_are_kept_aside_retried_and_never_replace_a_finished_run(tmp_pa
     ids=["exits 0", "killed", "records nothing"],
 )
 def test_what_papermill_calls_completed_can_still_be_a_failure(tmp_path, write_notebook, cells, error):
+    """Traps T1, a killed kernel, and T2, sys.exit(0): papermill's own notebook says that all cells were completed."""
     result = runs.run(write_notebook(tmp_path / "n.ipynb", *cells), {}, tmp_path / "results")
     assert result.state == "failed"
     assert result.error.startswith(error)

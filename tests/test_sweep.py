@@ -353,6 +353,15 @@ def test_how_a_run_is_executed_is_no_part_of_it(small, instant):
     assert counts() == told(6, cached=6) | {"to run": 0}
 
 
+def test_runs_share_the_cores(small, instant):
+    """Threads of the numerical libraries: cores by workers, and one at least."""
+    instant(lambda seed, **_: {"a": seed})
+    for workers, threads in ((1, sweep.cores()), (1000, 1)):
+        shutil.rmtree("results", ignore_errors=True)
+        assert call("s.toml", "--workers", str(workers)).exit_code == 0
+        assert set(wb.results("s")["threads"]) == {threads}
+
+
 def test_shards_share_the_runs_out_exactly(small, instant):
     shards = [sweep.make_plan(sweep.read("s.toml"), small / "results", shard=(k, 4)).ours for k in (1, 2, 3, 4)]
     assert [[point.run.parameters["seed"] for point in points] for points in shards] == [[0, 4], [1, 5], [2], [3]]
