@@ -807,10 +807,10 @@ def test_an_interrupt_while_runs_are_handed_out_cancels_them_all(small, instant,
     instant(lambda seed, **_: {"a": asked.append(seed) or seed})
     really = sweep.concurrent.futures.ThreadPoolExecutor.submit
 
-    def submit(pool, function, run):
+    def submit(pool, function, run, *rest):
         if run.parameters["seed"] == 4:
             raise KeyboardInterrupt
-        return really(pool, lambda run: time.sleep(0.3) or function(run), run)
+        return really(pool, lambda *given: time.sleep(0.3) or function(*given), run, *rest)
 
     monkeypatch.setattr(sweep.concurrent.futures.ThreadPoolExecutor, "submit", submit)
     with pytest.raises(KeyboardInterrupt):
@@ -964,3 +964,52 @@ def test_a_disk_that_a_notebook_finds_full_stops_the_sweep(small, tmpfs, write_n
     assert full[2:] == [["ok"], []]
     assert mended[0] == 0 and mended[2:] == [["ok"] * 2, []]
     assert "  cached     1" in mended[1]
+
+
+# --- on a cluster -----------------------------------------------------------------------------------------------------
+
+CLUSTER = """
+import sys
+from distributed import LocalCluster
+
+if __name__ == "__main__":
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit=0) as cluster:
+        print(cluster.scheduler_address, flush=True)
+        sys.stdin.read()
+"""
+
+
+def test_dask_workers_execute_the_runs(small, write_notebook):
+    """A failure is isolated as on this machine, and an interrupt keeps what has finished."""
+    code = "import time\ntime.sleep(2 * (seed > 3))\n1 / (seed - 1)"
+    write_notebook(small / "n.ipynb", code, RECORD, parameters="seed: int = 0")
+    write('notebook = "n.ipynb"\nseeds = [0, 1, 2]')
+    write('notebook = "n.ipynb"\nseeds = [4, 5, 6, 7, 8, 9]', "long.toml")
+    (small / "cluster.py").write_text(CLUSTER)
+    with subprocess.Popen([sys.executable, "cluster.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as cluster:
+        try:
+            address = cluster.stdout.readline().strip()
+            command = [*SWEEP, "--scheduler", address]
+            done = subprocess.run([*command, "s.toml"], capture_output=True, text=True, timeout=120)
+            assert done.returncode == 1
+            assert f"by the workers of {address}" in done.stderr
+            assert "failed: seed 1: ZeroDivisionError: division by zero" in done.stderr
+            assert sorted(places()) == [0, 2]
+
+            with subprocess.Popen([*command, "long.toml"], stderr=subprocess.PIPE, text=True) as process:
+                wait_until(lambda: 4 in places())
+                start = time.monotonic()
+                process.terminate()
+                assert "interrupted: finished runs are kept" in process.communicate(timeout=60)[1]
+                assert time.monotonic() - start < 10
+        finally:
+            cluster.stdin.close()
+    wait_until(lambda: not kernels(small))
+    assert 4 in places() and 9 not in places()
+
+
+def test_a_machine_and_a_cluster_at_once_are_refused(small):
+    write('notebook = "n.ipynb"')
+    outcome = call("s.toml", "--workers", "2", "--scheduler", "tcp://nowhere:1")
+    assert outcome.exit_code == 2
+    assert "give one of the two" in outcome.stderr
