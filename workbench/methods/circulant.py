@@ -17,7 +17,10 @@ from workbench.packed import PackedCirculant
 
 @dataclass(frozen=True)
 class BlockCirculant:
-    """block: tile size k >= 2. datapath: how the array multiplies; "time" is plain multiply-accumulates."""
+    """One vector for each k x k tile, whose rows are its rotations (C-LSTM, arXiv 1803.06305).
+
+    block: tile size k >= 2. datapath: how the array multiplies; "time" is plain multiply-accumulates.
+    """
 
     block: int
     datapath: str = "time"

@@ -10,6 +10,8 @@ from workbench.packed import PackedDense
 
 @dataclass(frozen=True)
 class Dense:
+    """Every weight kept; only its number format is chosen."""
+
     @classmethod
     def ladder(cls, shapes):
         return [cls()]
