@@ -105,7 +105,7 @@ def main():
         nothing = write_notebook(folder / "nothing.ipynb", NOTHING)
         few = range(8)
         ours, theirs = sweep_s(folder, nothing, few, 1) / len(few), papermill_s(folder, nothing, few, 1) / len(few)
-        print(f"run that does nothing: sweep {ours:.2f} s a run ({sweep.cores()} at a time), papermill {theirs:.2f} s")
+        print(f"run that does nothing: sweep {ours:.2f} s a run ({runs.cores()} at a time), papermill {theirs:.2f} s")
         epochs = epochs_of(arguments.seconds)
         train = write_notebook(folder / "train.ipynb", TRAIN)
         ours, theirs = sweep_s(folder, train, seeds, epochs), papermill_s(folder, train, seeds, epochs)

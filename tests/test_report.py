@@ -210,3 +210,9 @@ def test_report_opens_in_a_browser_without_network(screenshot, page, run_dir, tm
     assert not ink[:, -5:].any()
     # The bars of the figure are there.
     assert (np.abs(pixels - np.array([31, 119, 180]) / 255).max(axis=2) < 0.02).sum() > 100
+
+
+def test_a_formula_that_cannot_be_read_is_named(run_dir, tmp_path):
+    cell = new_markdown_cell(r"$\frac{1}{$")
+    with pytest.raises(ValueError, match=r"a report cannot show the formula '\\\\frac\{1\}\{'"):
+        report.build(changed(run_dir, tmp_path, cell))

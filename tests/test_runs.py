@@ -401,3 +401,15 @@ def test_a_results_path_below_a_file_is_refused_before_any_work(tmp_path, write_
         with pytest.raises(ValueError, match="results cannot go to .*file is a file"):
             runs.run(path, {}, results)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "n.ipynb"]
+
+
+def test_a_package_edited_while_a_run_executes_is_no_finished_run(tmp_path, write_notebook, instant, monkeypatch):
+    """Cells load modules when they first use them: the late ones may have had the new code."""
+    path = write_notebook(tmp_path / "n.ipynb", RECORD)
+    package = tmp_path / "package"
+    package.mkdir()
+    monkeypatch.setattr(runs, "PACKAGE", package)
+    instant(lambda seed: {"written": (package / "new.py").write_text("new = True")})
+    result = runs.run(path, {}, tmp_path / "results")
+    assert result.state == "failed"
+    assert result.error == "RuntimeError: the package was edited while the run executed: run it again"

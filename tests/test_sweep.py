@@ -260,11 +260,11 @@ def test_the_plan_counts_every_state_and_writes_nothing(small, instant, write_no
     instant(notebook)
     outcome = call("s.toml")
     assert outcome.exit_code == 1
-    assert outcome.stderr.splitlines()[-3:] == [
-        "failed: seed 3: ZeroDivisionError: division by zero",
-        f"  {next((small / 'results' / 'failed').iterdir()) / 'run.ipynb'}",
-        "Error: 1 of 6 runs failed; the same command tries them again",
-    ]
+    lines = outcome.stderr.splitlines()
+    place = lines.index("failed: seed 3: ZeroDivisionError: division by zero")
+    assert lines[place + 1] == f"  {next((small / 'results' / 'failed').iterdir()) / 'run.ipynb'}"
+    assert lines[-2].startswith("6/6 runs, 1 failed, ")
+    assert lines[-1] == "Error: 1 of 6 runs failed; the same command tries them again"
     assert sorted(asked) == [0, 1, 2, 3, 4, 5]
     assert counts() == told(6, cached=5, failed=1) | {"to run": 1}
 
@@ -336,6 +336,30 @@ def test_stale_results_are_kept_only_when_asked_for(small, instant, write_notebo
     assert counts() == told(7, cached=6, stale=1) | {"to run": 1}
 
 
+def test_a_run_that_fails_with_new_code_is_failed_and_not_its_older_answer(small, instant, write_notebook):
+    instant(lambda seed, **_: {"a": seed})
+    assert call("s.toml").exit_code == 0
+    write_notebook(small / "n.ipynb", RECORD + " ", parameters="seed: int = 0\nhidden: int = 4\nworkers: int = 1")
+
+    def fail(**_):
+        raise ValueError("broken now")
+
+    instant(fail)
+    assert call("s.toml").exit_code == 1
+    table = wb.results("s")
+    assert set(table["state"]) == {"failed"} and set(table["error"]) == {"ValueError: broken now"}
+
+
+def test_two_notebooks_do_not_share_the_name_of_a_sweep(small, instant, write_notebook):
+    instant(lambda seed, **_: {"a": seed})
+    assert call("s.toml").exit_code == 0
+    write_notebook(small / "m.ipynb", RECORD, parameters="seed: int = 0\nhidden: int = 4\nworkers: int = 1")
+    write('notebook = "m.ipynb"\nseeds = [0]')
+    outcome = call("s.toml")
+    assert outcome.exit_code == 1
+    assert "holds a sweep of the notebook n, this one is of m: give the file another name" in outcome.stderr
+
+
 def test_of_several_older_answers_the_last_counts(small, instant, write_notebook):
     write('notebook = "n.ipynb"')
     for n in (1, 2):
@@ -357,7 +381,7 @@ def test_how_a_run_is_executed_is_no_part_of_it(small, instant):
 def test_runs_share_the_cores(small, instant):
     """Threads of the numerical libraries: cores by workers, and one at least."""
     instant(lambda seed, **_: {"a": seed})
-    for workers, threads in ((1, sweep.cores()), (1000, 1)):
+    for workers, threads in ((1, runs.cores()), (1000, 1)):
         shutil.rmtree("results", ignore_errors=True)
         assert call("s.toml", "--workers", str(workers)).exit_code == 0
         assert set(wb.results("s")["threads"]) == {threads}
@@ -798,6 +822,7 @@ def test_a_stopped_sweep_ends_at_once_without_its_kernels(small, write_notebook,
     assert "Traceback" not in errors
     wait_until(lambda: not kernels(small), 5)
     assert sorted(places()) == [0] and hidden_leftovers() == []
+    assert list(wb.results("s")["state"]) == ["ok"] + ["missing"] * 5
     assert not Path("results/failed").exists()
 
 

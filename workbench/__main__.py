@@ -1,6 +1,8 @@
 """Command line: `python -m workbench run | sweep | report | tasks | methods`."""
 
+import io
 import re
+import shlex
 import signal
 import sys
 import time
@@ -79,33 +81,39 @@ def sweep_command(file, plan_only, workers, scheduler, shard, stale, results, wi
         raise click.UsageError("--workers counts runs on this machine, --scheduler hands them over: give one of the two")
     asked = sweep.read(file)
     folder = runs.usable(results)
-    workers = workers or sweep.cores()
+    workers = workers or runs.cores()
     plan = sweep.make_plan(asked, folder, stale=stale, shard=shard)
     click.echo(_described(plan, workers, scheduler), err=not plan_only)
     if plan_only:
         return
     # A job system ends a job by SIGTERM: as with Ctrl-C, kernels go first and finished runs stay.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    failed = []
+    found, problem = {}, None
     try:
         if plan.to_run:
             with _Progress(plan) as progress:
                 found = sweep.perform(plan, folder, workers=workers, scheduler=scheduler, progress=progress)
-            failed = [(point, found[point.run.id]) for point in plan.to_run if found[point.run.id].state != "ok"]
     except KeyboardInterrupt:
-        raise click.ClickException("interrupted: finished runs are kept, the same command goes on") from None
+        problem = "interrupted: finished runs are kept, the same command goes on"
+        problem += "; what workers of the cluster have begun they finish" if scheduler else ""
     except RuntimeError as error:
-        raise click.ClickException(str(error)) from error
+        problem = str(error)
     except OSError as error:
         kept = f"the sweep stops, finished runs are kept in {folder}; the same command goes on once this is mended"
         raise click.ClickException(f"{error}: {kept}") from error
-    place = sweep.write_table(asked, folder, f"python -m workbench sweep {file}")
-    for point, result in failed:
-        varied = {name: point.run.parameters[name] for name in (*asked.swept, asked.seed_parameter) if name}
-        click.echo(f"failed: {sweep.shown(varied)}: {result.error}\n  {result.directory / 'run.ipynb'}", err=True)
+    command = ["python", "-m", "workbench", "sweep", str(file), *(["--results", results] if results != "results" else [])]
+    place = sweep.write_table(asked, folder, shlex.join([*command, *(["--stale", stale] if stale != "rerun" else [])]))
+    if problem:
+        raise click.ClickException(problem)
     _write_index(place, with_report)
-    if failed:
-        raise click.ClickException(f"{len(failed)} of {len(plan.ours)} runs failed; the same command tries them again")
+    if failed := sum(result.state != "ok" for result in found.values()):
+        raise click.ClickException(f"{failed} of {len(plan.ours)} runs failed; the same command tries them again")
+
+
+def _varied(asked, run):
+    from workbench import sweep
+
+    return sweep.shown({name: run.parameters[name] for name in (*asked.swept, asked.seed_parameter) if name})
 
 
 def _described(plan, workers, scheduler):
@@ -133,26 +141,30 @@ def _duration(seconds):
 
 
 class _Progress:
-    """One line on stderr: runs done, failed and left, and the time left. On no terminal a line every half minute."""
+    """On a terminal one live line of runs done, failed and left and of the time left, elsewhere a line now and then."""
 
     def __init__(self, plan):
         from tqdm import tqdm
 
-        self.failed, self.shown = 0, 0.0
-        self.bar = tqdm(total=len(plan.to_run), unit="run", smoothing=0, mininterval=0, file=sys.stderr, dynamic_ncols=True,
-                        bar_format="{n_fmt}/{total_fmt} runs, {desc}{elapsed} gone, {remaining} left |{bar}|")
+        self.asked, self.failed, self.told = plan.sweep, 0, time.monotonic()
         self.terminal = sys.stderr.isatty()
+        form = "{n_fmt}/{total_fmt} runs, {desc}{elapsed} gone, {remaining} left" + " |{bar}|" * self.terminal
+        self.bar = tqdm(total=len(plan.to_run), smoothing=0, mininterval=0, dynamic_ncols=True, bar_format=form,
+                        file=sys.stderr if self.terminal else io.StringIO())
 
-    def __call__(self, result):
+    def __call__(self, run, result):
         if result is not None:
             self.bar.n += 1
             if result.state != "ok":
                 self.failed += 1
-                self.bar.write(f"failed: {result.error}", file=sys.stderr)
-        self.bar.set_description_str(f"{self.failed} failed, " if self.failed else "", refresh=False)
-        if result is not None or time.monotonic() - self.shown > (1 if self.terminal else 30):
-            self.shown = time.monotonic()
+                place = result.directory / "run.ipynb"
+                self.bar.write(f"failed: {_varied(self.asked, run)}: {result.error}\n  {place}", file=sys.stderr)
+                self.bar.set_description_str(f"{self.failed} failed, ", refresh=False)
+        if self.terminal:
             self.bar.refresh()
+        elif time.monotonic() - self.told > 30 or (result is not None and self.bar.n == self.bar.total):
+            self.told = time.monotonic()
+            print(self.bar, file=sys.stderr, flush=True)
 
     def __enter__(self):
         return self
@@ -170,19 +182,19 @@ def report_command(run_or_sweep):
 
     directory = run_or_sweep.resolve()
     if (directory / sweep.ASKED).is_file():
-        _write_index(directory, with_report=True)
+        _write_index(directory, with_report=True, again=True)
     else:
         click.echo(report.build(directory))
 
 
-def _write_index(directory, with_report):
+def _write_index(directory, with_report, again=False):
     """Write the index page of a sweep, print its path, and name every run whose report cannot be written."""
     from workbench import sweep
 
     if with_report or not sweep.index_is_new(directory):
         from workbench import index
 
-        for problem in index.build_reports(directory) if with_report else ():
+        for problem in index.build_reports(directory, again) if with_report else ():
             click.echo(problem, err=True)
         index.build_index(directory)
         while not sweep.index_is_new(directory):  # another shard has ended meanwhile

@@ -72,13 +72,14 @@ def build_index(folder) -> Path:
     return folder / sweep.INDEX
 
 
-def build_reports(folder) -> list[str]:
-    """Write the report of every finished run of a sweep that has none yet; one message for each that cannot have one."""
+def build_reports(folder, again: bool = False) -> list[str]:
+    """Write the report of every finished run of a sweep that has none yet, or of all `again`; one message for each that
+    cannot have one."""
     folder, problems = Path(folder), []
     frame = pd.read_parquet(folder / sweep.TABLE)
     for place in frame.loc[frame["state"].isin(("ok", "stale")), "directory"]:
         directory = folder.parents[1] / place
-        if not (directory / report.REPORT).is_file():
+        if again or not (directory / report.REPORT).is_file():
             try:
                 report.build(directory)
             except ValueError as error:
@@ -102,7 +103,7 @@ def spread(frame: pd.DataFrame, asked: dict) -> pd.DataFrame:
     rows, pareto = samples(frame, asked), asked["pareto"]
     if not len(rows):
         return pd.DataFrame()
-    groups = [column(rows, name) for name in (pareto or {}).get("group", asked["swept"])]
+    groups = [column(rows, name) for name in (pareto or {}).get("group", ())] or [f"p_{name}" for name in asked["swept"]]
     if pareto:
         figures = [column(rows, pareto[axis]) for axis in ("x", "y")]
         if texts := [name for name in figures if not _is_number(rows[name].dtype)]:

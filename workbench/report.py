@@ -225,7 +225,10 @@ def _exporter():
 def _mathml(latex, display="block"):
     from latex2mathml.converter import convert
 
-    return convert(latex.strip().strip("$"), display=display)
+    try:
+        return convert(latex.strip().strip("$"), display=display)
+    except Exception as error:  # latex2mathml has no base class of its own for what it cannot read
+        raise ValueError(f"a report cannot show the formula {latex.strip()!r}: {error!r}") from error
 
 
 def _provenance(status):

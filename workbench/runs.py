@@ -202,10 +202,14 @@ def _listed(names):
 
 def code_hash(notebook) -> str:
     """SHA-256 over what the notebook runs: source and tags of its code cells, and every *.py of the package."""
-    digest = hashlib.sha256(_canonical(_code_cells(find_notebook(notebook))))
+    return _package_digest(_canonical(_code_cells(find_notebook(notebook)))).hexdigest()
+
+
+def _package_digest(first=b""):
+    digest = hashlib.sha256(first)
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+    return digest
 
 
 def data_digest(parameters: dict) -> str | None:
@@ -341,7 +345,7 @@ def run(
     """Run `notebook` with `parameters` (name -> value or text) in a subprocess, or reuse the finished run (cached).
 
     force: run again although finished. timeout_s: wall-clock limit of the whole run, None for no limit. threads: cap on
-    numerical threads, None for OMP_NUM_THREADS or else all cores. echo: binary stream that gets the log while it grows.
+    numerical threads, None for OMP_NUM_THREADS or else `cores`. echo: binary stream that gets the log while it grows.
     Names and types are checked before anything starts (ValueError, TypeError); a notebook that fails is a result.
     """
     path = find_notebook(notebook)
@@ -353,17 +357,19 @@ def run(
     tidy(done.parent, asked.id)
     if not force and is_finished(done):
         return RunResult(done, "ok", True, "")
-    threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count()
+    threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or cores()
     return perform(asked, results, threads=threads, timeout_s=timeout_s, echo=echo)
 
 
 def perform(asked: Run, results: Path, *, threads: int, timeout_s=None, echo=None, cancelled=None) -> RunResult:
     """Run it now. cancelled: a threading.Event that ends it (Cancelled) from another thread; the rest as for `run`.
 
-    A full disk is no result of the notebook but an OSError.
+    A full disk is no result of the notebook but an OSError. A run during which the package changes has failed: its late
+    cells may have loaded the new code.
     """
     done, failed = results / "runs" / asked.id, results / "failed" / asked.id
-    build = done.with_name(f".tmp-{asked.id}-{_owner()}")
+    # Unique even where two threads of a process have the same run.
+    build = done.with_name(f".tmp{threading.get_ident()}-{asked.id}-{_owner()}")
     status = {
         "schema": SCHEMA,
         "run_id": asked.id,
@@ -379,15 +385,19 @@ def perform(asked: Run, results: Path, *, threads: int, timeout_s=None, echo=Non
             "command": _command(asked.notebook, asked.parameters),
         },
     }
+    package = _package_digest().hexdigest()
+    build.mkdir(parents=True)
     try:
-        build.mkdir(parents=True)
         shutil.copyfile(asked.notebook, build / "run.ipynb")
         _write_json(build / "status.json", status)
         with open(build / "log.txt", "wb", buffering=0) as log:
             returncode = _execute(build, results, threads, timeout_s, log, echo, cancelled)
         status = _judged(build, returncode, timeout_s)
-        if _disk_is_full(status, build):  # no fault of the notebook: every later run would fail in the same way
+        if _is_full(build, status):  # no fault of the notebook: every later run would fail in the same way
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(results))
+        if status["state"] == "ok" and _package_digest().hexdigest() != package:
+            error = {"class": "RuntimeError", "message": "the package was edited while the run executed: run it again"}
+            status |= {"state": "failed", "error": error}
         _write_json(build / "status.json", status)
         ok = status["state"] == "ok"
         _publish(build, done if ok else failed)
@@ -582,12 +592,18 @@ def _judged(build, returncode, timeout_s):
     return status | {"state": "failed" if error else "ok", "error": error}
 
 
-def _disk_is_full(status, place):
-    """Whether the run failed for want of room on a disk."""
+def _is_full(folder, status):
+    """Whether a run failed because the disk of `folder` is full, or so nearly full that it found no room there."""
     if status["state"] == "ok":
         return False
-    full = [f"[Errno {number}]" for number in (errno.ENOSPC, errno.EDQUOT)]
-    return any(text in status["error"]["message"] for text in full) or shutil.disk_usage(place).free < 2**16
+    codes = [f"[Errno {number}]" for number in (errno.ENOSPC, errno.EDQUOT)]
+    found_none = any(code in status["error"]["message"] for code in codes)
+    return shutil.disk_usage(folder).free < (2**24 if found_none else 2**16)
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _provenance():
@@ -606,7 +622,7 @@ def _git(*arguments):
     """Output of a git command in the package's folder, None outside a repository or without git."""
     try:
         return subprocess.run(
-            ["git", *arguments], cwd=PACKAGE, check=True, capture_output=True, text=True
+            ["git", "--no-optional-locks", *arguments], cwd=PACKAGE, check=True, capture_output=True, text=True
         ).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None

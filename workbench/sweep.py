@@ -20,7 +20,7 @@ from pathlib import Path
 from workbench import runs
 
 STALE = ("rerun", "warn", "ignore")  # what happens to results of older code or data
-# Lists of the TOML file that set a parameter for every run, and the table that says what the index page draws.
+# Keys of a sweep file and of its table [pareto], with their types.
 KEYS = {
     "description": str,
     "notebook": str,
@@ -180,10 +180,10 @@ def survey(sweep: Sweep, results: Path) -> list[Point]:
         answers = older.get(runs.question(run.notebook.stem, run.parameters), [])
         if done:
             points.append(Point(run, "cached", results / "runs" / run.id))
-        elif answers:
-            points.append(Point(run, "stale", max(answers)[1]))
         elif failed.is_dir():
             points.append(Point(run, "failed", failed))
+        elif answers:
+            points.append(Point(run, "stale", max(answers)[1]))
         else:
             points.append(Point(run, "missing", None))
     return points
@@ -195,8 +195,9 @@ def _answers(results):
     for directory in (results / "runs").glob("[!.]*"):
         if runs.is_finished(directory):
             status = runs.read_status(directory)
-            question = runs.question(status["notebook"], status["parameters"])
-            found.setdefault(question, []).append((status["provenance"]["ended"], directory))
+            if status["schema"] == runs.SCHEMA:
+                question = runs.question(status["notebook"], status["parameters"])
+                found.setdefault(question, []).append((status["provenance"]["ended"], directory))
     return found
 
 
@@ -228,7 +229,12 @@ class Plan:
 
 
 def make_plan(sweep: Sweep, results: Path, *, stale: str = "rerun", shard: tuple[int, int] = (1, 1)) -> Plan:
-    """shard (k, n): every n-th run, from the k-th on. stale: one of STALE."""
+    """shard (k, n): every n-th run, from the k-th on. stale: one of STALE. ValueError where another notebook's sweep has the
+    same name."""
+    earlier = _kept(results / "sweeps" / sweep.name)
+    if earlier and earlier["notebook"] != sweep.notebook.stem:
+        raise ValueError(f"{results / 'sweeps' / sweep.name} holds a sweep of the notebook {earlier['notebook']}, this one is "
+                         f"of {sweep.notebook.stem}: give the file another name")
     points = survey(sweep, results)
     ours = points[shard[0] - 1 :: shard[1]]
     wanted = ("missing", "failed", "stale") if stale == "rerun" else ("missing", "failed")
@@ -239,15 +245,15 @@ def perform(plan: Plan, results: Path, *, workers: int, scheduler: str | None = 
     """Execute what the plan says: run id -> runs.RunResult. A notebook that fails is a result.
 
     workers: runs at a time on this machine. scheduler: address of a dask scheduler whose workers, one run a thread, take
-    the runs instead; they need this package and the folder `results` at the same path. progress: called with every result,
-    and with None about once a second. Whatever ends this call early, Ctrl-C or a full disk, stops all kernels first and
-    keeps every finished run; a dask worker ends the run that it has begun. When the package or the notebook changes
-    meanwhile, runs that have not begun are left with a RuntimeError, unless the plan keeps stale results: then they use
-    the new code.
+    the runs instead; they need this package and the folder `results` at the same path. progress: called with every run and
+    its result, and with (None, None) about once a second. Whatever ends this call early, Ctrl-C or a full disk, stops all
+    kernels first and keeps every finished run; a dask worker ends the run that it has begun. When the package or the
+    notebook changes meanwhile, runs that have not begun are left with a RuntimeError, unless the plan keeps stale results:
+    then they use the new code.
     """
     for folder in ("runs", "failed"):
         runs.tidy(results / folder)
-    settings = {"timeout_s": plan.sweep.timeout_s, "threads": 1 if scheduler else max(1, cores() // workers)}
+    settings = {"timeout_s": plan.sweep.timeout_s, "threads": 1 if scheduler else max(1, runs.cores() // workers)}
     cancelled, found = threading.Event(), {}
     with contextlib.ExitStack() as stack:
         if scheduler is None:
@@ -262,11 +268,12 @@ def perform(plan: Plan, results: Path, *, workers: int, scheduler: str | None = 
             while waiting:
                 done, waiting = concurrent.futures.wait(waiting, 1, concurrent.futures.FIRST_COMPLETED)
                 for future in done:
-                    found[pending[future].id] = future.result()
+                    run = pending[future]
+                    found[run.id] = _result(future, run, results)
                     if progress:
-                        progress(found[pending[future].id])
+                        progress(run, found[run.id])
                 if progress:
-                    progress(None)
+                    progress(None, None)
         except BaseException:
             cancelled.set()
             for future in waiting:
@@ -292,6 +299,15 @@ def _perform(run, results, stale, settings):
     return runs.perform(run, results, **settings)
 
 
+def _result(future, run, results):
+    try:
+        return future.result()
+    except (OSError, RuntimeError, runs.Cancelled):
+        raise
+    except Exception as error:  # a cluster has lost the run's worker: a failure of this run alone
+        return runs.RunResult(results / "failed" / run.id, "failed", False, f"{type(error).__name__}: {error}")
+
+
 def _dask_pool(stack, scheduler):
     try:
         from distributed import Client
@@ -299,11 +315,6 @@ def _dask_pool(stack, scheduler):
         raise ValueError('--scheduler needs dask.distributed: pip install "lstm-compression-workbench[dask]"') from None
     client = stack.enter_context(Client(scheduler, timeout="30s", set_as_default=False))
     return stack.enter_context(client.get_executor(pure=False))
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
