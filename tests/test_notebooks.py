@@ -19,16 +19,17 @@ SMALL = {  # notebook -> (small parameters, metrics that it must hand over, figu
     "sensitivity": (
         {"hidden_size": 16, "seeds": [0, 1], "epochs": 1, "sensitivity_epochs": 1, "bits": [4],
          "methods": ["TopK 0.125", "BlockCirculant 8", "Dense"]},
-        {"table", "ranking", "stability", "classes", "sensitive_gates", "rank_correlation"},
+        {"table", "ranking", "stability", "classes", "sensitive_gates", "rank_correlation", "rank_correlation_pooled"},
         4,
-        ("Spearman", "cr_disk", "top quarter", "Dense at 4 bits", "recovered"),
+        ("Spearman", "cr_disk", "top quarter", "Dense at 4 bits", "recovered in (seeds)", "Within a matrix"),
     ),
     "tradeoff": (
         {"hidden_size": 16, "methods": ["Dense", "TopK", "hybrid", "small dense"], "target_cr_disks": [6.0, 30.0],
          "seeds": [0, 1], "epochs": 1, "retrain_epochs": 1, "search_epochs": 0},
         {"summary", "results", "controls", "unreachable"},
         1,
-        ("dense control", "front of the means", "integer engine", "no uniform Dense of 2 to 8 bits", "Wu 2026"),
+        ("dense control", "front of the means", "integer engine", "no uniform Dense of 2 to 8 bits", "Wu 2026",
+         "cr_model", "vs small dense", "bytes asked for"),
     ),
 }
 

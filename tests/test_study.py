@@ -11,7 +11,7 @@ from workbench.array.cost import BASELINE
 from workbench.constrain import attach, bake
 from workbench.methods import METHODS, BlockCirculant, TopK
 from workbench.sensitivity import Strength, classify
-from workbench.train import evaluate
+from workbench.train import evaluate, paired_interval
 
 TARGET = 10.0
 STRENGTH = Strength(block=4, circulant_bits=6, topk_bits=6)
@@ -124,7 +124,7 @@ def test_summary_gives_mean_spread_and_the_paired_loss(comparison):
     summary = comparison.summary().set_index("variant")
     rows = comparison.results[comparison.results["variant"] == study.HYBRID]["test_accuracy"]
     assert summary.loc[study.HYBRID, "accuracy %"] == pytest.approx(rows.mean())
-    assert summary.loc[study.HYBRID, "std"] == pytest.approx(np.std(rows, ddof=1))
+    assert summary.loc[study.HYBRID, "accuracy std"] == pytest.approx(np.std(rows, ddof=1))
     dense_rows = comparison.results[comparison.results["variant"] == study.DENSE]["test_accuracy"]
     assert summary.loc[study.HYBRID, "loss (points)"] == pytest.approx(dense_rows.mean() - rows.mean())
     assert summary.loc[study.DENSE, ["loss (points)", "low", "high"]].tolist() == [0, 0, 0]
@@ -287,10 +287,11 @@ def test_the_summary_of_a_tradeoff(tradeoff):
     row = tradeoff.summary.query("method == 'TopK' and target_cr_disk == 6").iloc[0]
     seeds = tradeoff.results.query("method == 'TopK' and target_cr_disk == 6")
     assert row["accuracy %"] == pytest.approx(seeds["test_accuracy"].mean())
-    assert row["std"] == pytest.approx(np.std(seeds["test_accuracy"], ddof=1)) and row["seeds"] == 2
+    assert row["accuracy std"] == pytest.approx(np.std(seeds["test_accuracy"], ddof=1)) and row["seeds"] == 2
     assert row["loss (points)"] == pytest.approx(seeds["loss_points"].mean())
     assert row["loss std"] == pytest.approx(np.std(seeds["loss_points"], ddof=1))
     assert row["low"] <= row["loss (points)"] <= row["high"]
+    assert row["cr_model"] == pytest.approx(seeds["cr_model"].mean())
     assert row["cr_disk"] == pytest.approx(seeds["cr_disk"].mean()) and row["strength"] == seeds["strength"].iloc[0]
     best = tradeoff.summary.sort_values(["cr_disk", "loss (points)"], ascending=[False, True]).iloc[0]
     assert best["front"], "the point of the largest ratio is on the front"
@@ -298,14 +299,17 @@ def test_the_summary_of_a_tradeoff(tradeoff):
 
 
 def summary_of(points):
-    """points: (method, target, ratio, losses of the seeds); every seed's control has 8 of 8 items right."""
+    """points: (method, target, ratio, items lost by the seeds, None where out of reach); every control has 8 of 8 right."""
     rows = []
     for method, target, ratio, losses in points:
         for seed, loss in enumerate(losses):
+            if loss is None:
+                continue
             correct = np.arange(8) >= loss
             rows.append({"method": method, "target_cr_disk": target, "seed": seed, "hidden_size": 4, "strength": f"s{seed}",
-                         "bits": 6.0, "cr_params": ratio, "cr_bits": ratio, "cr_disk": ratio, "test_loss": 0.5,
-                         "test_accuracy": 100 * correct.mean(), "loss_points": 12.5 * loss, "correct": correct})
+                         "bits": 6.0, "cr_params": ratio, "cr_bits": ratio, "cr_disk": ratio, "cr_model": ratio / 2,
+                         "test_loss": 0.5, "test_accuracy": 100 * correct.mean(), "loss_points": 12.5 * loss,
+                         "correct": correct})
     reference = {seed: {"correct": np.ones(8, bool)} for seed in range(3)}
     return pd.DataFrame(rows), study._summary(rows, reference)
 
@@ -323,22 +327,58 @@ def test_the_front_of_the_means_by_hand():
     assert summary.loc[summary["front"], "method"].tolist() == ["a", "b", "g"]
     assert summary["loss (points)"].tolist() == [12.5, 12.5, 12.5, 25, 50, 50, 37.5]
     assert summary["loss std"].iloc[0] == pytest.approx(12.5 * np.sqrt(2))
+    assert summary["cr_model"].tolist() == [5, 5, 4.5, 5, 20, 20.5, 40]
+    assert summary["vs_small"].isna().all()  # nobody asked for the small network
+
+
+def test_the_loss_against_the_small_network_by_hand():
+    _, summary = summary_of([
+        (study.SMALL, 10, 9.75, (1, 2, 4)), ("TopK", 10, 10.0, (0, 2, None)), ("Dense", 10, 10.0, (1, None, None)),
+        ("BlockCirculant", 10, 10.0, (5, 6, 8)), ("TopK", 40, 40.0, (8, 8, 8)),
+    ])
+    by_method = summary.set_index(["method", "target_cr_disk"])
+    # Items lost against the small network: TopK -1 and 0 of 8, on the two seeds that both have; Dense 0 on one.
+    assert by_method["vs_small"].fillna(-1).tolist() == [-1, -100 / 16, 0, 50, -1]
+    control = np.array([np.arange(8) >= loss for loss in (1, 2, 4)])
+    circulant = np.array([np.arange(8) >= loss for loss in (5, 6, 8)])
+    low, _, high = paired_interval(control, circulant, seed=0)
+    found = by_method.loc[("BlockCirculant", 10), ["vs_small_low", "vs_small_high"]]
+    assert found.tolist() == [low, high] and low > 0
+    for name in ("vs_small_low", "vs_small_high"):
+        assert by_method[name].isna().tolist() == [True, False, True, False, True]
 
 
 def test_the_verdict_of_a_tradeoff_by_hand():
-    results, summary = summary_of([
-        ("TopK", 10, 10.25, (1, 1)), (study.SMALL, 10, 9.75, (1, 2)), ("Dense", 10, 10.5, (0, 0)),
-        ("BlockCirculant", 10, 11.0, (2, 3)), ("TopK", 40, 40.0, (8, 8)), (study.SMALL, 40, 41.0, (8, 8)),
-    ])
-    text = tables.tradeoff_verdict(study.Tradeoff(results, summary, pd.DataFrame(), pd.DataFrame())).data
-    assert "Asked for 10x, the least mean loss: Dense." in text
-    assert "Dense 0.00 (0.00 to 0.00) at 10.5x; TopK 12.50" in text
-    assert "better than a small dense network of about the same bytes: Dense, TopK." in text
-    assert "Asked for 40x, the least mean loss: TopK, small dense." in text
-    assert "better than a small dense network of about the same bytes: none." in text
-    assert "so a loss is shown, for: TopK, small dense." in text.split("Asked for 40x")[1]
-    assert "**On the front of the means:** BlockCirculant at 11.0x" not in text
-    assert text.endswith("Dense at 10.5x, BlockCirculant at 11.0x, small dense at 41.0x.")
+    """The control has 8 of 8 items right, the small network 4; every item of the rest differs where the interval must not
+    hold zero, and one seed of two where it must."""
+    points = [
+        ("TopK", 10, 10.25, (0, 0)), (study.SMALL, 10, 9.75, (4, 4)), ("Dense", 10, 10.5, (3, 5)),
+        ("BlockCirculant", 10, 11.0, (8, 8)), ("TopK", 40, 40.0, (8, 8)), (study.SMALL, 40, 38.0, (0, 0)),
+        ("hybrid", 80, 81.0, (1, 1)),
+    ]
+    results, summary = summary_of(points)
+    missing = pd.DataFrame([{"method": "Dense", "target_cr_disk": target, "seed": seed, "reason": "too large"}
+                            for target in (40, 80, 160) for seed in (0, 1)])
+    text = tables.tradeoff_verdict(study.Tradeoff(results, summary, pd.DataFrame(), missing)).data
+    first, second, third, fourth, front = text.split("\n\n")
+    assert first.startswith("**Asked for 10x, the least mean loss: TopK.** Loss in points, least first: "
+                            "TopK 0.00 (0.00 to 0.00) at 10.2x; small dense 50.00 (")
+    assert ("The 95 % interval (2 seeds, not corrected for the number of comparisons, all against the same controls) lies "
+            "above zero for: small dense, Dense, BlockCirculant; below zero for: none.") in first
+    assert ("Against the 8-bit small network (102.6 % of the bytes asked for), by the interval of the difference, better: TopK"
+            "; worse: BlockCirculant; not told apart: Dense.") in first and "Out of reach" not in first
+    assert "least mean loss: small dense.**" in second and "better: none; worse: TopK; not told apart: none." in second
+    assert second.endswith(" Out of reach: Dense (seeds 0, 1).")
+    assert third.startswith("**Asked for 80x.** Loss in points") and "small network" not in third
+    assert fourth == "**Asked for 160x.** Out of reach: Dense (seeds 0, 1)."
+    assert front == "**On the front of the means:** small dense at 38.0x, hybrid at 81.0x."
+
+
+def test_a_single_seed_tells_no_method_from_the_small_network():
+    results, summary = summary_of([("TopK", 10, 10.0, (0,)), (study.SMALL, 10, 10.0, (8,))])
+    missing = pd.DataFrame(columns=["method", "target_cr_disk", "seed", "reason"])
+    text = tables.tradeoff_verdict(study.Tradeoff(results, summary, pd.DataFrame(), missing)).data
+    assert "One seed gives no interval." in text and "better: none; worse: none; not told apart: TopK." in text
 
 
 def test_one_seed_method_and_target_leave_spread_and_interval_empty(tiny_task, dense, tmp_path, in_process):
@@ -347,13 +387,17 @@ def test_one_seed_method_and_target_leave_spread_and_interval_empty(tiny_task, d
 
     tradeoff = run()
     (row,) = tradeoff.summary.to_dict("records")
-    assert row["seeds"] == 1 and row["front"] and all(pd.isna(row[name]) for name in ("std", "low", "high", "loss std"))
+    assert row["seeds"] == 1 and row["front"]
+    assert all(pd.isna(row[name]) for name in ("accuracy std", "low", "high", "loss std"))
     recorded = tables.record_tradeoff(tradeoff)
-    assert recorded["summary"][0]["std"] is None and recorded["summary"][0]["low"] is None
+    assert recorded["summary"][0]["accuracy std"] is None and recorded["summary"][0]["low"] is None
     assert recorded["results"][0]["method"] == "BlockCirculant" and recorded["unreachable"] == []
-    assert "(" not in tables.tradeoff_verdict(tradeoff).data.split("least first: ")[1].split(" at ")[0]
+    text = tables.tradeoff_verdict(tradeoff).data
+    assert text.startswith("**Asked for 10x.** Loss") and "One seed gives no interval." in text and "small network" not in text
+    assert "(" not in text.split("least first: ")[1].split(" at ")[0]
     assert tables.tradeoff_table(tradeoff)["95 % interval"].tolist() == ["", "", ""]
-    assert plots.tradeoff_figure(tradeoff.results, tradeoff.summary, tables.published_table()).axes
+    axis = plots.tradeoff_figure(tradeoff.results, tradeoff.summary, tables.published_table()).axes[0]
+    assert "std" not in axis.get_ylabel() and "linear up to 2" in axis.get_ylabel()
     # What a sweep relies on: the next run with the same directory trains nothing again.
     written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert len(written) == 2 and run().results.equals(tradeoff.results)
@@ -372,7 +416,8 @@ def test_a_point_out_of_reach_alone_is_a_result(tiny_task, dense, in_process):
     assert listed["method"].tolist() == ["Dense", study.HYBRID] and listed["seeds"].tolist() == ["0", "0"]
     assert "no hybrid plan meets cr_disk 400" in listed["reason"].iloc[1]
     assert len(tables.tradeoff_table(tradeoff)) == 2 and tradeoff.by_seed().empty
-    assert tables.tradeoff_verdict(tradeoff).data == "**On the front of the means:** none."
+    assert tables.tradeoff_verdict(tradeoff).data == (
+        "**Asked for 400x.** Out of reach: Dense (seeds 0), hybrid (seeds 0).\n\n**On the front of the means:** none.")
     assert plots.tradeoff_figure(tradeoff.results, tradeoff.summary, tables.published_table()).axes
     assert tables.record_tradeoff(tradeoff)["results"] == []
 
@@ -381,6 +426,9 @@ def test_tables_and_figure_of_a_tradeoff(tradeoff):
     table = tables.tradeoff_table(tradeoff)
     assert table["method"].tolist()[:3] == [study.DENSE, study.DENSE_ONCE, "TopK"] and len(table) == 9
     assert (table["front"] == "yes").sum() == tradeoff.summary["front"].sum()
+    assert table["loss std"][2:].tolist() == tradeoff.summary["loss std"].tolist() and table["loss std"][:2].isna().all()
+    empty = table["vs small dense"] == ""
+    assert table.loc[empty, "method"].tolist() == [study.DENSE, study.DENSE_ONCE, study.SMALL, study.SMALL]
     listed = tables.unreachable_table(tradeoff)
     assert listed[["method", "target_cr_disk", "seeds"]].values.tolist() == [["Dense", 30.0, "0, 1"]]
     published = tables.published_table()
@@ -389,6 +437,8 @@ def test_tables_and_figure_of_a_tradeoff(tradeoff):
     figure = plots.tradeoff_figure(tradeoff.results, tradeoff.summary, published)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert set(METHODS_OF_TRADEOFF) < set(labels) and "dense control" in labels
+    assert "published; data and\ncounting not stated" in labels
+    assert "mean ± std over seeds; linear up to 2" in figure.axes[0].get_ylabel()
     low, high = figure.axes[0].get_ylim()
     assert low > high, "less loss is further up"
     losses = [*tradeoff.results["loss_points"], 1.7, 0]
@@ -396,6 +446,8 @@ def test_tables_and_figure_of_a_tradeoff(tradeoff):
     colours = {handle.get_color() + handle.get_marker() for handle in figure.legends[0].legend_handles[2:6]}
     assert len(colours) == 4
     assert len(tradeoff.by_seed()) == 14 and len(tradeoff.plans()) == 7
+    assert tradeoff.by_seed()["cr_model"].tolist() == tradeoff.results["cr_model"].tolist()
+    assert tradeoff.plans()["cr_model"].tolist() == tradeoff.summary["cr_model"].tolist()
 
 
 @pytest.mark.parametrize(("change", "message"), [

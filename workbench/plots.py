@@ -143,12 +143,12 @@ def rank_figure(ranks: pd.DataFrame) -> Figure:
 
 
 def agreement_figure(agreement: pd.DataFrame) -> Figure:
-    """Map of Spearman's correlation between the rankings of the blocks under every two compressions."""
+    """Map of Spearman's correlation between two compressions' rankings of the gates of a matrix."""
     size = len(agreement)
     figure = Figure(figsize=(3.4 + 0.48 * size, 2.2 + 0.36 * size), layout="constrained")
     axis = figure.subplots()
     image = _numbered_map(axis, agreement, Normalize(-1, 1), "RdBu_r", "{:.2f}")
-    figure.colorbar(image, ax=axis, label="Spearman's correlation", shrink=0.9)
+    figure.colorbar(image, ax=axis, label="Spearman's correlation\n(within a matrix)", shrink=0.9)
     return figure
 
 
@@ -257,7 +257,7 @@ def _deviation(points, name):
 
 def tradeoff_figure(results: pd.DataFrame, summary: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """Accuracy loss against compression ratio, both axes such that better is up and right. Seeds are pale points, means have
-    the standard deviation of the loss; means on the front are joined and full, the others grey inside."""
+    the standard deviation of the loss over several seeds; means on the front are joined and full, the others grey inside."""
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     axis = figure.subplots()
     axis.axhline(0, color="black", linestyle="--", linewidth=1)
@@ -284,13 +284,14 @@ def tradeoff_figure(results: pd.DataFrame, summary: pd.DataFrame, published: pd.
         Line2D([], [], color="grey", marker="o", markerfacecolor="lightgrey", linestyle="none", label="mean off the front"),
         Line2D([], [], color="grey", marker="o", markersize=4, markeredgewidth=0, linestyle="none", label="one seed"),
         Line2D([], [], color="black", marker="*", markersize=12, markerfacecolor="none", linestyle="none",
-               label="published, other data,\nratio counted their way"),
+               label="published; data and\ncounting not stated"),
     ]
     ratios = [*results["cr_disk"], *published["ratio"]]
+    spread = "mean ± std over seeds; " if summary["seeds"].max() > 1 else ""
     ticks = [tick for tick in _RATIO_TICKS if min(ratios) / 1.3 <= tick <= max(ratios) * 1.3]
     axis.set(xscale="log", xlabel="compression ratio cr_disk (log scale; better: right)",
              ylabel="accuracy loss against the dense control (percentage points,\n"
-                    "mean ± std over seeds; linear up to 2, log beyond; better: up)")
+                    f"{spread}linear up to 2, log beyond; better: up)")
     axis.set_yscale("symlog", linthresh=2, linscale=1.2)
     axis.set_yticks(_LOSS_TICKS, map(str, _LOSS_TICKS))
     axis.set_xticks(ticks, [f"{tick}x" for tick in ticks])

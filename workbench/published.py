@@ -5,7 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """ratio: compression ratio as the authors count it; loss_percent: accuracy loss as they state it, in percent."""
+    """ratio: compression ratio as the authors count it; loss_percent: accuracy loss as they state it, in percent.
+
+    The abstracts state neither the data, nor how the ratio is counted, nor the baseline, nor whether the loss is in points or
+    relative.
+    """
 
     work: str
     ratio: float

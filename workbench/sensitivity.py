@@ -61,7 +61,7 @@ def sensitivity_table(model: torch.nn.Module, task: Task, methods: list[Method],
     whose loss of the same epoch is the reference. Columns: block, gate, method, bits, compression (method and width as
     text), cr_disk (of this block alone, packed before retraining), loss_dense, accuracy_dense (percent),
     loss_before, accuracy_before, loss_after, accuracy_after, recovered (share of the excess loss that came back, None
-    where none was lost or nothing was retrained), recovery_epochs (first epoch with 90 % back, None if never),
+    where none was lost or nothing was retrained), recovery_epochs (first epoch with 90 % back, None if never or none was lost),
     excess_loss: the validation loss above the reference in nats, averaged over the epochs 0 (before retraining) to
     `epochs`, so that slow and incomplete recovery both raise it. ValueError as check_sensitivity.
     """
@@ -90,8 +90,8 @@ def sensitivity_table(model: torch.nn.Module, task: Task, methods: list[Method],
 
 def _recovery(excess):
     """(epochs + 1,) excess losses -> share of the first that came back, and the first epoch with 90 % of it back."""
-    if excess.iloc[0] <= 0:
-        return None, 0
+    if excess.iloc[0] <= 0:  # nothing was lost
+        return None, None
     back = 1 - excess / excess.iloc[0]
     recovered_at = back.index[back >= RECOVERED]
     return float(back.iloc[-1]), int(recovered_at[0]) if len(recovered_at) else None
@@ -165,26 +165,41 @@ def rank_blocks(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def seed_agreement(ranks: pd.DataFrame) -> pd.DataFrame:
-    """One row a compression: Spearman's correlation between the rankings of two seeds, mean and least over the pairs.
+    """One row a compression: Spearman's correlation between the rankings of two seeds, over the pairs of seeds.
 
     Columns: compression, excess_loss (mean over blocks and seeds), pairs of seeds that could be compared (a ranking without
-    any difference cannot), spearman_mean, spearman_least (NaN without a pair).
+    any difference cannot), within_mean and within_least: the gates of one matrix ranked among themselves, mean over the
+    matrices; pooled_mean: all blocks in one ranking, which also repeats where only the matrices differ (NaN without a pair).
     """
     rows = []
     for name, group in ranks.groupby("compression", sort=False):
-        matrix = group.pivot(index="block", columns="seed", values="excess_loss").corr(method="spearman").to_numpy()
-        pairs = pd.Series(matrix[np.triu_indices(len(matrix), 1)]).dropna()
-        rows.append({"compression": name, "excess_loss": group["excess_loss"].mean(), "pairs": len(pairs),
-                     "spearman_mean": pairs.mean(), "spearman_least": pairs.min()})
+        within = _pairs(_within_matrices(group, "seed"))
+        rows.append({"compression": name, "excess_loss": group["excess_loss"].mean(), "pairs": len(within),
+                     "within_mean": within.mean(), "within_least": within.min(),
+                     "pooled_mean": _pairs(_spearman(group, "seed")).mean()})
     return pd.DataFrame(rows)
 
 
+def _pairs(correlations):
+    """What a symmetric frame holds above its diagonal, where there is a value."""
+    return pd.Series(correlations.to_numpy()[np.triu_indices(len(correlations), 1)]).dropna()
+
+
+def _spearman(rows, columns):
+    return rows.pivot(index="block", columns=columns, values="excess_loss").corr(method="spearman")
+
+
+def _within_matrices(rows, columns):
+    """_spearman over the gates of one weight matrix, mean over the matrices that have a difference to rank."""
+    matrices = rows.groupby(rows["block"].str.rsplit(".", n=1).str[0])
+    return pd.concat([_spearman(group, columns) for _, group in matrices]).groupby(level=0).mean()
+
+
 def method_agreement(ranks: pd.DataFrame) -> pd.DataFrame:
-    """(compressions, compressions): Spearman's correlation between two compressions' rankings of the same seed's blocks,
-    mean over the seeds; NaN where a ranking has no difference."""
+    """(compressions, compressions): Spearman's correlation between two compressions' rankings of the gates of one matrix of
+    the same seed, mean over matrices and seeds; NaN where a ranking has no difference."""
     names = list(ranks["compression"].unique())
-    by_seed = [group.pivot(index="block", columns="compression", values="excess_loss")[names].corr(method="spearman")
-               for _, group in ranks.groupby("seed")]
+    by_seed = [_within_matrices(group, "compression").loc[names, names] for _, group in ranks.groupby("seed")]
     return pd.concat(by_seed).groupby(level=0).mean().loc[names]
 
 

@@ -59,8 +59,9 @@ RESULT_COLUMNS = [
     "rnn_bytes", "valid_accuracy_before", "valid_accuracy", "valid_loss", "test_accuracy", "test_loss", "loss_points",
 ]  # fmt: skip
 SUMMARY_COLUMNS = [
-    "method", "target_cr_disk", "units", "strength", "bits", "cr_params", "cr_bits", "cr_disk", "accuracy %", "std", "seeds",
-    "loss (points)", "low", "high", "loss std", "cross-entropy",
+    "method", "target_cr_disk", "units", "strength", "bits", "cr_params", "cr_bits", "cr_disk", "cr_model", "accuracy %",
+    "accuracy std", "seeds", "loss (points)", "low", "high", "loss std", "vs_small", "vs_small_low", "vs_small_high",
+    "cross-entropy",
 ]  # fmt: skip
 
 
@@ -218,7 +219,7 @@ class Comparison:
 def _statistics(group, reference, correct) -> dict:
     """Over the seeds of one model: accuracy, and its loss against the reference with the paired interval (points)."""
     low, mean, high = paired_interval(reference, correct, seed=0)
-    return {"accuracy %": group["test_accuracy"].mean(), "std": group["test_accuracy"].std(ddof=1),
+    return {"accuracy %": group["test_accuracy"].mean(), "accuracy std": group["test_accuracy"].std(ddof=1),
             "cross-entropy": group["test_loss"].mean(), "loss (points)": mean, "low": low, "high": high, "seeds": len(group)}
 
 
@@ -386,8 +387,10 @@ def variants(uniform_controls: bool) -> list[str]:
 @dataclass(frozen=True)
 class Tradeoff:
     """Compression ratio against accuracy. results: one row per method, target and seed; summary: one row per method and
-    target: means over the seeds, the strength of the first, whether the mean is on the front; controls: the dense models
-    per seed; unreachable: the points that no plan reaches, and why."""
+    target: means over the seeds, the strength of the first, whether the mean is on the front, and the accuracy lost against
+    the small dense network of that target with its 95 % interval (vs_small, in points, on the seeds that both have; no
+    interval from a single seed); controls: the dense models per seed; unreachable: the points that no plan reaches, and why.
+    """
 
     results: pd.DataFrame
     summary: pd.DataFrame
@@ -397,13 +400,13 @@ class Tradeoff:
     def by_seed(self) -> pd.DataFrame:
         """The figures of every seed that tell models apart, one row per method, target and seed."""
         names = {"method": "method", "target_cr_disk": "target", "seed": "seed", "strength": "strength", "cr_disk": "cr_disk",
-                 "valid_accuracy_before": "valid % before", "valid_accuracy": "after", "test_accuracy": "test %",
-                 "loss_points": "loss", "test_loss": "test loss"}
+                 "cr_model": "cr_model", "valid_accuracy_before": "valid before", "valid_accuracy": "after",
+                 "test_accuracy": "test %", "loss_points": "loss", "test_loss": "test loss"}
         return self.results[list(names)].rename(columns=names)
 
     def plans(self) -> pd.DataFrame:
         """One row per method and target: what was planned, and every compression ratio, mean over the seeds."""
-        columns = ["method", "target_cr_disk", "units", "strength", "bits", "cr_params", "cr_bits", "cr_disk"]
+        columns = ["method", "target_cr_disk", "units", "strength", "bits", "cr_params", "cr_bits", "cr_disk", "cr_model"]
         return self.summary[columns].rename(columns={"target_cr_disk": "target"})
 
 
@@ -488,6 +491,7 @@ def _loss_points(control, row) -> float:
 
 def _summary(rows, reference) -> pd.DataFrame:
     """reference: seed -> row of the dense control."""
+    small = {(row["target_cr_disk"], row["seed"]): row["correct"] for row in rows if row["method"] == SMALL}
     points = {}
     for row in rows:
         points.setdefault((row["method"], row["target_cr_disk"]), []).append(row)
@@ -497,11 +501,25 @@ def _summary(rows, reference) -> pd.DataFrame:
         found = _statistics(frame, np.array([reference[row["seed"]]["correct"] for row in group]),
                             np.array([row["correct"] for row in group]))
         if len(group) == 1:  # one seed says nothing of the spread over seeds
-            found |= {"low": None, "high": None}
+            found |= {"low": np.nan, "high": np.nan}
         table.append({
             "method": method, "target_cr_disk": target, "units": group[0]["hidden_size"],
             "strength": group[0]["strength"], "bits": frame["bits"].mean(),
             "loss std": frame["loss_points"].std(ddof=1),
-        } | {name: frame[name].mean() for name in ("cr_params", "cr_bits", "cr_disk")} | found)
+        } | {name: frame[name].mean() for name in ("cr_params", "cr_bits", "cr_disk", "cr_model")} | found
+            | _against_small(group, small))
     summary = pd.DataFrame(table, columns=SUMMARY_COLUMNS)
     return summary.assign(front=pareto_front(summary["cr_disk"], summary["loss (points)"], lower_y=True))
+
+
+def _against_small(group, small) -> dict:
+    """Accuracy that a method loses against the small network of its target, paired by seed and test item (points).
+
+    small: (target, seed) -> correct. Empty where no seed has both.
+    """
+    paired = [(small[key], row["correct"]) for row in group
+              if row["method"] != SMALL and (key := (row["target_cr_disk"], row["seed"])) in small]
+    if not paired:
+        return {}
+    low, mean, high = paired_interval(*map(np.array, zip(*paired, strict=True)), seed=0)
+    return {"vs_small": mean} | ({"vs_small_low": low, "vs_small_high": high} if len(paired) > 1 else {})
