@@ -20,7 +20,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from workbench import constrain, methods, models, train
+from workbench import constrain, fixedpoint, gates, methods, models, quantise, train
+from workbench import plan as plan_module
 from workbench.array.cost import BASELINE
 from workbench.budget import OutOfReach, check_bits, check_target, uniform_plan
 from workbench.constrain import attach, bake, compress, pack
@@ -159,7 +160,8 @@ def _once(model, task, key, checkpoints, training, constraints=()):
         return model
     # What decides the result: the task's data and recipe, the arguments, and the code that trains.
     code = b"".join(Path(file).read_bytes() for file in (models.__file__, train.__file__, *constraints))
-    name = hashlib.sha256(f"{task.digest} {task.split} {task.recipe} {key} ".encode() + code).hexdigest()[:16]
+    about = f"{task.digest} {task.split} {task.recipe} {key} torch {torch.__version__} "
+    name = hashlib.sha256(about.encode() + code).hexdigest()[:16]
     path = Path(os.environ.get("WB_RESULTS", "")) / checkpoints / f"{name}.safetensors"
     if path.is_file():
         train.load_checkpoint(model, path)
@@ -349,7 +351,8 @@ def _compressed(task, dense, start, plan, variant, seed, retraining) -> dict:
     """`start` retrained inside the plan, packed, and measured on the integer engine. Ratios are against `dense`."""
     before = evaluate(attach(start, pack(start, plan)), task, "valid")
     compressed = compress(start, plan)
-    constraints = (constrain.__file__, *sorted(Path(methods.__file__).parent.glob("*.py")))
+    modules = (constrain, plan_module, quantise, gates, fixedpoint)
+    constraints = [module.__file__ for module in modules] + sorted(Path(methods.__file__).parent.glob("*.py"))
     retraining.run(compressed, task, dense, seed, f"{_units(start)} {json.dumps(plan.to_json())}", constraints)
     # Retraining moves the ranges of the signals, so their formats are calibrated on the model that is packed.
     plan = plan.with_signals(calibrate(compressed, calibration_batches(task)))
