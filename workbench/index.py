@@ -216,7 +216,7 @@ def _alt(points, pareto):
 
 def _caption(points):
     most = int(points["n"].max())
-    spread_of = ("Pale: every run. Marked: the mean over the seeds, with its standard deviation (ddof 1)" if most > 1
+    spread_of = ("Small: every measured point. Large: the mean over the seeds, with its standard deviation (ddof 1)" if most > 1
                  else "One run a point, so no spread can be told")
     return f"{spread_of}; n = {most}{'' if (points['n'] == most).all() else ' or fewer'}. Line: Pareto front of the means."
 
