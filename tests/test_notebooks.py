@@ -14,7 +14,7 @@ SMALL = {  # notebook -> (small parameters, metrics that it must hand over, figu
          "array": "group4x4", "steps": 3},
         {"summary", "results", "classes", "search", "hardware"},
         4,
-        ("sensitive", "cr_disk", "integer engine", "small dense 8-bit", "modelled"),
+        ("sensitive", "cr_disk", "integer engine", "small dense", "modelled"),
     ),
     "sensitivity": (
         {"hidden_size": 16, "seeds": [0, 1], "epochs": 1, "sensitivity_epochs": 1, "bits": [4],
