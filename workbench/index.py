@@ -27,11 +27,11 @@ def build_index(folder) -> Path:
     folder = Path(folder)
     about, table = (folder / sweep.ASKED).read_bytes(), (folder / sweep.TABLE).read_bytes()
     asked, frame = json.loads(about), pd.read_parquet(io.BytesIO(table))
-    points = spread(frame, asked)
+    rows = samples(frame, asked)
+    points = spread(rows, asked)
     pareto = asked["pareto"]
     picture = None
     if pareto and len(points):
-        rows = samples(frame, asked)
         axes = [column(rows, pareto[axis]) for axis in ("x", "y")]
         picture = plots.sweep_figure(points, rows, *axes, pareto.get("lower_is_better", []))
     script = (report.TEMPLATES / "sort.js").read_text()
@@ -94,13 +94,13 @@ def samples(frame: pd.DataFrame, asked: dict) -> pd.DataFrame:
     return sweep.explode(done, pareto["records"]) if "records" in pareto and len(done) else done
 
 
-def spread(frame: pd.DataFrame, asked: dict) -> pd.DataFrame:
+def spread(rows: pd.DataFrame, asked: dict) -> pd.DataFrame:
     """Mean and standard deviation (ddof 1) over the seeds: one row a group, with the number of its seeds.
 
-    Groups: the columns of [pareto] group, else all swept parameters. Figures: the axes of [pareto], else every numeric
-    metric of the runs. Column `front`: whether the mean lies on the Pareto front.
+    rows: as `samples` gives them. Groups: the columns of [pareto] group, else all swept parameters. Figures: the axes of
+    [pareto], else every numeric metric of the runs. Column `front`: whether the mean lies on the Pareto front.
     """
-    rows, pareto = samples(frame, asked), asked["pareto"]
+    pareto = asked["pareto"]
     if not len(rows):
         return pd.DataFrame()
     groups = [column(rows, name) for name in (pareto or {}).get("group", ())] or [f"p_{name}" for name in asked["swept"]]

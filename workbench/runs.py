@@ -63,7 +63,7 @@ def find_notebook(notebook) -> Path:
     known = {p.stem: p for p in sorted(NOTEBOOKS.glob("*.ipynb"))}
     if str(notebook) in known:
         return known[str(notebook)]
-    raise ValueError(f"no notebook {str(notebook)!r}: give a path to an .ipynb file or one of {_listed(known)}")
+    raise ValueError(f"no notebook {str(notebook)!r}: give a path to an .ipynb file or one of {listed(known)}")
 
 
 def read_parameters(notebook) -> dict[str, Parameter]:
@@ -94,7 +94,7 @@ def complete(who: str, parameters: dict[str, Parameter], overrides: dict) -> dic
     values = {name: parameter.default for name, parameter in parameters.items()}
     for name, value in overrides.items():
         if name not in parameters:
-            raise ValueError(f"{who} has no parameter {name!r}{did_you_mean(name, parameters)} It has {_listed(parameters)}")
+            raise ValueError(f"{who} has no parameter {name!r}{did_you_mean(name, parameters)} It has {listed(parameters)}")
         values[name] = _checked(f"{who}: parameter {name!r}", value, parameters[name].type)
     return values
 
@@ -138,7 +138,7 @@ def _parameters(cells, who):
             got = line.decode().strip()
             raise ValueError(f"{who}: a parameter reads `name: type = literal  # help`, got {got!r}") from error
         if kind.removesuffix(" | None") not in _TYPES:
-            raise ValueError(f"{who}: parameter {name!r} needs a type of {_listed(_TYPES)}, got {kind}")
+            raise ValueError(f"{who}: parameter {name!r} needs a type of {listed(_TYPES)}, got {kind}")
         default = _checked(f"{who}: the default of parameter {name!r}", value, kind)
         comment = line[statement.end_col_offset :].decode().strip().removeprefix("#").strip()
         parameters[name] = Parameter(name, kind, default, comment)
@@ -193,7 +193,8 @@ def _checked(who, value, kind):
     return value
 
 
-def _listed(names):
+def listed(names) -> str:
+    """Names for a sentence."""
     return ", ".join(names) or "none"
 
 

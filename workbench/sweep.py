@@ -19,7 +19,6 @@ from pathlib import Path
 
 from workbench import runs
 
-STALE = ("rerun", "warn", "ignore")  # what happens to results of older code or data
 # Keys of a sweep file and of its table [pareto], with their types.
 KEYS = {
     "description": str,
@@ -229,8 +228,8 @@ class Plan:
 
 
 def make_plan(sweep: Sweep, results: Path, *, stale: str = "rerun", shard: tuple[int, int] = (1, 1)) -> Plan:
-    """shard (k, n): every n-th run, from the k-th on. stale: one of STALE. ValueError where another notebook's sweep has the
-    same name."""
+    """shard (k, n): every n-th run, from the k-th on. stale: "rerun", or "warn" or "ignore", which keep older
+    answers. ValueError where another notebook's sweep has the same name."""
     earlier = _kept(results / "sweeps" / sweep.name)
     if earlier and earlier["notebook"] != sweep.notebook.stem:
         raise ValueError(f"{results / 'sweeps' / sweep.name} holds a sweep of the notebook {earlier['notebook']}, this one is "

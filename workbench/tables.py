@@ -11,7 +11,7 @@ from workbench.array import ASSUMPTIONS, ArraySpec, Schedule
 from workbench.array.cost import ENERGY_NOTE, PJ_PER_EVENT, STATIC_POWER, compare, energy
 from workbench.array.schedule import EVENTS, SPLIT
 from workbench.published import PUBLISHED
-from workbench.runs import record
+from workbench.runs import listed, record
 from workbench.sensitivity import class_stability, method_agreement, rank_blocks, seed_agreement
 from workbench.study import HYBRID, SMALL, Comparison, Tradeoff
 from workbench.tasks import Task
@@ -112,10 +112,6 @@ def sensitivity_verdict(table: pd.DataFrame):
     return Markdown("\n".join(f"- **{title}.** {text}" for title, text in points.items()))
 
 
-def _listed(names):
-    return ", ".join(names) or "none"
-
-
 def _seed_text(ranks):
     seeds, agreement = ranks["seed"].nunique(), seed_agreement(ranks).dropna(subset="within_mean")
     if seeds < 2:
@@ -130,7 +126,7 @@ def _seed_text(ranks):
     within, pooled = agreement[["within_mean", "pooled_mean"]].mean()
     return (f"Within a matrix, two seeds' rankings of the gates correlate with {within:.2f} on average, in "
             f"{is_stable.sum()} of {len(agreement)} compressions with at least {STABLE} (called stable). "
-            f"Not stable: {_listed(agreement.loc[~is_stable, 'compression'])}. "
+            f"Not stable: {listed(agreement.loc[~is_stable, 'compression'])}. "
             f"All blocks in one ranking correlate with {pooled:.2f}, the difference between the matrices included. "
             f"The mean excess loss of the blocks is {' and '.join(means)}. "
             f"All {seeds} seeds have the same blocks in the top quarter in {same_top.sum()} of {len(same_top)} compressions.")
@@ -139,7 +135,7 @@ def _seed_text(ranks):
 def _block_text(ranks):
     counts = ranks.groupby("block", sort=False)["top_quarter"].sum().sort_values(ascending=False, kind="stable")
     seen = [f"{block} in {count}" for block, count in counts[counts > 0].items()]
-    return f"Of the {ranks.groupby(['compression', 'seed']).ngroups} rankings, in the top quarter: {_listed(seen)}."
+    return f"Of the {ranks.groupby(['compression', 'seed']).ngroups} rankings, in the top quarter: {listed(seen)}."
 
 
 def _method_text(ranks):
@@ -159,9 +155,9 @@ def _class_text(classes):
     seeds, compressions = classes["seeds"].iloc[0], classes["compressions"].iloc[0]
     changing = classes.loc[~classes["sensitive in seeds"].isin([0, seeds]), "gate"]
     alone = [f"{row['gate']} in {row['sensitive in compressions']}" for _, row in classes.iterrows()]
-    return (f"Sensitive by the rule: {_listed(classes.loc[classes['class'] == 'sensitive', 'gate'])}. "
-            + (f"Gates whose class changes with the seed: {_listed(changing)}. " if seeds > 1 else "")
-            + f"Taken alone, the {compressions} compressions call sensitive: {_listed(alone)}.")
+    return (f"Sensitive by the rule: {listed(classes.loc[classes['class'] == 'sensitive', 'gate'])}. "
+            + (f"Gates whose class changes with the seed: {listed(changing)}. " if seeds > 1 else "")
+            + f"Taken alone, the {compressions} compressions call sensitive: {listed(alone)}.")
 
 
 def record_sensitivity(table: pd.DataFrame) -> dict:
@@ -177,7 +173,7 @@ def record_sensitivity(table: pd.DataFrame) -> dict:
     correlations = agreement[["within_mean", "pooled_mean"]].mean().dropna()
     return record(
         table=_plain(table), ranking=ranks, stability=_plain(agreement), classes=classes,
-        sensitive_gates=_listed(classes.loc[classes["class"] == "sensitive", "gate"]),
+        sensitive_gates=listed(classes.loc[classes["class"] == "sensitive", "gate"]),
         **correlations.rename({"within_mean": "rank_correlation", "pooled_mean": "rank_correlation_pooled"}).to_dict(),
     )
 
@@ -323,13 +319,13 @@ def tradeoff_verdict(tradeoff: Tradeoff):
                   for target in sorted({*summary["target_cr_disk"], *missing["target_cr_disk"]})]
     front = summary[summary["front"]].sort_values("cr_disk", kind="stable")
     points = [f"{row['method']} at {row['cr_disk']:.1f}x" for _, row in front.iterrows()]
-    return Markdown("\n\n".join([*paragraphs, f"**On the front of the means:** {_listed(points)}."]))
+    return Markdown("\n\n".join([*paragraphs, f"**On the front of the means:** {listed(points)}."]))
 
 
 def _target_verdict(target, rows, missing):
     """rows: of the summary, least loss first; missing: of unreachable_table."""
     best = rows.loc[rows["loss (points)"] == rows["loss (points)"].min(), "method"]
-    text = f"**Asked for {target:g}x{f', the least mean loss: {_listed(best)}' if len(rows) > 1 else ''}.**"
+    text = f"**Asked for {target:g}x{f', the least mean loss: {listed(best)}' if len(rows) > 1 else ''}.**"
     losses = []
     for _, row in rows.iterrows():
         bounds = _bounds(row["low"], row["high"])
@@ -338,10 +334,10 @@ def _target_verdict(target, rows, missing):
         text += f" Loss in points, least first: {'; '.join(losses)}."
     several = rows[rows["low"].notna()]
     if len(several):
-        counts = _listed(map(str, sorted(set(several["seeds"]))))
+        counts = listed(map(str, sorted(set(several["seeds"]))))
         text += (f" The 95 % interval ({counts} seeds, not corrected for the number of comparisons, all against the same "
-                 f"controls) lies above zero for: {_listed(several.loc[several['low'] > 0, 'method'])}; below zero for: "
-                 f"{_listed(several.loc[several['high'] < 0, 'method'])}.")
+                 f"controls) lies above zero for: {listed(several.loc[several['low'] > 0, 'method'])}; below zero for: "
+                 f"{listed(several.loc[several['high'] < 0, 'method'])}.")
     elif losses:
         text += " One seed gives no interval."
     small, rivals = rows[rows["method"] == SMALL], rows[rows["vs_small"].notna()]
@@ -349,11 +345,11 @@ def _target_verdict(target, rows, missing):
         better, worse = rivals["vs_small_high"] < 0, rivals["vs_small_low"] > 0
         share = 100 * target / small["cr_disk"].iloc[0]
         text += (f" Against the 8-bit small network ({share:.1f} % of the bytes asked for), by the interval of the difference, "
-                 f"better: {_listed(rivals.loc[better, 'method'])}; "
-                 f"worse: {_listed(rivals.loc[worse, 'method'])}; "
-                 f"not told apart: {_listed(rivals.loc[~(better | worse), 'method'])}.")
+                 f"better: {listed(rivals.loc[better, 'method'])}; "
+                 f"worse: {listed(rivals.loc[worse, 'method'])}; "
+                 f"not told apart: {listed(rivals.loc[~(better | worse), 'method'])}.")
     if len(missing):
-        text += f" Out of reach: {_listed(f'{row.method} (seeds {row.seeds})' for row in missing.itertuples())}."
+        text += f" Out of reach: {listed(f'{row.method} (seeds {row.seeds})' for row in missing.itertuples())}."
     return text
 
 

@@ -1,5 +1,6 @@
 """What a compression method is, and what all of them share: the protocol and the straight-through number format."""
 
+import math
 from typing import Protocol, Self
 
 import torch
@@ -56,6 +57,17 @@ def check_matrix(who, w: torch.Tensor) -> None:
         raise ValueError(f"{who} needs an (out, in) matrix with rows and columns, got shape {tuple(w.shape)}")
     if not torch.isfinite(w).all():
         raise ValueError(f"{who} needs finite weights, got {int((~torch.isfinite(w)).sum())} that are not")
+
+
+def check_rows(who, w, divisor: int) -> None:
+    if w.shape[0] % divisor:
+        raise ValueError(f"{who} needs rows divisible by {divisor}, got a {w.shape[0]}x{w.shape[1]} block")
+
+
+def powers_of_two(shapes) -> list[int]:
+    """The powers of two from 2 on that divide the rows of every (out, in) shape."""
+    rows = math.gcd(*(rows for rows, _ in shapes))
+    return [1 << n for n in range(1, rows.bit_length()) if rows % (1 << n) == 0]
 
 
 def to_integers(w: torch.Tensor, fmt: QFormat):

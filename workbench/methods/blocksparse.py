@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from workbench.methods.pruning import Pruning, check_keep, check_rows
+from workbench.methods.base import check_rows
+from workbench.methods.pruning import Pruning, check_keep
 from workbench.packed import check_whole, tile_encodings
 
 

@@ -4,14 +4,13 @@ W[i, j] = v[i // k, j // k, (i - j) % k], the convention of scipy.linalg.circula
 padded in the last tile: means run over real entries, the padding is stored; rows that k does not divide are refused.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from workbench.methods.base import check_matrix, fake_quantise, to_integers
+from workbench.methods.base import check_matrix, check_rows, fake_quantise, powers_of_two, to_integers
 from workbench.packed import PackedCirculant
 
 
@@ -34,13 +33,11 @@ class BlockCirculant:
     @classmethod
     def ladder(cls, shapes):
         """The powers of two that divide the rows of every block."""
-        rows = math.gcd(*(rows for rows, _ in shapes))
-        return [cls(2**n) for n in range(1, rows.bit_length()) if rows % 2**n == 0]
+        return [cls(block) for block in powers_of_two(shapes)]
 
     def _check(self, w):
         check_matrix(self, w)
-        if w.shape[0] % self.block:
-            raise ValueError(f"{self} needs rows divisible by {self.block}, got a {w.shape[0]}x{w.shape[1]} block")
+        check_rows(self, w, self.block)
 
     def vectors(self, w) -> torch.Tensor:
         """(out // k, ceil(in / k), k): means of the tiles' wrapped diagonals over real entries."""

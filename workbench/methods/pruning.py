@@ -52,8 +52,3 @@ class _SparseWeights(nn.Module):
 def check_keep(who: str, keep) -> None:
     if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
         raise ValueError(f"{who} needs keep in (0, 1], got {keep!r}")
-
-
-def check_rows(who, w, divisor: int) -> None:
-    if w.shape[0] % divisor:
-        raise ValueError(f"{who} needs rows divisible by {divisor}, got a {w.shape[0]}x{w.shape[1]} block")

@@ -5,13 +5,13 @@ here is chosen for the same ends: permuted diagonals (PermDNN, arXiv 2004.10936)
 like any sparse block so far, a local column in each of its words included.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
-from workbench.methods.pruning import Pruning, check_rows
+from workbench.methods.base import check_rows, powers_of_two
+from workbench.methods.pruning import Pruning
 from workbench.packed import Diagonals, check_whole
 
 
@@ -35,8 +35,7 @@ class Structured(Pruning):
     @classmethod
     def ladder(cls, shapes):
         """The powers of two that divide the rows of every block."""
-        rows = math.gcd(*(rows for rows, _ in shapes))
-        return [cls(1 << n) for n in range(1, rows.bit_length()) if rows % (1 << n) == 0]
+        return [cls(period) for period in powers_of_two(shapes)]
 
     def check(self, w):
         super().check(w)
