@@ -15,13 +15,13 @@ from workbench.array.interpreter import interpret
 from workbench.array.mapping import candidate_layouts, fitting_mappings, least_cycles, place_units, tile_unit
 from workbench.array.schedule import _period, schedule_mapping
 from workbench.engine import run_layer
-from workbench.fixedpoint import ActivationTable, QFormat
+from workbench.fixedpoint import LinearTable, QFormat
 from workbench.methods import BankBalanced, BlockSparse, RowBalanced, Structured
 from workbench.packed import PackedCirculant, PackedDense, PackedLayer, PackedSparse
 
 SIGNALS = {"input": QFormat(16, 12), "pre": QFormat(16, 12), "sigmoid": QFormat(16, 16, signed=False), "tanh": QFormat(16, 15),
            "cell": QFormat(16, 12), "hidden": QFormat(16, 12)}
-TABLES = {name: ActivationTable.build(name) for name in ("sigmoid", "tanh")}
+TABLES = {name: LinearTable.build(name) for name in ("sigmoid", "tanh")}
 SMALL = preset("group4x4").with_(config_cycles=0)
 
 

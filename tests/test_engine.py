@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.engine import LayerEngine, cell_update, gate_values, run_layer
-from workbench.fixedpoint import ActivationTable, QFormat
+from workbench.fixedpoint import LinearTable, QFormat
 from workbench.packed import PackedCirculant, PackedDense, PackedLayer, PackedSparse
 
 SIGNALS = {"input": QFormat(16, 12), "pre": QFormat(16, 12), "sigmoid": QFormat(16, 16, signed=False), "tanh": QFormat(16, 15),
            "cell": QFormat(16, 12), "hidden": QFormat(16, 15)}
-TABLES = {name: ActivationTable.build(name) for name in ("sigmoid", "tanh")}
+TABLES = {name: LinearTable.build(name) for name in ("sigmoid", "tanh")}
 
 
 # The literal reference: Python's own integers and fractions, one element at a time. It shares no code with the package.

@@ -9,9 +9,9 @@ from apytypes import APyFixed, OverflowMode, QuantizationMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.fixedpoint import FUNCTIONS, ActivationTable, ExactMatrix, QFormat, requantise
+from workbench.fixedpoint import FUNCTIONS, LinearTable, ExactMatrix, QFormat, requantise
 
-TABLES = {name: ActivationTable.build(name) for name in FUNCTIONS}
+TABLES = {name: LinearTable.build(name) for name in FUNCTIONS}
 
 
 def nearest(value: Fraction, fmt: QFormat) -> int:
@@ -233,12 +233,12 @@ def test_error_of_the_tables():
          "QFormat(bits=8, frac=4, signed=True) cannot hold NaN: 1 of 2 values are NaN"),
         (lambda: QFormat.from_json({"bits": 8}), ValueError,
          "QFormat needs exactly the keys bits, frac and signed, got {'bits': 8}"),
-        (lambda: ActivationTable.build("relu"), ValueError, "ActivationTable knows sigmoid, tanh, got 'relu'"),
-        (lambda: ActivationTable("relu", TABLES["tanh"].knots), ValueError, "ActivationTable knows sigmoid, tanh, got 'relu'"),
-        (lambda: ActivationTable("tanh", np.zeros(256, dtype=np.int64)), ValueError,
-         "ActivationTable needs 257 knots of 16 bits, got shape (256,)"),
+        (lambda: LinearTable.build("relu"), ValueError, "LinearTable knows sigmoid, tanh, got 'relu'"),
+        (lambda: LinearTable("relu", TABLES["tanh"].knots), ValueError, "LinearTable knows sigmoid, tanh, got 'relu'"),
+        (lambda: LinearTable("tanh", np.zeros(256, dtype=np.int64)), ValueError,
+         "LinearTable needs 257 knots of 16 bits, got shape (256,)"),
         (lambda: TABLES["tanh"].lookup(1, QFormat(16, 49), QFormat(16, 15)), ValueError,
-         "ActivationTable needs inputs of at most 48 fraction bits, got QFormat(bits=16, frac=49, signed=True)"),
+         "LinearTable needs inputs of at most 48 fraction bits, got QFormat(bits=16, frac=49, signed=True)"),
         (lambda: TABLES["tanh"].max_error_ulp(QFormat(21, 12), QFormat(16, 15)), ValueError,
          "at most 20 bits, got QFormat(bits=21"),
     ],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.linalg import circulant
 
 from workbench.container import read_tensors, write_tensors
-from workbench.fixedpoint import ActivationTable, QFormat
+from workbench.fixedpoint import LinearTable, QFormat
 from workbench.packed import (
     ENCODINGS,
     FORMS,
@@ -34,7 +34,7 @@ from workbench.packed import (
 
 SIGNALS = {"input": QFormat(16, 12), "pre": QFormat(16, 12), "sigmoid": QFormat(16, 16, signed=False), "tanh": QFormat(16, 15),
            "cell": QFormat(16, 12), "hidden": QFormat(16, 15)}
-TABLES = {name: ActivationTable.build(name) for name in ("sigmoid", "tanh")}
+TABLES = {name: LinearTable.build(name) for name in ("sigmoid", "tanh")}
 INT4, INT5, INT6, INT8 = QFormat(4, 3), QFormat(5, 4), QFormat(6, 5), QFormat(8, 7)
 
 

@@ -109,14 +109,36 @@ class ExactMatrix:
         return (x.astype(self.dtype) @ self.transposed).astype(np.int64)
 
 
-TABLE_RANGE_LOG2 = 3  # the table covers |x| in [0, 8); beyond it the last knot holds
+TABLE_RANGE_LOG2 = 3  # the linear table covers |x| in [0, 8); beyond it the last knot holds
 TABLE_SEGMENTS_LOG2 = 8  # 256 segments
 KNOT_FRAC = 15  # knots are 16-bit unsigned words with 15 fraction bits, so that 1.0 is one of them
 MAX_LOOKUP_FRAC = 48  # of a table's input: interpolation at more fraction bits would leave 64-bit integers
+MAX_EXACT_BITS = 16  # of an exact table's input
+MAX_WALK_BITS = 20  # of an input whose every code is walked to find the largest error
+
+
+class _Table:
+    """What all activation tables share. lookup(q, in_fmt, out_fmt): integers of in_fmt -> integers of out_fmt."""
+
+    def __post_init__(self):
+        if self.function not in FUNCTIONS:
+            raise ValueError(f"{type(self).__name__} knows {', '.join(FUNCTIONS)}, got {self.function!r}")
+
+    def max_error_ulp(self, in_fmt: QFormat, out_fmt: QFormat) -> float:
+        """Largest |table - function| over every input code, in units of the last place of out_fmt."""
+        if in_fmt.bits > MAX_WALK_BITS:
+            raise ValueError(f"max_error_ulp walks every input code and needs at most {MAX_WALK_BITS} bits, got {in_fmt}")
+        q = np.arange(in_fmt.min, in_fmt.max + 1)
+        exact = FUNCTIONS[self.function](in_fmt.dequantise(q))
+        return float(np.abs(out_fmt.dequantise(self.lookup(q, in_fmt, out_fmt)) - exact).max() * 2.0**out_fmt.frac)
+
+    def _check_input(self, in_fmt):
+        if in_fmt.frac > MAX_LOOKUP_FRAC:
+            raise ValueError(f"{type(self).__name__} needs inputs of at most {MAX_LOOKUP_FRAC} fraction bits, got {in_fmt}")
 
 
 @dataclass(frozen=True)
-class ActivationTable:
+class LinearTable(_Table):
     """sigmoid or tanh as 256 segments on [0, 8), symmetric, integer linear interpolation, one rounding.
 
     knots: (257,) int64 with KNOT_FRAC fraction bits; for sigmoid they run from 0.5 to sigmoid(8).
@@ -126,17 +148,15 @@ class ActivationTable:
     knots: np.ndarray  # (257,)
 
     def __post_init__(self):
-        if self.function not in FUNCTIONS:
-            raise ValueError(f"ActivationTable knows {', '.join(FUNCTIONS)}, got {self.function!r}")
+        super().__post_init__()
         if self.knots.shape != ((1 << TABLE_SEGMENTS_LOG2) + 1,) or self.knots.min() < 0 or self.knots.max() >= 1 << 16:
-            raise ValueError(f"ActivationTable needs 257 knots of 16 bits, got shape {self.knots.shape}")
+            raise ValueError(f"LinearTable needs 257 knots of 16 bits, got shape {self.knots.shape}")
 
     @classmethod
-    def build(cls, function: str) -> "ActivationTable":
-        if function not in FUNCTIONS:
-            raise ValueError(f"ActivationTable knows {', '.join(FUNCTIONS)}, got {function!r}")
+    def build(cls, function: str, uses=()) -> "LinearTable":
+        """The same knots for every use."""
         x = np.arange((1 << TABLE_SEGMENTS_LOG2) + 1) * 2.0 ** (TABLE_RANGE_LOG2 - TABLE_SEGMENTS_LOG2)
-        return cls(function, QFormat(16, KNOT_FRAC, signed=False).quantise(FUNCTIONS[function](x)))
+        return cls(function, QFormat(16, KNOT_FRAC, signed=False).quantise(_function("LinearTable", function)(x)))
 
     @cached_property
     def _segments(self):
@@ -144,8 +164,7 @@ class ActivationTable:
 
     def lookup(self, q, in_fmt: QFormat, out_fmt: QFormat) -> np.ndarray:
         """Integers of in_fmt (at most MAX_LOOKUP_FRAC fraction bits) -> integers of out_fmt, the same shape."""
-        if in_fmt.frac > MAX_LOOKUP_FRAC:
-            raise ValueError(f"ActivationTable needs inputs of at most {MAX_LOOKUP_FRAC} fraction bits, got {in_fmt}")
+        self._check_input(in_fmt)
         q = np.asarray(q, dtype=np.int64)
         # Position = segment + remainder / 2**rest; a coarse input format falls on the knots themselves.
         rest = max(in_fmt.frac - (TABLE_SEGMENTS_LOG2 - TABLE_RANGE_LOG2), 0)
@@ -159,13 +178,98 @@ class ActivationTable:
         mirrored = -value if self.function == "tanh" else (1 << (KNOT_FRAC + rest)) - value
         return requantise(np.where(q < 0, mirrored, value), KNOT_FRAC + rest, out_fmt)
 
-    def max_error_ulp(self, in_fmt: QFormat, out_fmt: QFormat) -> float:
-        """Largest |table - function| over every input code, in units of the last place of out_fmt."""
-        if in_fmt.bits > 20:
-            raise ValueError(f"max_error_ulp walks every input code and needs at most 20 bits, got {in_fmt}")
-        q = np.arange(in_fmt.min, in_fmt.max + 1)
-        exact = FUNCTIONS[self.function](in_fmt.dequantise(q))
-        return float(np.abs(out_fmt.dequantise(self.lookup(q, in_fmt, out_fmt)) - exact).max() * 2.0**out_fmt.frac)
+    def describe(self) -> dict:
+        return {}
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is stored of it."""
+        return {"knots": self.knots.astype(np.uint16)}
+
+    @classmethod
+    def restore(cls, function, arrays, about) -> "LinearTable":
+        return cls(function, arrays["knots"].astype(np.int64))
+
+
+@dataclass(frozen=True)
+class ExactTable(_Table):
+    """sigmoid or tanh with one stored entry for every input code: the function, rounded once.
+
+    entries: (input format, output format) -> (2**bits,) int64 output codes, the smallest input code first.
+    """
+
+    function: str
+    entries: dict[tuple[QFormat, QFormat], np.ndarray]
+
+    def __post_init__(self):
+        super().__post_init__()
+        for (in_fmt, out_fmt), codes in self.entries.items():
+            if in_fmt.bits > MAX_EXACT_BITS:
+                raise ValueError(f"ExactTable needs inputs of at most {MAX_EXACT_BITS} bits, got {in_fmt}")
+            if codes.shape != (1 << in_fmt.bits,) or codes.min() < out_fmt.min or codes.max() > out_fmt.max:
+                raise ValueError(f"ExactTable needs {1 << in_fmt.bits} codes of {out_fmt}, got shape {codes.shape}")
+
+    @classmethod
+    def build(cls, function: str, uses=()) -> "ExactTable":
+        """uses: the (input format, output format) pairs that will be looked up."""
+        entries, exact = {}, _function("ExactTable", function)
+        for in_fmt, out_fmt in uses:
+            codes = np.arange(in_fmt.min, in_fmt.max + 1) if in_fmt.bits <= MAX_EXACT_BITS else np.zeros(0)
+            entries[in_fmt, out_fmt] = out_fmt.quantise(exact(in_fmt.dequantise(codes)))
+        return cls(function, entries)
+
+    def lookup(self, q, in_fmt: QFormat, out_fmt: QFormat) -> np.ndarray:
+        """Integers of in_fmt -> integers of out_fmt, the same shape; formats it was not built for raise ValueError."""
+        if (in_fmt, out_fmt) not in self.entries:
+            raise ValueError(f"ExactTable of {self.function} has no entries from {in_fmt} to {out_fmt}")
+        return self.entries[in_fmt, out_fmt][np.asarray(q, dtype=np.int64) - in_fmt.min]
+
+    def describe(self) -> dict:
+        return {"uses": [[in_fmt.to_json(), out_fmt.to_json()] for in_fmt, out_fmt in self.entries]}
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is stored of it."""
+        return {f"codes{n}": codes for n, codes in enumerate(self.entries.values())}
+
+    @classmethod
+    def restore(cls, function, arrays, about) -> "ExactTable":
+        uses = [tuple(map(QFormat.from_json, use)) for use in about["uses"]]
+        return cls(function, {use: arrays[f"codes{n}"].astype(np.int64) for n, use in enumerate(uses)})
+
+
+@dataclass(frozen=True)
+class HardTable(_Table):
+    """Without a table: sigmoid as clip(x / 4 + 1 / 2, 0, 1), tanh as clip(x, -1, 1), one rounding. Their slopes at 0 are
+    those of the functions, and powers of two."""
+
+    function: str
+
+    @classmethod
+    def build(cls, function: str, uses=()) -> "HardTable":
+        return cls(function)
+
+    def lookup(self, q, in_fmt: QFormat, out_fmt: QFormat) -> np.ndarray:
+        """Integers of in_fmt (at most MAX_LOOKUP_FRAC fraction bits) -> integers of out_fmt, the same shape."""
+        self._check_input(in_fmt)
+        q, frac = np.asarray(q, dtype=np.int64), in_fmt.frac
+        if frac < 0:  # every code but 0 is at least 2 in magnitude, where both functions have ended
+            q, frac = 2 * np.sign(q), 0
+        if self.function == "tanh":
+            return requantise(np.clip(q, -(1 << frac), 1 << frac), frac, out_fmt)
+        return requantise(np.clip(q + (2 << frac), 0, 4 << frac), frac + 2, out_fmt)
+
+    def describe(self) -> dict:
+        return {}
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is stored of it: nothing."""
+        return {}
+
+    @classmethod
+    def restore(cls, function, arrays, about) -> "HardTable":
+        return cls(function)
 
 
 def _sigmoid(x):
@@ -173,3 +277,10 @@ def _sigmoid(x):
 
 
 FUNCTIONS = {"sigmoid": _sigmoid, "tanh": np.tanh}
+TABLES = {"linear": LinearTable, "exact": ExactTable, "hard": HardTable}  # kind of activation table
+
+
+def _function(who, name):
+    if name not in FUNCTIONS:
+        raise ValueError(f"{who} knows {', '.join(FUNCTIONS)}, got {name!r}")
+    return FUNCTIONS[name]

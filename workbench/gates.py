@@ -5,18 +5,46 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from workbench.packed import GATES
+from workbench.packed import GATES, PROJECTION
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer and one direction of a recurrent module. rnn: module path; index: from 0."""
+
+    rnn: str
+    index: int
+    reverse: bool
+
+    @property
+    def suffix(self) -> str:
+        """Of torch's parameter names: "l0", "l1_reverse"."""
+        return f"l{self.index}{'_reverse' if self.reverse else ''}"
+
+    @property
+    def name(self) -> str:
+        return f"{_prefix(self.rnn)}{self.suffix}"
 
 
 @dataclass(frozen=True)
 class Block:
-    """One gate of one weight matrix. rnn: module path; parameter: torch's name; rows: its rows in that matrix."""
+    """One gate of one weight matrix. part: ih, hh or hr (the projection); rows: its rows in that matrix."""
 
-    rnn: str
-    parameter: str
+    layer: Layer
+    part: str
     gate: str
     rows: slice
     shape: tuple[int, int]
+
+    @property
+    def rnn(self) -> str:
+        """Path of its module."""
+        return self.layer.rnn
+
+    @property
+    def parameter(self) -> str:
+        """torch's name of its matrix."""
+        return f"weight_{self.part}_{self.layer.suffix}"
 
     @property
     def name(self) -> str:
@@ -40,42 +68,46 @@ def cell_name(rnn: nn.RNNBase) -> str:
 
 
 def check_supported(model: nn.Module) -> None:
-    """Refuse by name what compression and the integer engine do not take yet."""
-    for name, rnn in rnns(model).items():
-        who = f"{cell_name(rnn)} {name!r}"
-        if cell_name(rnn) != "LSTM":
-            raise ValueError(f"{who}: one-layer nn.LSTM is supported so far, got nn.GRU")
-        for rule, value, allowed in (("num_layers", rnn.num_layers, 1), ("bidirectional", rnn.bidirectional, False),
-                                     ("proj_size", rnn.proj_size, 0)):
-            if value != allowed:
-                raise ValueError(f"{who} needs {rule}={allowed} so far, got {rule}={value}")
+    """Refuse by name the recurrent modules that the workbench does not take, so that none is left out in silence."""
+    rnns(model)
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not isinstance(module, (nn.LSTM, nn.GRU)):
+            raise ValueError(f"{name!r} is an nn.{type(module).__name__}: the workbench takes nn.LSTM and nn.GRU")
+
+
+def layers_of(rnn: nn.RNNBase, path: str = "") -> list[Layer]:
+    """The layers and directions of a recurrent module in torch's order: l0, l0_reverse, l1, ..."""
+    directions = (False, True) if rnn.bidirectional else (False,)
+    return [Layer(path, index, reverse) for index in range(rnn.num_layers) for reverse in directions]
+
+
+def layers(model: nn.Module) -> dict[str, Layer]:
+    """Layer name -> Layer, for every recurrent module of the model."""
+    return {layer.name: layer for path, rnn in rnns(model).items() for layer in layers_of(rnn, path)}
+
+
+def parts_of(rnn: nn.RNNBase) -> tuple[str, ...]:
+    """Weight matrices of each layer: input, recurrent and, where there is one, projection."""
+    return ("ih", "hh", "hr") if rnn.proj_size else ("ih", "hh")
 
 
 def parameters_of(rnn: nn.RNNBase) -> list[str]:
-    """Names of the weight matrices of a recurrent layer, in torch's order: weight_ih_l0, weight_hh_l0, ..."""
-    names = []
-    for layer in range(rnn.num_layers):
-        for suffix in ("", "_reverse") if rnn.bidirectional else ("",):
-            names += [f"weight_{part}_l{layer}{suffix}" for part in (("ih", "hh", "hr") if rnn.proj_size else ("ih", "hh"))]
-    return names
-
-
-def gates_of(rnn: nn.RNNBase, parameter: str) -> tuple[str, ...]:
-    """Gates stacked in one weight matrix; the projection weight_hr is one block, gate p."""
-    return ("p",) if parameter.startswith("weight_hr") else GATES[cell_name(rnn)]
+    """Names of the weight matrices of a recurrent module, in torch's order: weight_ih_l0, weight_hh_l0, ..."""
+    return [f"weight_{part}_{layer.suffix}" for layer in layers_of(rnn) for part in parts_of(rnn)]
 
 
 def blocks(model: nn.Module) -> dict[str, Block]:
-    """Block name -> Block, for every recurrent layer of the model, in torch's order."""
+    """Block name -> Block, for every recurrent module of the model, in torch's order."""
     found = {}
     for path, rnn in rnns(model).items():
-        for parameter in parameters_of(rnn):
-            rows, columns = getattr(rnn, parameter).shape
-            gates = gates_of(rnn, parameter)
-            size = rows // len(gates)
-            for n, gate in enumerate(gates):
-                block = Block(path, parameter, gate, slice(n * size, (n + 1) * size), (size, columns))
-                found[block.name] = block
+        for layer in layers_of(rnn, path):
+            for part in parts_of(rnn):
+                rows, columns = getattr(rnn, f"weight_{part}_{layer.suffix}").shape
+                gates = PROJECTION if part == "hr" else GATES[cell_name(rnn)]
+                size = rows // len(gates)
+                for n, gate in enumerate(gates):
+                    block = Block(layer, part, gate, slice(n * size, (n + 1) * size), (size, columns))
+                    found[block.name] = block
     return found
 
 

@@ -4,6 +4,7 @@ A block's storage is counted from the byte arrays that are really written. Nothi
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +12,28 @@ from pathlib import Path
 import numpy as np
 
 from workbench.container import read_tensors, write_tensors
-from workbench.fixedpoint import ActivationTable, QFormat
+from workbench.fixedpoint import TABLES, QFormat
 
 GATES = {"LSTM": ("i", "f", "g", "o"), "GRU": ("r", "z", "n")}  # torch's order of the gates in a weight matrix
-SIGNALS = ("input", "pre", "sigmoid", "tanh", "cell", "hidden")
+PROJECTION = ("p",)  # the only gate of a projection matrix
+# Signals with a number format. GRU: hidden_product is W_hn h + b_hn; its candidate n has the hidden format. A projected LSTM
+# has `unprojected` besides, o * tanh(c) before W_hr.
+SIGNALS = {"LSTM": ("input", "pre", "sigmoid", "tanh", "cell", "hidden"),
+           "GRU": ("input", "pre", "hidden_product", "sigmoid", "hidden")}
+PARTS = {"ih": "input", "hh": "hidden", "hr": "unprojected"}  # part of a gate -> the signal that it multiplies
 FILE_KIND = "packed model"
-FILE_VERSION = 2
+FILE_VERSION = 3
+
+
+def signals_of(cell: str, projected: bool = False) -> tuple[str, ...]:
+    """The signals of a layer that have number formats."""
+    return SIGNALS[cell] + ("unprojected",) * projected
+
+
+def table_uses(cell: str, signals: dict[str, QFormat]) -> dict[str, list[tuple[QFormat, QFormat]]]:
+    """function -> the (input format, output format) pairs in which a layer looks it up."""
+    tanh = [("pre", "tanh"), ("cell", "tanh")] if cell == "LSTM" else [("pre", "hidden")]
+    return {"sigmoid": [(signals["pre"], signals["sigmoid"])], "tanh": [(signals[a], signals[b]) for a, b in tanh]}
 
 
 def pack_bits(values, bits: int) -> np.ndarray:
@@ -433,10 +450,11 @@ FORMS = {"dense": PackedDense, "sparse": PackedSparse, "circulant": PackedCircul
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """One unidirectional LSTM layer in integers.
+    """One layer and direction of an LSTM or GRU in integers.
 
-    blocks: block name -> packed block; bias: gate -> (hidden_size,) integers at the gate's aligned fraction bits;
-    signals: input, pre, sigmoid, tanh, cell, hidden -> QFormat; tables: sigmoid, tanh -> ActivationTable.
+    blocks: block name -> packed block. bias: gate -> (hidden_size,) integers at the gate's aligned fraction bits; a GRU's n is
+    that of the input product, and `hn`, at the fraction bits of the recurrent product, that of the hidden product.
+    signals: signals_of -> QFormat; tables: sigmoid, tanh -> activation table, of one kind.
     Refused when an operand exceeds the 18 x 27 bits of a DSP48E2, a bias exceeds 32 bits or a sum could leave acc_bits.
     """
 
@@ -444,40 +462,68 @@ class PackedLayer:
     blocks: dict[str, object]
     bias: dict[str, np.ndarray]
     signals: dict[str, QFormat]
-    tables: dict[str, ActivationTable]
+    tables: dict[str, object]
     acc_bits: int = 48
 
     def __post_init__(self):
-        if self.cell != "LSTM":
-            raise ValueError(f"PackedLayer holds LSTM layers so far, got {self.cell!r}")
+        if self.cell not in GATES:
+            raise ValueError(f"PackedLayer holds {', '.join(GATES)} layers, got {self.cell!r}")
         if not isinstance(self.acc_bits, int) or not 2 <= self.acc_bits <= 62:  # above 62 a rounding could leave int64
             raise ValueError(f"PackedLayer needs whole acc_bits from 2 to 62, got {self.acc_bits!r}")
-        if set(self.signals) != set(SIGNALS):
-            raise ValueError(f"PackedLayer needs the signals {', '.join(SIGNALS)}, got {', '.join(self.signals)}")
-        for (part, signal), gate in ((p, g) for p in PARTS.items() for g in self.gates):
-            _check_product(self.block_name(part, gate), self.block(part, gate).fmt, self.signals[signal])
-            expected = (self.hidden_size, self.input_size if part == "ih" else self.hidden_size)
-            if self.block(part, gate).shape != expected:
-                raise ValueError(f"{self.block_name(part, gate)} needs shape {expected}, got {self.block(part, gate).shape}")
+        if self.projected and self.cell != "LSTM":
+            raise ValueError(f"PackedLayer needs an LSTM for a projection, got {self.cell!r}")
+        expected = signals_of(self.cell, self.projected)
+        if set(self.signals) != set(expected):
+            raise ValueError(f"PackedLayer needs the signals {', '.join(expected)}, got {', '.join(self.signals)}")
+        for part, gate in self.products:
+            _check_product(self.block_name(part, gate), self.block(part, gate).fmt, self.signals[PARTS[part]])
+            shape = {"ih": (self.hidden_size, self.input_size), "hh": (self.hidden_size, self.output_size),
+                     "hr": (self.output_size, self.hidden_size)}[part]
+            if self.block(part, gate).shape != shape:
+                raise ValueError(f"{self.block_name(part, gate)} needs shape {shape}, got {self.block(part, gate).shape}")
+        if len(self.blocks) != len(self.products):
+            raise ValueError(f"PackedLayer needs {len(self.products)} blocks, got {', '.join(self.blocks)}")
+        if set(self.tables) != {"sigmoid", "tanh"} or len({type(table) for table in self.tables.values()}) > 1:
+            raise ValueError(f"PackedLayer needs tables of sigmoid and tanh, of one kind, got {self.tables}")
+        if self.cell == "GRU" and self.signals["sigmoid"].frac < 0:
+            raise ValueError(f"PackedLayer needs gate outputs of a GRU that hold 1 - z, got {self.signals['sigmoid']}")
+        if set(self.bias) != set(self.bias_fracs):
+            raise ValueError(f"PackedLayer needs the biases {', '.join(self.bias_fracs)}, got {', '.join(self.bias)}")
         self._check_cell()
-        for gate in self.gates:
-            if self.bias[gate].shape != (self.hidden_size,):
-                raise ValueError(f"the bias of gate {gate} needs shape ({self.hidden_size},), got {self.bias[gate].shape}")
-            _check_values(f"the bias of gate {gate}", self.bias[gate], QFormat(32, 0))
-            bound = self.row_bound(gate)
+        for gate, bias in self.bias.items():
+            if bias.shape != (self.hidden_size,):
+                raise ValueError(f"the bias of gate {gate} needs shape ({self.hidden_size},), got {bias.shape}")
+            _check_values(f"the bias of gate {gate}", bias, QFormat(32, 0))
+        for gate, bound in self.row_bounds().items():
             if bound >= 1 << (self.acc_bits - 1):
                 raise ValueError(f"gate {gate} needs an accumulator under {self.acc_bits} bits, but a row could reach "
-                                 f"{bound} ({bound.bit_length() + 1} bits)")
+                                 f"{bound} ({bound.bit_length() + 1} bits) with {self._formats(gate)}")
+
+    def _formats(self, gate):
+        products = [(part, g) for part, g in self.products if g == gate[-1]]
+        return ", ".join(f"{self.block_name(*p)} {self.block(*p).fmt} and {PARTS[p[0]]} {self.signals[PARTS[p[0]]]}"
+                         for p in products)
 
     def _check_cell(self):
         s = self.signals
-        _check_product("f*c", s["sigmoid"], s["cell"])
-        _check_product("i*g and o*tanh(c)", s["sigmoid"], s["tanh"])
-        frac = max(s["cell"].frac, s["tanh"].frac)
-        bound = s["sigmoid"].magnitude * sum(s[name].magnitude << (frac - s[name].frac) for name in ("cell", "tanh"))
+        if self.cell == "LSTM":
+            _check_product("f*c", s["sigmoid"], s["cell"])
+            _check_product("i*g and o*tanh(c)", s["sigmoid"], s["tanh"])
+            what, terms = "f*c + i*g", ("cell", "tanh")
+        else:
+            _check_product("r*(W_hn h + b_hn)", s["sigmoid"], s["hidden_product"])
+            # 1 - z reaches 1 itself, one code beyond the sigmoid's own format.
+            one = QFormat(min(max(s["sigmoid"].bits, s["sigmoid"].frac + 1), 32), s["sigmoid"].frac, signed=False)
+            _check_product("(1 - z)*n and z*h", one, s["hidden"])
+            what, terms = "(1 - z)*n + z*h", ("hidden",)
+        frac = max(s[name].frac for name in terms)
+        # An LSTM's f and i may both be at their largest; a GRU's weights z and 1 - z add up to 1.
+        weight = s["sigmoid"].magnitude if self.cell == "LSTM" else self.one + 2 * s["sigmoid"].magnitude
+        bound = weight * sum(s[name].magnitude << (frac - s[name].frac) for name in terms)
         if bound >= 1 << (self.acc_bits - 1):
-            raise ValueError(f"f*c + i*g needs an accumulator under {self.acc_bits} bits, but could reach {bound} "
-                             f"({bound.bit_length() + 1} bits) with cell {s['cell']} and tanh {s['tanh']}")
+            formats = " and ".join(f"{name} {s[name]}" for name in terms)
+            raise ValueError(f"{what} needs an accumulator under {self.acc_bits} bits, but could reach {bound} "
+                             f"({bound.bit_length() + 1} bits) with {formats}")
 
     @classmethod
     def from_float_bias(cls, cell, blocks, bias, signals, tables, acc_bits=48) -> "PackedLayer":
@@ -486,7 +532,10 @@ class PackedLayer:
                     acc_bits)
         integers = {}
         for gate, values in bias.items():
-            frac = layer.alignment(gate)[0]
+            if not np.isfinite(values).all():
+                raise ValueError(f"the bias of gate {gate} needs finite values, got {int((~np.isfinite(values)).sum())} "
+                                 "that are not")
+            frac = layer.bias_fracs[gate]
             if np.abs(np.ldexp(values, frac)).max(initial=0) >= (1 << 31) - 1:
                 raise ValueError(f"the bias of gate {gate} needs 32 bits at {frac} fraction bits, got {np.abs(values).max()}"
                                  "; fewer fraction bits in weights or signals make room")
@@ -502,13 +551,22 @@ class PackedLayer:
     def gates(self) -> tuple[str, ...]:
         return GATES[self.cell]
 
+    @property
+    def projected(self) -> bool:
+        return ("hr", "p") in self._names
+
+    @property
+    def products(self) -> tuple[tuple[str, str], ...]:
+        """(part, gate) of every block: those of the input, the recurrent ones, the projection."""
+        return tuple((part, gate) for part in ("ih", "hh") for gate in self.gates) + (("hr", "p"),) * self.projected
+
     def block_name(self, part: str, gate: str) -> str:
         if (part, gate) not in self._names:
             raise ValueError(f"PackedLayer has the blocks {', '.join(self.blocks)}, none of part {part!r}, gate {gate!r}")
         return self._names[part, gate]
 
     def block(self, part: str, gate: str):
-        """part: "ih" or "hh"."""
+        """part: "ih", "hh" or "hr"."""
         return self.blocks[self.block_name(part, gate)]
 
     @property
@@ -517,25 +575,71 @@ class PackedLayer:
 
     @property
     def hidden_size(self) -> int:
+        """Units of the cell."""
         return self.block("hh", self.gates[0]).shape[0]
 
+    @property
+    def output_size(self) -> int:
+        """Width of h: hidden_size, or that of the projection."""
+        return self.block("hh", self.gates[0]).shape[1]
+
+    @property
+    def one(self) -> int:
+        """The integer 1.0 of the gate outputs' format, from which a GRU subtracts z."""
+        return 1 << self.signals["sigmoid"].frac
+
+    @property
+    def table_kind(self) -> str:
+        """Kind of its activation tables."""
+        return next(kind for kind, cls in TABLES.items() if isinstance(self.tables["sigmoid"], cls))
+
+    def product_frac(self, part: str, gate: str) -> int:
+        """Fraction bits of the products of a block."""
+        return self.block(part, gate).fmt.frac + self.signals[PARTS[part]].frac
+
     def alignment(self, gate: str) -> tuple[int, int, int]:
-        """(F, left shift of the W_ih sum, left shift of the W_hh sum): F = the larger product frac of the two."""
-        ih, hh = (self.block(part, gate).fmt.frac + self.signals[signal].frac for part, signal in PARTS.items())
-        frac = max(ih, hh)
-        return frac, frac - ih, frac - hh
+        """(F, left shift of the W_ih sum, left shift of the other term): F = the larger fraction of the two. The other term is
+        the W_hh sum, or for the n of a GRU r * (W_hn h + b_hn)."""
+        ih, other = self.product_frac("ih", gate), self.product_frac("hh", gate)
+        if self.cell == "GRU" and gate == "n":
+            other = self.signals["sigmoid"].frac + self.signals["hidden_product"].frac
+        frac = max(ih, other)
+        return frac, frac - ih, frac - other
 
-    def row_bound(self, gate: str) -> int:
-        """The largest magnitude that any row's aligned sum, bias included, can reach (exact Python integer)."""
-        _, *shifts = self.alignment(gate)
-        rows = [int(b) for b in np.abs(self.bias[gate])]
-        for (part, signal), shift in zip(PARTS.items(), shifts, strict=True):
-            sums = np.abs(self.block(part, gate).dense()).sum(axis=1)
-            rows = [r + ((int(s) * self.signals[signal].magnitude) << shift) for r, s in zip(rows, sums, strict=True)]
-        return max(rows)
+    @property
+    def bias_fracs(self) -> dict[str, int]:
+        """Bias -> its fraction bits."""
+        fracs = {gate: self.alignment(gate)[0] for gate in self.gates}
+        return fracs | ({"hn": self.product_frac("hh", "n")} if self.cell == "GRU" else {})
+
+    def _row_sums(self, part, gate, shift=0, bias=None) -> list[int]:
+        sums = np.abs(self.block(part, gate).dense()).sum(axis=1)
+        magnitude = self.signals[PARTS[part]].magnitude
+        biases = [0] * len(sums) if bias is None else [int(b) for b in np.abs(self.bias[bias])]
+        return [b + ((int(s) * magnitude) << shift) for b, s in zip(biases, sums, strict=True)]
+
+    def row_bounds(self) -> dict[str, int]:
+        """Sum -> the largest magnitude that any of its rows can reach, aligned and bias included (exact Python integers)."""
+        bounds = {}
+        for gate in self.gates:
+            _, ih, other = self.alignment(gate)
+            if self.cell == "GRU" and gate == "n":
+                bounds["hn"] = max(self._row_sums("hh", "n", bias="hn"))
+                product = (self.signals["sigmoid"].magnitude * self.signals["hidden_product"].magnitude) << other
+                bounds["n"] = max(self._row_sums("ih", "n", ih, "n")) + product
+            else:
+                rows = zip(self._row_sums("ih", gate, ih, gate), self._row_sums("hh", gate, other), strict=True)
+                bounds[gate] = max(map(sum, rows))
+        return bounds | ({"p": max(self._row_sums("hr", "p"))} if self.projected else {})
 
 
-PARTS = {"ih": "input", "hh": "hidden"}  # part of a gate -> the signal that it multiplies
+def _layer_place(name: str) -> tuple[str, int, bool]:
+    """ "lstm.l1_reverse" -> ("lstm", 1, True)."""
+    path, _, suffix = name.rpartition(".")
+    found = re.fullmatch(r"l(\d+)(_reverse)?", suffix)
+    if not found:
+        raise ValueError(f'PackedModel needs layer names like "lstm.l0" or "lstm.l1_reverse", got {name!r}')
+    return path, int(found[1]), bool(found[2])
 
 
 @dataclass(frozen=True)
@@ -550,6 +654,32 @@ class PackedModel:
     rnn_bias_params: int
     other_params: int
     metadata: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        for path in self.paths:
+            stack = self.stack(path)
+            for below, above in zip(stack, stack[1:], strict=False):
+                width = sum(layer.output_size for layer in below)
+                formats = {layer.signals["hidden"] for layer in below} | {layer.signals["input"] for layer in above}
+                if len(formats) > 1 or any(layer.input_size != width for layer in above):
+                    raise ValueError(f"PackedModel rounds nothing between the layers of {path!r}: the hidden formats of one layer "
+                                     f"and the input formats of the next must be the same, got {', '.join(map(str, formats))}; "
+                                     f"{width} values pass, of {', '.join(str(layer.input_size) for layer in above)} taken")
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the recurrent modules."""
+        return list(dict.fromkeys(_layer_place(name)[0] for name in self.layers))
+
+    def stack(self, path: str) -> list[tuple[PackedLayer, ...]]:
+        """The layers of one recurrent module from the first on, each (forward,) or (forward, reverse)."""
+        places = {_layer_place(name): layer for name, layer in self.layers.items()}
+        mine = [place for place in places if place[0] == path]
+        indices, directions = sorted({place[1] for place in mine}), sorted({place[2] for place in mine})
+        whole = [(path, index, reverse) for index in range(len(indices)) for reverse in range(len(directions))]
+        if sorted(mine) != whole:
+            raise ValueError(f"PackedModel needs every layer and direction of {path!r}, got {', '.join(self.layers)}")
+        return [tuple(places[path, index, reverse] for reverse in directions) for index in indices]
 
     @property
     def blocks(self) -> dict[str, object]:
@@ -605,9 +735,12 @@ class PackedModel:
                 form = next(form for form, cls in FORMS.items() if isinstance(block, cls))
                 about[name] = {"form": form, "shape": list(block.shape), "format": block.fmt.to_json()} | block.describe()
             tensors |= {f"{layer_name}.bias/{gate}": b.astype(np.int32) for gate, b in layer.bias.items()}
-            tensors |= {f"{layer_name}.table/{name}": t.knots.astype(np.uint16) for name, t in layer.tables.items()}
+            kind = layer.table_kind
+            tables = {name: {"kind": kind} | table.describe() for name, table in layer.tables.items()}
+            tensors |= {f"{layer_name}.table.{name}/{key}": array for name, table in layer.tables.items()
+                        for key, array in table.arrays.items()}
             layers[layer_name] = {
-                "cell": layer.cell, "acc_bits": layer.acc_bits, "blocks": about,
+                "cell": layer.cell, "acc_bits": layer.acc_bits, "blocks": about, "tables": tables,
                 "signals": {name: fmt.to_json() for name, fmt in layer.signals.items()},
             }
         about = {"layers": layers, "rnn_bias_params": self.rnn_bias_params, "other_params": self.other_params,
@@ -628,14 +761,16 @@ def load(path) -> PackedModel:
 def _restore_layer(layer_name, about, tensors) -> PackedLayer:
     blocks = {}
     for name, block in about["blocks"].items():
-        arrays = {key.rsplit("/", 1)[1]: array for key, array in tensors.items() if key.startswith(f"{name}/")}
         fmt = QFormat.from_json(block["format"])
-        blocks[name] = FORMS[block["form"]].restore(arrays, tuple(block["shape"]), fmt, block)
-    gates = GATES[about["cell"]]
-    return PackedLayer(
-        about["cell"], blocks,
-        {gate: tensors[f"{layer_name}.bias/{gate}"].astype(np.int64) for gate in gates},
-        {name: QFormat.from_json(about["signals"][name]) for name in SIGNALS},
-        {name: ActivationTable(name, tensors[f"{layer_name}.table/{name}"].astype(np.int64)) for name in ("sigmoid", "tanh")},
-        about["acc_bits"],
-    )
+        blocks[name] = FORMS[block["form"]].restore(_arrays(tensors, name), tuple(block["shape"]), fmt, block)
+    kinds = {name: TABLES[table["kind"]] for name, table in about["tables"].items()}
+    tables = {name: kind.restore(name, _arrays(tensors, f"{layer_name}.table.{name}"), about["tables"][name])
+              for name, kind in kinds.items()}
+    bias = {gate: array.astype(np.int64) for gate, array in _arrays(tensors, f"{layer_name}.bias").items()}
+    signals = {name: QFormat.from_json(fmt) for name, fmt in about["signals"].items()}
+    return PackedLayer(about["cell"], blocks, bias, signals, tables, about["acc_bits"])
+
+
+def _arrays(tensors, name):
+    """What is stored under name/: key -> array."""
+    return {key.removeprefix(f"{name}/"): array for key, array in tensors.items() if key.startswith(f"{name}/")}
