@@ -87,7 +87,7 @@ def _checked_lengths(lengths, steps, batch):
         raise ValueError(f"the engine needs integers as lengths, got {lengths.dtype}")
     if batch and (lengths.min() < 0 or lengths.max() > steps):
         raise ValueError(f"the engine needs lengths from 0 to the {steps} steps of x, got {lengths.min()} to {lengths.max()}")
-    return lengths
+    return lengths.astype(np.int64, copy=False)
 
 
 class _Integers:
@@ -247,7 +247,7 @@ class _Floats:
         """(T, B, input_size) -> (T, gates, B, hidden_size): what input and bias add to each sum, the offset included."""
         steps, batch, inputs = x.shape
         products = x.reshape(-1, inputs).astype(self.types["ih"]) @ self.weights["ih"]
-        sums = products.astype(self.types["sums"], copy=False).reshape(steps, batch, len(self.order), -1)
+        sums = products.astype(self.types["sums"], copy=False).reshape(steps, batch, *self.bias.shape)
         sums += self.bias
         return sums.swapaxes(1, 2)
 
@@ -393,9 +393,9 @@ class LayerEngine:
         return LayerResult(output, last_h, last_c)
 
 
-def run_layer(layer: PackedLayer, x, h0=None, c0=None, lengths=None) -> LayerResult:
+def run_layer(layer: PackedLayer, x, h=None, c=None, lengths=None) -> LayerResult:
     """One layer over a batch of integer sequences: LayerEngine.run, for a single call."""
-    return LayerEngine(layer).run(x, h0, c0, lengths)
+    return LayerEngine(layer).run(x, h, c, lengths)
 
 
 @dataclass(frozen=True)
