@@ -300,6 +300,31 @@ def test_sums_are_exact_at_the_very_bound_of_float32(bias, dtype):
     assert_equal_to_reference(layer, x, np.array([[-128], [127], [-1], [0]]), np.array([[5], [6], [7], [8]]))
 
 
+@pytest.mark.parametrize(("label", "signals", "sums", "cell"), [
+    ("GRU", {}, np.float32, np.float32),
+    # W_hn h + b_hn alone is large: 4 * 2**17 * 128 at 10 + 7 fraction bits, the offset at as many: 2**26 + 2**7 * 2**13.
+    ("GRU", {"hn": 2**17 - 1}, np.float64, np.float32),
+    # The update: (2 * 255 + 256) * 2**15 and the offset 2**15 * 2**8 pass 2**24; with one bit less they do not.
+    ("GRU", {"hidden": QFormat(15, 7)}, np.float32, np.float32),
+    ("GRU", {"hidden": QFormat(16, 7)}, np.float32, np.float64),
+    # f * c + i * g: 255 * (2**15 + 2**7) and the offset, (2**15 + 1/2) * 2**8, make 2**24 itself.
+    ("LSTM", {"cell": QFormat(15, 7)}, np.float32, np.float32),
+    ("LSTM", {"cell": QFormat(16, 7)}, np.float32, np.float64),
+    # o * tanh(c'): the offset of a 16-bit format alone counts 2**15 * 2**(8 + 7 - frac).
+    ("projected", {"unprojected": QFormat(16, 7)}, np.float32, np.float32),
+    ("projected", {"unprojected": QFormat(16, 6)}, np.float32, np.float64),
+])
+def test_every_rounded_sum_counts_for_the_types(label, signals, sums, cell):
+    rng, signals = np.random.default_rng(0), dict(signals)
+    hn = signals.pop("hn", 0)
+    layer = random_layer(rng, ["dense"], label, hidden=4, signals=COARSE | signals, fmt=QFormat(2, 4), bias=10)
+    if hn:
+        layer.blocks["lstm.weight_hh_l0.n"] = PackedDense(np.full((4, 4), hn), QFormat(18, 10))
+    types = LayerEngine(layer).steps.types
+    assert (types["sums"], types["cell"]) == (sums, cell)
+    assert_equal_to_reference(layer, *random_states(layer, rng))
+
+
 @pytest.mark.parametrize("label", CELLS)
 def test_what_floats_cannot_hold_runs_in_integers(label):
     rng = np.random.default_rng(0)
