@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from workbench.constrain import IntegerLSTM, attach, bake, compress, pack
+from workbench.constrain import IntegerRNN, attach, bake, compress, pack
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, weight
 from workbench.methods import BlockCirculant, Dense, TopK
@@ -324,7 +324,7 @@ def test_attached_layers_are_close_to_nn_lstm(batch_first, bias):
     lstm = nn.LSTM(6, 8, batch_first=batch_first, bias=bias)
     x, state = torch.randn(4, 7, 6), random_state(4 if batch_first else 7)
     attached = attach(lstm, fine(lstm, (x, state)))
-    assert isinstance(attached, IntegerLSTM)
+    assert isinstance(attached, IntegerRNN)
     for arguments in ((x,), (x, None), (x, state)):
         (output, (h, c)), (expected, (expected_h, expected_c)) = attached(*arguments), lstm(*arguments)
         assert output.dtype == x.dtype and not output.requires_grad
@@ -369,7 +369,7 @@ def test_packed_sequences_keep_order_states_and_ends(batch_first, lengths, enfor
 
 def test_attach_inside_a_module_leaves_the_rest(model, x):
     attached = attach(model, fine(model, x))
-    assert isinstance(attached.body["rnn"], IntegerLSTM) and isinstance(model.body["rnn"], nn.LSTM)
+    assert isinstance(attached.body["rnn"], IntegerRNN) and isinstance(model.body["rnn"], nn.LSTM)
     assert torch.equal(attached.head.weight, model.head.weight)
     torch.testing.assert_close(attached(x), model(x), rtol=0, atol=2.0**-8)
     assert (attached.body["rnn"].input_size, attached.body["rnn"].hidden_size) == (6, 8)
@@ -416,7 +416,7 @@ def test_a_layer_under_two_names_is_replaced_under_both():
     plan = Plan({name: BlockPlan(Dense(), QFormat(8, 7)) for name in blocks(model)},
                 {"0.l0": calibrate(lstm, [torch.randn(5, 2, 6)])["l0"]})  # fmt: skip
     attached = attach(model, pack(model, plan))
-    assert isinstance(attached[0], IntegerLSTM) and attached[1][0] is attached[0]
+    assert isinstance(attached[0], IntegerRNN) and attached[1][0] is attached[0]
 
 
 def test_attach_refuses_packed_models_of_other_models(model, plan):

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from workbench.fixedpoint import QFormat
-from workbench.packed import SIGNALS
-from workbench.quantise import MAX_WEIGHT_FRAC, calibrate, layer_name, weight_format
+from workbench.packed import SIGNALS, signals_of
+from workbench.quantise import MAX_WEIGHT_FRAC, calibrate, weight_format
 
 
 def squared_error(w, fmt):

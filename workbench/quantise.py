@@ -1,15 +1,27 @@
 """Number formats from data: for weights by least squared error, for the signals of a layer by calibration."""
 
 import math
+from collections import defaultdict
+from collections.abc import Iterator
 
+import numpy as np
 import torch
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from workbench.fixedpoint import QFormat
-from workbench.gates import check_supported, rnns
+from workbench.gates import Layer, cell_name, check_supported, layers, layers_of, rnns
+from workbench.packed import signals_of
 
-# Finest weight: with a 16-bit hidden state (15 fraction bits) the 32-bit bias then still reaches 4.
+# Finest weight and finest signal: with a 16-bit hidden state (15 fraction bits) the 32-bit bias then still reaches 4.
 MAX_WEIGHT_FRAC = 14
+MAX_SIGNAL_FRAC = 15
+MAX_PRODUCT_FRAC = MAX_WEIGHT_FRAC + MAX_SIGNAL_FRAC
+CLIPPINGS = ("max", "percentile", "mse")
+PERCENTILE = 99.9  # of the magnitudes, where the rule is "percentile"
+BINS_PER_OCTAVE = 16  # of the histogram of magnitudes
+MOST_OCTAVES = 64  # magnitudes from 2**-64 to 2**64 are told apart
+TABLE_RANGE = 4.0  # with one bit of headroom pre-activations reach 8, where the linear table ends
 
 
 def weight_format(w: torch.Tensor, bits: int) -> QFormat:
@@ -28,24 +40,139 @@ def weight_format(w: torch.Tensor, bits: int) -> QFormat:
     return min(candidates, key=lambda fmt: float(((fmt.dequantise(fmt.quantise(values)) - values) ** 2).sum()))
 
 
-def _range_format(largest: float, bits: int) -> QFormat:
-    # One bit of headroom over the calibrated range: unseen data may go beyond it, and saturation is costlier than half a bit.
-    return QFormat(bits, bits - 2 - math.ceil(math.log2(largest)) if largest > 0 else bits - 1)
+class _Magnitudes:
+    """How large the values of a signal are: the largest, and a histogram of bins of equal ratio."""
+
+    def __init__(self):
+        self.largest, self.counts = 0.0, np.zeros(2 * MOST_OCTAVES * BINS_PER_OCTAVE + 1, dtype=np.int64)
+
+    def add(self, values: torch.Tensor) -> None:
+        values = values.detach().abs().flatten()
+        if not values.numel():
+            return
+        self.largest = max(self.largest, values.max().item())
+        octave = values[values > 0].double().log2().clamp(-MOST_OCTAVES, MOST_OCTAVES)
+        bins = ((octave + MOST_OCTAVES) * BINS_PER_OCTAVE).long()
+        self.counts += torch.bincount(bins, minlength=self.counts.size).cpu().numpy()
+
+    def centres(self) -> np.ndarray:
+        """Magnitude in the middle of each bin."""
+        return 2.0 ** ((np.arange(self.counts.size) + 0.5) / BINS_PER_OCTAVE - MOST_OCTAVES)
+
+    def format(self, bits: int, clip: str, signed: bool) -> QFormat:
+        """The format of that width that the rule chooses."""
+        integer = bits - signed  # bits that the magnitude has
+        if not self.largest:
+            return QFormat(bits, integer, signed)
+        if clip == "max":
+            # One bit of headroom: unseen data may go beyond what was seen, and saturation costs more than half a bit.
+            return QFormat(bits, integer - 1 - math.ceil(math.log2(self.largest)), signed)
+        centres, counts = self.centres(), self.counts
+        if clip == "percentile":
+            seen = np.searchsorted(counts.cumsum(), counts.sum() * PERCENTILE / 100)
+            return QFormat(bits, integer - math.ceil(math.log2(min(centres[seen], self.largest))), signed)
+        most = integer - math.ceil(math.log2(self.largest))  # holds everything; the finer ones clip more and more
+        candidates = [QFormat(bits, frac, signed) for frac in range(most - 1, most + bits + 1)]
+
+        def squared_error(fmt):
+            step, top = 2.0**-fmt.frac, fmt.max * 2.0**-fmt.frac
+            inside = np.minimum(step**2 / 12, centres**2)  # what is below half a step becomes zero
+            return float((counts * np.where(centres > top, (centres - top) ** 2, inside)).sum())
+
+        return min(candidates, key=squared_error)
 
 
-def calibrate(model: torch.nn.Module, batches, bits: int = 16) -> dict[str, dict[str, QFormat]]:
-    """Signal formats of every layer from data: layer name -> {input, pre, sigmoid, tanh, cell, hidden -> QFormat}.
+def calibrate(model: nn.Module, batches, bits: int | dict[str, int] = 16, clip: str = "max") -> dict[str, dict[str, QFormat]]:
+    """Signal formats of every layer from data: layer name -> {signal -> QFormat}, the signals of packed.signals_of.
 
-    batches: iterable of the model's arguments, each a tuple, one tensor or one packed sequence. Ranges of input,
-    pre-activations and cell are the largest magnitudes seen, plus one bit of headroom; pre-activations need no range
-    beyond the tables' 8.
-    The model runs in evaluation mode and is left as it was. No batch and values that are not finite raise ValueError.
+    batches: iterable of the model's arguments, each a tuple, one tensor or one packed sequence. bits: one width for all
+    signals, or one for each. clip: how a range follows from the magnitudes seen: "max", the largest and one bit of headroom
+    (gate outputs, tanh and the h of a layer without projection take the ranges that they have by definition, pre-activations
+    none beyond the linear table's 8); "percentile", what holds 99.9 % of them; "mse", the least squared error of clipping
+    and rounding together.
+
+    Both directions of a layer share their hidden format, and the next layer takes it as its input format. Formats are never
+    so fine that the bias would not fit its 32 bits. The model runs in evaluation mode and is left as it was. No batch and
+    values that are not finite raise ValueError.
     """
     check_supported(model)
-    ranges = {name: {"input": 0.0, "pre": 0.0, "cell": 0.0} for name in rnns(model)}
-    hooks = [rnn.register_forward_pre_hook(lambda rnn, args, kwargs, name=name: _record(rnn, args, kwargs, ranges[name]),
-                                           with_kwargs=True)
-             for name, rnn in rnns(model).items()]
+    if clip not in CLIPPINGS:
+        raise ValueError(f"calibrate knows the clipping rules {', '.join(CLIPPINGS)}, got {clip!r}")
+    seen = defaultdict(_Magnitudes)
+
+    def record(layer, name, values):
+        if not torch.isfinite(values).all():
+            bad = values[~torch.isfinite(values)]
+            raise ValueError(f"calibrate needs finite values, got {bad[0].item()} in {name} of layer {layer.name}")
+        seen[_group(layer, _format_of(rnns(model)[layer.rnn], name))].add(values)
+
+    for path, call in _calls(model, batches):
+        for layer, signals, alive, first in float_signals(rnns(model)[path], *call, path=path):
+            for name, values in (*((name, values[alive]) for name, values in signals.items()), *first.items()):
+                record(layer, name, values)
+    formats = {}
+    for layer in layers(model).values():
+        rnn = rnns(model)[layer.rnn]
+        names = signals_of(cell_name(rnn), bool(rnn.proj_size))
+        if isinstance(bits, dict) and (missing := [name for name in names if name not in bits]):
+            raise ValueError(f"calibrate needs bits for every signal of {layer.name}, got none for {', '.join(missing)}")
+        width = bits if isinstance(bits, dict) else dict.fromkeys(names, bits)
+        formats[layer.name] = {name: _signal_format(rnn, name, width[name], clip, seen[_group(layer, name)]) for name in names}
+        if layer.index:  # nothing is rounded between layers
+            below = Layer(layer.rnn, layer.index - 1, False)
+            formats[layer.name]["input"] = formats[below.name]["hidden"]
+        if "hidden_product" in names:
+            formats[layer.name]["hidden_product"] = _coarse(
+                formats[layer.name]["hidden_product"], MAX_PRODUCT_FRAC - formats[layer.name]["sigmoid"].frac)
+    return formats
+
+
+def _signal_format(rnn, name, bits, clip, magnitudes) -> QFormat:
+    if name == "sigmoid" and clip == "max":
+        return QFormat(bits, bits, signed=False)  # outputs lie in (0, 1): no sign bit, no integer bit
+    if clip == "max" and (name in ("tanh", "unprojected") or (name == "hidden" and not rnn.proj_size)):
+        return QFormat(bits, bits - 1)  # within (-1, 1)
+    if name == "pre" and clip == "max":
+        magnitudes.largest = min(magnitudes.largest, TABLE_RANGE)
+    fmt = magnitudes.format(bits, clip, signed=name != "sigmoid")
+    if name == "sigmoid":  # never beyond 1, where a fraction more than the width would cut the largest gates off
+        return _coarse(fmt, bits)
+    return _coarse(fmt, MAX_SIGNAL_FRAC) if name in ("input", "hidden", "unprojected") else fmt
+
+
+def _coarse(fmt, frac):
+    return QFormat(fmt.bits, min(fmt.frac, frac), fmt.signed)
+
+
+def _group(layer, signal):
+    """What shares a format: both directions' hidden, which is also the next layer's input; everything else is alone."""
+    if signal == "hidden":
+        return layer.rnn, layer.index, "hidden"
+    if signal == "input" and layer.index:
+        return layer.rnn, layer.index - 1, "hidden"
+    return layer.name, signal
+
+
+def _format_of(rnn, name) -> str:
+    """The signal whose format a traced value has."""
+    if name in ("i", "f", "o", "r", "z"):
+        return "sigmoid"
+    if name == "n":
+        return "hidden"
+    return "tanh" if name in ("g", "tanh c") else name
+
+
+def _calls(model, batches) -> Iterator[tuple[str, tuple]]:
+    """(module path, (x (T, B, input_size), state or None, lengths or None)) of every call of a recurrent module while the
+    model, in evaluation mode, runs over the batches."""
+    calls = []
+
+    def hook(rnn, args, kwargs, path):
+        arguments = dict(zip(("input", "hx"), args, strict=False)) | kwargs  # the names of nn.LSTM.forward
+        calls.append((path, time_first(rnn, arguments["input"], arguments.get("hx"))))
+
+    hooks = [rnn.register_forward_pre_hook(lambda rnn, args, kwargs, path=path: hook(rnn, args, kwargs, path), with_kwargs=True)
+             for path, rnn in rnns(model).items()]
     training, seen = {module: module.training for module in model.modules()}, 0
     model.eval()
     try:
@@ -54,55 +181,85 @@ def calibrate(model: torch.nn.Module, batches, bits: int = 16) -> dict[str, dict
                 several = isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence)
                 model(*batch) if several else model(batch)
                 seen += 1
+                yield from calls
+                calls.clear()
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
         for module, mode in training.items():
             module.training = mode
     if not seen:
         raise ValueError("calibrate needs at least one batch, got none")
-    return {layer_name(name): {
-        "input": _range_format(largest["input"], bits),
-        "pre": _range_format(min(largest["pre"], 4.0), bits),
-        "sigmoid": QFormat(bits, bits, signed=False),  # outputs lie in (0, 1): no sign bit, no integer bit
-        "tanh": QFormat(bits, bits - 1),
-        "cell": _range_format(largest["cell"], bits),
-        "hidden": QFormat(bits, bits - 1),
-    } for name, largest in ranges.items()}
 
 
-def layer_name(rnn: str) -> str:
-    """Name of the (first) layer of a recurrent module: "lstm" -> "lstm.l0"."""
-    return f"{rnn}.l0" if rnn else "l0"
-
-
-def _record(lstm, args, kwargs, largest):
-    arguments = dict(zip(("input", "hx"), args, strict=False)) | kwargs  # the names of nn.LSTM.forward
-    x, state, lengths = arguments["input"], arguments.get("hx"), None
+def time_first(rnn: nn.RNNBase, x, state):
+    """Arguments of a recurrent module in any of torch's forms -> (x (T, B, input_size), state, lengths (B,) or None)."""
     if isinstance(x, PackedSequence):
-        x, lengths = pad_packed_sequence(x)
-    elif x.ndim == 2:
-        x, state = x.unsqueeze(1), state and tuple(s.unsqueeze(1) for s in state)
-    elif lstm.batch_first:
-        x = x.transpose(0, 1)  # (T, B, input_size)
-    h, c = [x.new_zeros(x.shape[1], lstm.hidden_size)] * 2 if state is None else (s[0] for s in state)
-    bias = lstm.bias_ih_l0 + lstm.bias_hh_l0 if lstm.bias else x.new_zeros(4 * lstm.hidden_size)
-    from_input = x @ lstm.weight_ih_l0.T + bias  # (T, B, 4 * hidden_size)
-    w_hh = lstm.weight_hh_l0.T
-    _widen(largest, "input", x)
-    _widen(largest, "cell", c)
-    for t, step in enumerate(from_input):
-        pre = step + h @ w_hh
-        i, f, g, o = pre.chunk(4, dim=1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        alive = slice(None) if lengths is None else t < lengths  # a packed sequence has no steps beyond its own
-        _widen(largest, "pre", pre[alive])
-        _widen(largest, "cell", c[alive])
+        x, lengths = pad_packed_sequence(x)  # sorted back to the caller's order
+        return x, state, lengths
+    if x.ndim == 2:
+        if state is not None:
+            state = tuple(s.unsqueeze(1) for s in state) if isinstance(state, tuple) else state.unsqueeze(1)
+        return x.unsqueeze(1), state, None
+    return x.transpose(0, 1) if rnn.batch_first else x, state, None
 
 
-def _widen(largest, name, values):
-    value = values.abs().max().item()
-    if not math.isfinite(value):
-        raise ValueError(f"calibrate needs finite values, got {value} in {name}")
-    largest[name] = max(largest[name], value)
+def float_signals(rnn: nn.RNNBase, x, state=None, lengths=None, path: str = ""):
+    """Every signal of a recurrent module in float, layer by layer, as torch computes them: (Layer, signals, alive, first).
+
+    signals: name -> (T, B, width): input, pre (all gates that are rounded to it), the gates under their own names, tanh c,
+    cell, unprojected, hidden, hidden_product, in the order in which the direction takes the steps. alive: (T, B) bool, steps
+    that a sequence has; first: the states of this layer that were given. x: (T, B, input_size), state: as torch's hx,
+    lengths: (B,).
+    """
+    steps, batch, _ = x.shape
+    step = torch.arange(steps)[:, None]  # (T, B) below
+    last = torch.full((batch,), steps) if lengths is None else lengths
+    alive = (step < last).to(x.device)
+    order, outputs = torch.where(step < last, last - 1 - step, step).to(x.device)[:, :, None], []
+    with torch.no_grad():
+        for number, layer in enumerate(layers_of(rnn, path)):
+            if layer.index and not layer.reverse:
+                x, outputs = torch.cat(outputs, -1), []
+            states = () if state is None else state if isinstance(state, tuple) else (state,)
+            first = {name: s[number] for name, s in zip(("hidden", "cell"), states, strict=False)}
+            mine = torch.take_along_dim(x, order, 0) if layer.reverse else x
+            signals = {"input": mine} | _layer_signals(rnn, layer.suffix, mine, first, alive)
+            yield layer, signals, alive, first
+            h = signals["hidden"] * alive[:, :, None]
+            outputs.append(torch.take_along_dim(h, order, 0) if layer.reverse else h)
+
+
+def _layer_signals(rnn, suffix, x, first, alive):
+    def parameter(part):
+        return getattr(rnn, f"{part}_{suffix}")
+
+    w_ih, w_hh = parameter("weight_ih").T, parameter("weight_hh").T
+    b_ih, b_hh = (parameter("bias_ih"), parameter("bias_hh")) if rnn.bias else (0, 0)
+    lstm, found = isinstance(rnn, nn.LSTM), defaultdict(list)
+    h = first.get("hidden", x.new_zeros(x.shape[1], rnn.proj_size or rnn.hidden_size))
+    c = first.get("cell", x.new_zeros(x.shape[1], rnn.hidden_size))
+    for t, from_input in enumerate(x @ w_ih + b_ih):
+        from_hidden = h @ w_hh + b_hh
+        if lstm:
+            pre = from_input + from_hidden
+            i, f, g, o = (gate.tanh() if n == 2 else gate.sigmoid() for n, gate in enumerate(pre.chunk(4, 1)))
+            new_c = f * c + i * g
+            tanh_c = new_c.tanh()
+            m = new_h = o * tanh_c
+            stored = {"pre": pre, "i": i, "f": f, "g": g, "o": o, "cell": new_c, "tanh c": tanh_c}
+            if rnn.proj_size:
+                stored["unprojected"], new_h = m, m @ parameter("weight_hr").T
+            c = torch.where(alive[t][:, None], new_c, c)
+        else:
+            inputs, s = from_input.chunk(3, 1), from_hidden.chunk(3, 1)
+            r, z = ((a + b).sigmoid() for a, b in zip(inputs[:2], s[:2], strict=True))
+            pre_n = inputs[2] + r * s[2]
+            n = pre_n.tanh()
+            new_h = (1 - z) * n + z * h
+            pre = torch.cat([inputs[0] + s[0], inputs[1] + s[1], pre_n], 1)
+            stored = {"pre": pre, "r": r, "z": z, "hidden_product": s[2], "n": n}
+        h = torch.where(alive[t][:, None], new_h, h)
+        for name, values in (stored | {"hidden": new_h}).items():
+            found[name].append(values)
+    return {name: torch.stack(values) for name, values in found.items()}
