@@ -24,7 +24,7 @@ LEVELS = (
     ("gates", "methods"),
     ("plan", "budget", "constrain", "quantise"),
     ("tasks", "models", "train"),
-    ("sensitivity",),
+    ("sensitivity", "allocation", "signals"),
     ("runs", "pareto", "published", "sweep", "index", "report", "plots", "study", "tables", "__main__"),
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}

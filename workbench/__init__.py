@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _NAMES = {
     name: f"workbench.{module}"
     for module, names in {
+        "allocation": "allocate",
         "constrain": "attach bake compress pack",
         "fixedpoint": "QFormat",
         "methods": "METHODS BankBalanced BlockCirculant BlockSparse Dense RowBalanced Structured TopK"
@@ -23,6 +24,7 @@ _NAMES = {
         "report": "show",
         "sensitivity": "Strength check_sensitivity class_stability classify hybrid_plan method_agreement rank_blocks"
         " search_hybrid seed_agreement sensitive_gates sensitivity_table strengths",
+        "signals": "signal_errors",
         "sweep": "results",
         "study": "array_layers check_study check_tradeoff compare sensitivity_over_seeds tradeoff train_dense variants",
         "runs": "record run",
@@ -35,8 +37,8 @@ _NAMES = {
     for name in names.split()
 }
 _SUBMODULES = (
-    "array", "budget", "constrain", "container", "engine", "fixedpoint", "gates", "index", "methods", "models", "packed",
-    "pareto", "plan", "plots", "published", "quantise", "report", "runs", "sensitivity", "study", "sweep", "tables",
+    "allocation", "array", "budget", "constrain", "container", "engine", "fixedpoint", "gates", "index", "methods", "models", "packed",
+    "pareto", "plan", "plots", "published", "quantise", "report", "runs", "sensitivity", "signals", "study", "sweep", "tables",
     "tasks", "train",
 )  # fmt: skip
 

@@ -104,9 +104,9 @@ def calibrate(model: nn.Module, batches, bits: int | dict[str, int] = 16, clip: 
         if not torch.isfinite(values).all():
             bad = values[~torch.isfinite(values)]
             raise ValueError(f"calibrate needs finite values, got {bad[0].item()} in {name} of layer {layer.name}")
-        seen[_group(layer, _format_of(rnns(model)[layer.rnn], name))].add(values)
+        seen[_group(layer, format_of(name))].add(values)
 
-    for path, call in _calls(model, batches):
+    for path, call in recurrent_calls(model, batches):
         for layer, signals, alive, first in float_signals(rnns(model)[path], *call, path=path):
             for name, values in (*((name, values[alive]) for name, values in signals.items()), *first.items()):
                 record(layer, name, values)
@@ -153,7 +153,7 @@ def _group(layer, signal):
     return layer.name, signal
 
 
-def _format_of(rnn, name) -> str:
+def format_of(name: str) -> str:
     """The signal whose format a traced value has."""
     if name in ("i", "f", "o", "r", "z"):
         return "sigmoid"
@@ -162,7 +162,7 @@ def _format_of(rnn, name) -> str:
     return "tanh" if name in ("g", "tanh c") else name
 
 
-def _calls(model, batches) -> Iterator[tuple[str, tuple]]:
+def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
     """(module path, (x (T, B, input_size), state or None, lengths or None)) of every call of a recurrent module while the
     model, in evaluation mode, runs over the batches."""
     calls = []
