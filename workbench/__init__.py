@@ -20,7 +20,7 @@ _NAMES = {
         "models": "SequenceClassifier build_classifier",
         "packed": "PackedModel load",
         "plan": "Plan uniform",
-        "quantise": "calibrate weight_format",
+        "quantise": "calibrate observe weight_format",
         "report": "show",
         "sensitivity": "Strength check_sensitivity class_stability classify hybrid_plan method_agreement rank_blocks"
         " search_hybrid seed_agreement sensitive_gates sensitivity_table strengths",
@@ -37,9 +37,9 @@ _NAMES = {
     for name in names.split()
 }
 _SUBMODULES = (
-    "allocation", "array", "budget", "constrain", "container", "engine", "fixedpoint", "gates", "index", "methods", "models", "packed",
-    "pareto", "plan", "plots", "published", "quantise", "report", "runs", "sensitivity", "signals", "study", "sweep", "tables",
-    "tasks", "train",
+    "allocation", "array", "budget", "constrain", "container", "engine", "fixedpoint", "gates", "index", "methods",
+    "models", "packed", "pareto", "plan", "plots", "precision", "published", "quantise", "report", "runs", "sensitivity",
+    "signals", "study", "sweep", "tables", "tasks", "train",
 )  # fmt: skip
 
 __all__ = ["__version__", *_NAMES, *_SUBMODULES]
