@@ -105,7 +105,7 @@ def _digest():
 
 
 def _read():
-    """File name (for example "train/neg/0_3.txt") -> bytes of the 50,000 labelled reviews in the order of the names, checked."""
+    """Name (for example "train/neg/0_3.txt") -> bytes of the 50,000 labelled reviews in the order of the names, checked."""
     if (files := read_files("imdb", FILES, ADDRESS)) is not None:
         lines = itertools.chain.from_iterable(lzma.decompress(data).splitlines() for data in files.values())
         reviews = {row["file"]: row["text"].encode() for row in map(json.loads, lines)}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-
 OPTIMIZERS = ("adamw", "sgd")
 AUGMENTATIONS = ("feature_noise", "time_mask", "feature_mask")
 
@@ -55,7 +54,8 @@ class Recipe:
     def check_tokens(self, task: str) -> None:
         """Words have no features to blur: refuse augmentation settings for the task of that name."""
         if asked := [f"{name}={getattr(self, name)}" for name in AUGMENTATIONS if getattr(self, name)]:
-            raise ValueError(f"{task} is a task of words, whose recipe needs {', '.join(AUGMENTATIONS)} of 0, got {', '.join(asked)}")
+            raise ValueError(f"{task} is a task of words: its recipe needs {', '.join(AUGMENTATIONS)} of 0, "
+                             f"got {', '.join(asked)}")
 
 
 @dataclass(frozen=True, eq=False)
