@@ -364,14 +364,15 @@ def bucketed_batches(lengths: np.ndarray, batch_size: int) -> list[torch.Tensor]
 
 
 def augment(x: torch.Tensor, lengths: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """The sequences `x` (B, T, F) with noise, and one stretch of time and one of features blanked in each."""
-    frames, features = x.shape[1:]
+    """The sequences `x` (B, T, F) with noise, and one stretch of time and one of features blanked in each; tokens, whose
+    recipe asks for nothing, as they are."""
     if recipe.feature_noise:
         x = x + recipe.feature_noise * torch.randn_like(x)
     if recipe.time_mask:
-        blank = _stretch(recipe.time_mask, lengths, frames)  # (B, T)
+        blank = _stretch(recipe.time_mask, lengths, x.shape[1])  # (B, T)
         x = x.masked_fill(blank[:, :, None], 0)  # 0 is the mean of every feature
     if recipe.feature_mask:
+        features = x.shape[2]
         blank = _stretch(recipe.feature_mask, torch.full_like(lengths, features), features)  # (B, F)
         x = x.masked_fill(blank[:, None, :], 0)
     return x
