@@ -17,7 +17,7 @@ _NAMES = {
         "fixedpoint": "QFormat",
         "methods": "METHODS BankBalanced BlockCirculant BlockSparse Dense RowBalanced Structured TopK"
         " method_from_label",
-        "models": "SequenceClassifier build_classifier",
+        "models": "LanguageModel SequenceClassifier build_classifier build_language_model",
         "packed": "PackedModel load",
         "plan": "Plan uniform",
         "quantise": "calibrate observe weight_format",
@@ -32,7 +32,7 @@ _NAMES = {
         " plan_table present price_table published_table ranking_table record_sensitivity record_study record_tradeoff"
         " sensitivity_summary sensitivity_verdict signal_table"
         " spec_table split_table stability_table task_table tradeoff_table tradeoff_verdict unreachable_table verdict",
-        "train": "evaluate fit load_checkpoint paired_interval save_checkpoint",
+        "train": "baseline evaluate fit load_checkpoint paired_interval save_checkpoint",
     }.items()
     for name in names.split()
 }
