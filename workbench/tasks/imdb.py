@@ -65,7 +65,7 @@ def load(split: str) -> Task:
         description=f"sentiment of film reviews: the last {MAX_WORDS} words, of the {WORDS:,} most frequent",
         source="Maas et al. 2011",
         licence="no formal licence: published for research, the texts belong to their authors and IMDb",
-        recipe=Recipe(epochs=5, lr=3e-3, batch_size=64, dropout=0.5, feature_noise=0.0, select_after=0.0),
+        recipe=Recipe(epochs=3, lr=3e-3, batch_size=64, dropout=0.5, feature_noise=0.0, select_after=0.0),
         vocabulary=vocabulary,
     )
 
