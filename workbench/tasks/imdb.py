@@ -23,7 +23,7 @@ ADDRESS = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 TOKENS = "words-1"  # to be changed with anything that changes the tokens
 SEPARATOR = re.compile(r"[^\w\s'.,!?]")
 MARKS = ".,!?"  # each a word of its own
-PAD, UNKNOWN = 0, 1
+UNKNOWN = 1
 WORDS = 10_000
 MAX_WORDS = 250
 VALID_PER_CLASS = 1250
@@ -39,15 +39,17 @@ def load(split: str) -> Task:
         raise ValueError(f'imdb knows only split="official", got {split!r}')
     reviews = _read()
     names = list(reviews)
-    texts = [tokenise(text.decode()) for text in reviews.values()]
+    number = collections.defaultdict(itertools.count().__next__)  # word -> place in the order of first appearance
+    texts = [_numbers(tokenise(text.decode()), number) for text in reviews.values()]
     labels = [int("/pos/" in name) for name in names]
     test = [n for n, name in enumerate(names) if name.startswith("test/")]
     valid = _validation(texts, labels, exclude=set(test))
-    train = [n for n in range(len(names)) if n not in valid and not names[n].startswith("test/")]
-    counts = collections.Counter(itertools.chain.from_iterable(texts[n] for n in train))
-    frequent = sorted(counts, key=lambda word: (-counts[word], word))[:WORDS]
-    vocabulary = ("<pad>", "<unk>", *frequent)
-    number = {word: n for n, word in enumerate(vocabulary)}
+    train = sorted(set(range(len(names))) - valid - set(test))
+    counts = np.bincount(np.concatenate([texts[n] for n in train]), minlength=len(number))
+    frequent = sorted(number, key=lambda word: (-counts[number[word]], word))[:WORDS]
+    vocabulary = ("<pad>", "<unk>", *frequent)  # padding is 0, UNKNOWN 1
+    token = np.full(len(number), UNKNOWN, np.int32)
+    token[[number[word] for word in frequent]] = np.arange(UNKNOWN + 1, len(vocabulary))
     parts = {"train": train, "valid": sorted(valid), "test": test}
     return Task(
         name="imdb",
@@ -55,7 +57,7 @@ def load(split: str) -> Task:
         class_names=("negative", "positive"),
         splits={
             part: pad(
-                [np.array([number.get(word, UNKNOWN) for word in texts[n][-MAX_WORDS:]]) for n in chosen],
+                [token[texts[n][-MAX_WORDS:]] for n in chosen],
                 [labels[n] for n in chosen],
                 [names[n].removesuffix(".txt") for n in chosen],
             )
@@ -84,13 +86,17 @@ def tokenise(text: str) -> list[str]:
     return text.split()
 
 
+def _numbers(words, number):
+    return np.fromiter(map(number.__getitem__, words), np.int32, len(words))
+
+
 def _validation(texts, labels, exclude):
     """Numbers of the reviews that validate: as many of each class; copies of one text stay together, in an order that
-    only the texts decide."""
+    only the reviews decide."""
     copies = collections.defaultdict(list)
-    for n, words in enumerate(texts):
+    for n, numbers in enumerate(texts):
         if n not in exclude:
-            copies[hashlib.sha256(" ".join(words).encode()).digest()].append(n)
+            copies[hashlib.sha256(numbers.tobytes()).digest()].append(n)
     free, chosen = [VALID_PER_CLASS, VALID_PER_CLASS], set()
     for _, group in sorted(copies.items()):
         wanted = [sum(labels[n] == label for n in group) for label in (0, 1)]
