@@ -25,7 +25,7 @@ LEVELS = (
     ("plan", "budget", "constrain", "quantise"),
     ("tasks", "models", "train"),
     ("sensitivity", "allocation", "signals"),
-    ("runs", "pareto", "published", "sweep", "index", "report", "plots", "study", "tables", "__main__"),
+    ("runs", "pareto", "published", "sweep", "index", "report", "plots", "study", "precision", "tables", "__main__"),
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 WITHOUT_TORCH = ("container", "fixedpoint", "packed", "engine", "array")

@@ -45,13 +45,14 @@ class _Magnitudes:
     """How large the values of a signal are: the largest, and a histogram of bins of equal ratio."""
 
     def __init__(self):
-        self.largest, self.counts = 0.0, np.zeros(2 * MOST_OCTAVES * BINS_PER_OCTAVE + 1, dtype=np.int64)
+        self.largest, self.values = 0.0, 0
+        self.counts = np.zeros(2 * MOST_OCTAVES * BINS_PER_OCTAVE + 1, dtype=np.int64)
 
     def add(self, values: torch.Tensor) -> None:
         values = values.detach().abs().flatten()
         if not values.numel():
             return
-        self.largest = max(self.largest, values.max().item())
+        self.largest, self.values = max(self.largest, values.max().item()), self.values + values.numel()
         octave = values[values > 0].double().log2().clamp(-MOST_OCTAVES, MOST_OCTAVES)
         bins = ((octave + MOST_OCTAVES) * BINS_PER_OCTAVE).long()
         self.counts += torch.bincount(bins, minlength=self.counts.size).cpu().numpy()
@@ -59,6 +60,10 @@ class _Magnitudes:
     def centres(self) -> np.ndarray:
         """Magnitude in the middle of each bin."""
         return 2.0 ** ((np.arange(self.counts.size) + 0.5) / BINS_PER_OCTAVE - MOST_OCTAVES)
+
+    def share_beyond(self, most: float) -> float:
+        """Share of the values whose magnitude is above `most`, as far as the bins tell."""
+        return float(self.counts[self.centres() > most].sum() / max(self.values, 1)) if self.largest > most else 0.0
 
     def format(self, bits: int, clip: str, signed: bool, most: float = math.inf) -> QFormat:
         """The format of that width that the rule chooses; "max" looks at magnitudes up to `most`."""
@@ -141,6 +146,18 @@ class Observation:
                 mine["hidden_product"] = _coarse(mine["hidden_product"], MAX_PRODUCT_FRAC - mine["sigmoid"].frac)
             formats[layer.name] = mine
         return formats
+
+    def explain(self, formats: dict[str, dict[str, QFormat]]) -> list[dict]:
+        """One row per layer and signal: format and range, beside the largest magnitude seen and the share beyond the range."""
+        rows = []
+        for layer in self.cells:
+            for name, fmt in formats[layer.name].items():
+                seen = self.magnitudes[_group(layer, name)]
+                rows.append({"layer": layer.name, "signal": name, "bits": fmt.bits, "fraction bits": fmt.frac,
+                             "signed": fmt.signed, "smallest": float(fmt.dequantise(fmt.min)),
+                             "largest": float(fmt.dequantise(fmt.max)), "largest seen": seen.largest,
+                             "beyond the range %": 100 * seen.share_beyond(float(fmt.dequantise(fmt.max)))})
+        return rows
 
 
 def _signal_format(projected, name, bits, clip, magnitudes) -> QFormat:
