@@ -13,6 +13,7 @@ import operator
 import os
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ class Tuning:
 
 
 def check_precision(task: Task | LanguageTask, *, cells: list[str], hidden_size: int, seeds: list[int], epochs: int | None,
-                    weight_bits: list[int], activation_bits: list[int], trained: list[list[int]], arithmetic: Arithmetic,
+                    weight_bits: list[int], activation_bits: list[int], trained: list[str], arithmetic: Arithmetic,
                     tuning: Tuning, workers: int) -> None:
     """Refuse the bad values of a study of fixed point before any training."""
     check_seeds(seeds)
@@ -82,9 +83,7 @@ def check_precision(task: Task | LanguageTask, *, cells: list[str], hidden_size:
             raise ValueError(f"a study of fixed point needs different {name} from {SWEEP_WIDTHS[0]} to {SWEEP_WIDTHS[-1]}, "
                              f"got {widths}")
     for pair in trained:
-        if len(pair) != 2 or not set(pair) <= set(SWEEP_WIDTHS):
-            raise ValueError(f"a study of fixed point trains pairs [weight bits, activation bits] from {SWEEP_WIDTHS[0]} to "
-                             f"{SWEEP_WIDTHS[-1]}, got {pair}")
+        widths_of(pair)
     for name, value in (("hidden_size", hidden_size), ("workers", workers)):
         if value < 1:
             raise ValueError(f"a study of fixed point needs {name} of at least 1, got {value}")
@@ -92,6 +91,15 @@ def check_precision(task: Task | LanguageTask, *, cells: list[str], hidden_size:
         replace(task.recipe, epochs=epochs)
     if tuning.epochs:
         replace(task.recipe, epochs=tuning.epochs, lr=tuning.lr)
+
+
+def widths_of(pair: str) -> tuple[int, int]:
+    """ "4/6" -> 4-bit weights with 6-bit signals."""
+    found = re.fullmatch(r"(\d+)/(\d+)", pair) if isinstance(pair, str) else None
+    if not found or not {int(found[1]), int(found[2])} <= set(SWEEP_WIDTHS):
+        raise ValueError(f'a study of fixed point names pairs of widths like "4/6", weights/signals, from {SWEEP_WIDTHS[0]} to '
+                         f"{SWEEP_WIDTHS[-1]} bits, got {pair!r}")
+    return int(found[1]), int(found[2])
 
 
 def train_baselines(task: Task | LanguageTask, cells: list[str], hidden_size: int, seeds: list[int], *, epochs: int | None,
@@ -130,6 +138,7 @@ class Precision:
     results: pd.DataFrame
     correct: dict[tuple, dict[int, np.ndarray]]
 
+    @cached_property
     def summary(self) -> pd.DataFrame:
         """One row a point: mean and standard deviation over the seeds; of accuracies the loss with its 95 % interval, paired
         by seed and test item."""
@@ -152,13 +161,13 @@ class Precision:
 
 
 def measure_precision(task: Task | LanguageTask, models: dict[tuple[str, int], torch.nn.Module], weight_bits: list[int],
-                      activation_bits: list[int], trained: list[list[int]], *, arithmetic: Arithmetic, tuning: Tuning,
+                      activation_bits: list[int], trained: list[str], *, arithmetic: Arithmetic, tuning: Tuning,
                       workers: int) -> Precision:
-    """Every pair of widths after training, and those of `trained` also after training inside them; and the float models, once
+    """Every pair of widths after training, and those of `trained` ("3/4") also after training inside them; and the float models, once
     as they are and once trained on for the same epochs. The test split is read once per point and decides nothing."""
     jobs = [(_float_point, task, cell, seed, model, arithmetic, tuning if further else None)
             for (cell, seed), model in models.items() for further in ((False, True) if tuning.epochs and trained else (False,))]
-    jobs += [(_trained_point, task, cell, seed, model, arithmetic, tuning, *pair)
+    jobs += [(_trained_point, task, cell, seed, model, arithmetic, tuning, *widths_of(pair))
              for pair in trained for (cell, seed), model in models.items() if tuning.epochs]
     jobs += [(_after_points, task, cell, seed, model, arithmetic, weight_bits, bits)
              for (cell, seed), model in models.items() for bits in activation_bits]
@@ -354,9 +363,9 @@ class Anatomy:
     tables: pd.DataFrame
 
 
-def anatomy(task: Task | LanguageTask, model: torch.nn.Module, weight_bits: int, activation_bits: int, *,
-            arithmetic: Arithmetic) -> Anatomy:
-    """Where the error of one pair of widths arises, on the first batch of the calibration data."""
+def anatomy(task: Task | LanguageTask, model: torch.nn.Module, pair: str, *, arithmetic: Arithmetic) -> Anatomy:
+    """Where the error of one pair of widths ("4/6") arises, on the first batch of the calibration data."""
+    weight_bits, activation_bits = widths_of(pair)
     observation, batch = observe(model, calibration_batches(task)), list(itertools.islice(calibration_batches(task), 1))
     signals = observation.formats(activation_bits, arithmetic.clip)
     plan = _plan(model, arithmetic, weight_bits, signals)
@@ -380,10 +389,3 @@ def table_errors(packed: PackedModel) -> pd.DataFrame:
                     rows.append({"layer": name, "function": function, "kind": kind, "from": str(use[0]), "to": str(use[1]),
                                  "largest error (last places)": error, "used": kind == layer.table_kind})
     return pd.DataFrame(rows)
-
-
-def record_precision(precision: Precision) -> dict:
-    """Figures of a study of fixed point for the table of a sweep."""
-    rows = precision.summary()
-    return {"quality": quality_name(precision.task), "lost": lost_name(precision.task),
-            "results": json.loads(rows.to_json(orient="records"))}
