@@ -301,7 +301,7 @@ def _run_layer(rnn, suffix, x, h, c, last):
     bias = {name: fake_quantise(b, QFormat(32, a.fracs[name])) for name, b in _merged_bias(rnn, suffix).items()}
     given = {"input": x, "hidden": h} | ({} if c is None else {"cell": c})
     given = {name: fake_quantise(values, s[name]) for name, values in given.items()}  # infinities saturate
-    _check_finite(suffix, given | weights | bias)
+    _check_finite(suffix, given | weights | {f"bias {name}": b for name, b in bias.items()})
     x, h, *c = given.values()
     if c:
         cell = s["cell"].frac
