@@ -24,8 +24,8 @@ LEVELS = (
     ("gates", "methods"),
     ("plan", "budget", "constrain", "quantise"),
     ("tasks", "models", "train"),
-    ("sensitivity",),
-    ("runs", "pareto", "published", "sweep", "index", "report", "plots", "study", "tables", "__main__"),
+    ("sensitivity", "allocation", "signals"),
+    ("runs", "pareto", "published", "sweep", "index", "report", "plots", "study", "precision", "tables", "__main__"),
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 WITHOUT_TORCH = ("container", "fixedpoint", "packed", "engine", "array")

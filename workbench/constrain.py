@@ -50,6 +50,8 @@ def bake(model: nn.Module) -> nn.Module:
             for name in names:
                 parametrize.remove_parametrizations(rnn, name, leave_parametrized=True)
             rnn._init_flat_weights()
+        if hasattr(rnn, "unquantise"):  # of an emulated model
+            rnn.unquantise()
     return model
 
 
@@ -65,12 +67,17 @@ def compress(model: nn.Module, plan) -> nn.Module:
     check_supported(model)
     plan.check(model)
     model = bake(model)
+    constrain_weights(model, plan)
+    return model
+
+
+def constrain_weights(model: nn.Module, plan: Plan) -> None:
+    """Register the plan's constraints on a model with plain weights, in place."""
     for path, rnn in rnns(model).items():
         for parameter in parameters_of(rnn):
             parts = [block for block in blocks(model).values() if (block.rnn, block.parameter) == (path, parameter)]
             gates = [plan.blocks[b.name].method.constrain(weight(model, b.name), plan.blocks[b.name].format) for b in parts]
             parametrize.register_parametrization(rnn, parameter, _GateWeights(gates))
-    return model
 
 
 def pack(model: nn.Module, plan) -> PackedModel:

@@ -16,14 +16,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from workbench.constrain import bake, compress, pack
+from workbench.constrain import bake, constrain_weights, pack
 from workbench.engine import StackEngine
 from workbench.fixedpoint import FUNCTIONS, HardTable, QFormat
 from workbench.gates import cell_name, layers, layers_of, parts_of, rnns
 from workbench.methods.base import fake_quantise
 from workbench.packed import GATES, PackedLayer, PackedModel
 from workbench.plan import Plan
-from workbench.quantise import _calls, time_first
+from workbench.quantise import recurrent_calls, time_first
 
 MAX_TABLE_BITS = 20  # of a table's input: the emulation holds one entry for every code
 
@@ -44,8 +44,8 @@ class Arithmetic:
         """ValueError where a table would need too many entries."""
         for name in {"pre", "cell"} & set(layer.signals):
             if layer.signals[name].bits > MAX_TABLE_BITS:
-                raise ValueError(f"the emulation holds a table of every code of {name} and needs at most {MAX_TABLE_BITS} bits, "
-                                 f"got {layer.signals[name]}")
+                raise ValueError(f"the emulation holds a table of every code of {name} and needs at most {MAX_TABLE_BITS} "
+                                 f"bits, got {layer.signals[name]}")
         projection = {"p": layer.product_frac("hr", "p")} if layer.projected else {}
         return cls(layer.signals, layer.tables, layer.bias_fracs | projection, layer.projected)
 
@@ -408,7 +408,8 @@ def emulate(model: nn.Module, plan) -> nn.Module:
     model = bake(model)
     for path, rnn in rnns(model).items():
         quantise_signals(rnn, {layer.suffix: packed.layers[layer.name] for layer in layers_of(rnn, path)})
-    return compress(model, plan)
+    constrain_weights(model, plan)
+    return model
 
 
 def mismatch_rate(model: nn.Module, packed: PackedModel, batches) -> list[dict]:
@@ -420,7 +421,7 @@ def mismatch_rate(model: nn.Module, packed: PackedModel, batches) -> list[dict]:
     """
     dtype = next(model.parameters()).dtype
     counts = {name: [0, 0, 0] for name in layers(model)}  # outputs, mismatches, largest difference
-    for path, (x, state, lengths) in _calls(model, (_cast(batch, dtype) for batch in batches)):
+    for path, (x, state, lengths) in recurrent_calls(model, (_cast(batch, dtype) for batch in batches)):
         rnn, stack = rnns(model)[path], packed.stack(path)
         if not isinstance(rnn, _Quantised):
             raise ValueError(f"mismatch_rate needs a model from emulate, got a plain nn.{cell_name(rnn)} {path!r}")

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -44,13 +45,14 @@ class _Magnitudes:
     """How large the values of a signal are: the largest, and a histogram of bins of equal ratio."""
 
     def __init__(self):
-        self.largest, self.counts = 0.0, np.zeros(2 * MOST_OCTAVES * BINS_PER_OCTAVE + 1, dtype=np.int64)
+        self.largest, self.values = 0.0, 0
+        self.counts = np.zeros(2 * MOST_OCTAVES * BINS_PER_OCTAVE + 1, dtype=np.int64)
 
     def add(self, values: torch.Tensor) -> None:
         values = values.detach().abs().flatten()
         if not values.numel():
             return
-        self.largest = max(self.largest, values.max().item())
+        self.largest, self.values = max(self.largest, values.max().item()), self.values + values.numel()
         octave = values[values > 0].double().log2().clamp(-MOST_OCTAVES, MOST_OCTAVES)
         bins = ((octave + MOST_OCTAVES) * BINS_PER_OCTAVE).long()
         self.counts += torch.bincount(bins, minlength=self.counts.size).cpu().numpy()
@@ -59,20 +61,24 @@ class _Magnitudes:
         """Magnitude in the middle of each bin."""
         return 2.0 ** ((np.arange(self.counts.size) + 0.5) / BINS_PER_OCTAVE - MOST_OCTAVES)
 
-    def format(self, bits: int, clip: str, signed: bool) -> QFormat:
-        """The format of that width that the rule chooses."""
+    def share_beyond(self, most: float) -> float:
+        """Share of the values whose magnitude is above `most`, as far as the bins tell."""
+        return float(self.counts[self.centres() > most].sum() / max(self.values, 1)) if self.largest > most else 0.0
+
+    def format(self, bits: int, clip: str, signed: bool, most: float = math.inf) -> QFormat:
+        """The format of that width that the rule chooses; "max" looks at magnitudes up to `most`."""
         integer = bits - signed  # bits that the magnitude has
         if not self.largest:
             return QFormat(bits, integer, signed)
         if clip == "max":
             # One bit of headroom: unseen data may go beyond what was seen, and saturation costs more than half a bit.
-            return QFormat(bits, integer - 1 - math.ceil(math.log2(self.largest)), signed)
+            return QFormat(bits, integer - 1 - math.ceil(math.log2(min(self.largest, most))), signed)
         centres, counts = self.centres(), self.counts
         if clip == "percentile":
             seen = np.searchsorted(counts.cumsum(), counts.sum() * PERCENTILE / 100)
             return QFormat(bits, integer - math.ceil(math.log2(min(centres[seen], self.largest))), signed)
-        most = integer - math.ceil(math.log2(self.largest))  # holds everything; the finer ones clip more and more
-        candidates = [QFormat(bits, frac, signed) for frac in range(most - 1, most + bits + 1)]
+        whole = integer - math.ceil(math.log2(self.largest))  # holds everything; the finer ones clip more and more
+        candidates = [QFormat(bits, frac, signed) for frac in range(whole - 1, whole + bits + 1)]
 
         def squared_error(fmt):
             step, top = 2.0**-fmt.frac, fmt.max * 2.0**-fmt.frac
@@ -85,56 +91,82 @@ class _Magnitudes:
 def calibrate(model: nn.Module, batches, bits: int | dict[str, int] = 16, clip: str = "max") -> dict[str, dict[str, QFormat]]:
     """Signal formats of every layer from data: layer name -> {signal -> QFormat}, the signals of packed.signals_of.
 
-    batches: iterable of the model's arguments, each a tuple, one tensor or one packed sequence. bits: one width for all
-    signals, or one for each. clip: how a range follows from the magnitudes seen: "max", the largest and one bit of headroom
-    (gate outputs, tanh and the h of a layer without projection take the ranges that they have by definition, pre-activations
-    none beyond the linear table's 8); "percentile", what holds 99.9 % of them; "mse", the least squared error of clipping
-    and rounding together.
-
-    Both directions of a layer share their hidden format, and the next layer takes it as its input format. Formats are never
-    so fine that the bias would not fit its 32 bits. The model runs in evaluation mode and is left as it was. No batch and
-    values that are not finite raise ValueError.
+    batches: iterable of the model's arguments, each a tuple, one tensor or one packed sequence. bits, clip: see
+    Observation.formats. The model runs in evaluation mode and is left as it was. No batch and values that are not finite
+    raise ValueError.
     """
+    return observe(model, batches).formats(bits, clip)
+
+
+def observe(model: nn.Module, batches) -> "Observation":
+    """How large every signal of every layer becomes on the batches: what calibrate chooses formats from, for any widths."""
     check_supported(model)
-    if clip not in CLIPPINGS:
-        raise ValueError(f"calibrate knows the clipping rules {', '.join(CLIPPINGS)}, got {clip!r}")
     seen = defaultdict(_Magnitudes)
-
-    def record(layer, name, values):
-        if not torch.isfinite(values).all():
-            bad = values[~torch.isfinite(values)]
-            raise ValueError(f"calibrate needs finite values, got {bad[0].item()} in {name} of layer {layer.name}")
-        seen[_group(layer, _format_of(rnns(model)[layer.rnn], name))].add(values)
-
-    for path, call in _calls(model, batches):
+    for path, call in recurrent_calls(model, batches):
         for layer, signals, alive, first in float_signals(rnns(model)[path], *call, path=path):
             for name, values in (*((name, values[alive]) for name, values in signals.items()), *first.items()):
-                record(layer, name, values)
-    formats = {}
-    for layer in layers(model).values():
-        rnn = rnns(model)[layer.rnn]
-        names = signals_of(cell_name(rnn), bool(rnn.proj_size))
-        if isinstance(bits, dict) and (missing := [name for name in names if name not in bits]):
-            raise ValueError(f"calibrate needs bits for every signal of {layer.name}, got none for {', '.join(missing)}")
-        width = bits if isinstance(bits, dict) else dict.fromkeys(names, bits)
-        formats[layer.name] = {name: _signal_format(rnn, name, width[name], clip, seen[_group(layer, name)]) for name in names}
-        if layer.index:  # nothing is rounded between layers
-            below = Layer(layer.rnn, layer.index - 1, False)
-            formats[layer.name]["input"] = formats[below.name]["hidden"]
-        if "hidden_product" in names:
-            formats[layer.name]["hidden_product"] = _coarse(
-                formats[layer.name]["hidden_product"], MAX_PRODUCT_FRAC - formats[layer.name]["sigmoid"].frac)
-    return formats
+                if not torch.isfinite(values).all():
+                    bad = values[~torch.isfinite(values)]
+                    raise ValueError(f"calibrate needs finite values, got {bad[0].item()} in {name} of layer {layer.name}")
+                seen[_group(layer, format_of(name))].add(values)
+    cells = {layer: (cell_name(rnns(model)[layer.rnn]), bool(rnns(model)[layer.rnn].proj_size))
+             for layer in layers(model).values()}
+    return Observation(cells, seen)
 
 
-def _signal_format(rnn, name, bits, clip, magnitudes) -> QFormat:
+@dataclass(frozen=True)
+class Observation:
+    """cells: layer -> (cell, whether it is projected); magnitudes: what shares a format -> how large it became."""
+
+    cells: dict[Layer, tuple[str, bool]]
+    magnitudes: dict[tuple, _Magnitudes]
+
+    def formats(self, bits: int | dict[str, int] = 16, clip: str = "max") -> dict[str, dict[str, QFormat]]:
+        """Layer name -> {signal -> QFormat}. bits: one width for all signals, or one for each.
+
+        clip: how a range follows from the magnitudes seen: "max", the largest and one bit of headroom (gate outputs, tanh and
+        the h of a layer without projection take the ranges that they have by definition, pre-activations none beyond the
+        linear table's 8); "percentile", what holds 99.9 % of them; "mse", the least squared error of clipping and rounding
+        together. Both directions of a layer share their hidden format, and the next layer takes it as its input format.
+        Formats are never so fine that the bias would not fit its 32 bits.
+        """
+        if clip not in CLIPPINGS:
+            raise ValueError(f"calibrate knows the clipping rules {', '.join(CLIPPINGS)}, got {clip!r}")
+        formats = {}
+        for layer, (cell, projected) in self.cells.items():
+            names = signals_of(cell, projected)
+            if isinstance(bits, dict) and (missing := [name for name in names if name not in bits]):
+                raise ValueError(f"calibrate needs bits for every signal of {layer.name}, got none for {', '.join(missing)}")
+            widths = bits if isinstance(bits, dict) else dict.fromkeys(names, bits)
+            mine = {name: _signal_format(projected, name, widths[name], clip, self.magnitudes[_group(layer, name)])
+                    for name in names}
+            if layer.index:  # nothing is rounded between layers
+                mine["input"] = formats[Layer(layer.rnn, layer.index - 1, False).name]["hidden"]
+            if "hidden_product" in mine:
+                mine["hidden_product"] = _coarse(mine["hidden_product"], MAX_PRODUCT_FRAC - mine["sigmoid"].frac)
+            formats[layer.name] = mine
+        return formats
+
+    def explain(self, formats: dict[str, dict[str, QFormat]]) -> list[dict]:
+        """One row per layer and signal: format and range, beside the largest magnitude seen and the share beyond the range."""
+        rows = []
+        for layer in self.cells:
+            for name, fmt in formats[layer.name].items():
+                seen = self.magnitudes[_group(layer, name)]
+                rows.append({"layer": layer.name, "signal": name, "bits": fmt.bits, "fraction bits": fmt.frac,
+                             "signed": fmt.signed, "smallest": float(fmt.dequantise(fmt.min)),
+                             "largest": float(fmt.dequantise(fmt.max)), "largest seen": seen.largest,
+                             "beyond the range %": 100 * seen.share_beyond(float(fmt.dequantise(fmt.max)))})
+        return rows
+
+
+def _signal_format(projected, name, bits, clip, magnitudes) -> QFormat:
     if name == "sigmoid" and clip == "max":
         return QFormat(bits, bits, signed=False)  # outputs lie in (0, 1): no sign bit, no integer bit
-    if clip == "max" and (name in ("tanh", "unprojected") or (name == "hidden" and not rnn.proj_size)):
+    if clip == "max" and (name in ("tanh", "unprojected") or (name == "hidden" and not projected)):
         return QFormat(bits, bits - 1)  # within (-1, 1)
-    if name == "pre" and clip == "max":
-        magnitudes.largest = min(magnitudes.largest, TABLE_RANGE)
-    fmt = magnitudes.format(bits, clip, signed=name != "sigmoid")
+    most = TABLE_RANGE if name == "pre" and clip == "max" else math.inf
+    fmt = magnitudes.format(bits, clip, signed=name != "sigmoid", most=most)
     if name == "sigmoid":  # never beyond 1, where a fraction more than the width would cut the largest gates off
         return _coarse(fmt, bits)
     return _coarse(fmt, MAX_SIGNAL_FRAC) if name in ("input", "hidden", "unprojected") else fmt
@@ -153,7 +185,7 @@ def _group(layer, signal):
     return layer.name, signal
 
 
-def _format_of(rnn, name) -> str:
+def format_of(name: str) -> str:
     """The signal whose format a traced value has."""
     if name in ("i", "f", "o", "r", "z"):
         return "sigmoid"
@@ -162,7 +194,7 @@ def _format_of(rnn, name) -> str:
     return "tanh" if name in ("g", "tanh c") else name
 
 
-def _calls(model, batches) -> Iterator[tuple[str, tuple]]:
+def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
     """(module path, (x (T, B, input_size), state or None, lengths or None)) of every call of a recurrent module while the
     model, in evaluation mode, runs over the batches."""
     calls = []
