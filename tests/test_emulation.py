@@ -1,4 +1,4 @@
-"""Quantisation-aware training: equal to the engine in float64, gradients of a literal straight-through reference, torch's own."""
+"""Quantisation-aware training: the engine in float64, gradients of a literal straight-through cell and torch's own."""
 
 import copy
 from dataclasses import replace
@@ -68,9 +68,9 @@ def random_plan(rnn, rng, activation="linear", narrow=False):
     return Plan({name: BlockPlan(Dense(), draw((2, 10), (1, 4), 13)) for name in blocks(rnn)}, signals, activation)
 
 
-def fine_plan(rnn, activation="exact"):
+def fine_plan(rnn):
     """16-bit weights and signals."""
-    return replace(uniform(rnn, Dense(), 16, calibrate(rnn, [torch.randn(STEPS, BATCH, INPUTS).double()])), activation=activation)
+    return replace(uniform(rnn, Dense(), 16, calibrate(rnn, [torch.randn(STEPS, BATCH, INPUTS).double()])), activation="exact")
 
 
 def states_of(rnn, batch=BATCH):
@@ -86,7 +86,8 @@ def packed_sequence(x, lengths, batch_first=False):
 def tensors(result):
     """Everything that a recurrent module returns, as a flat list."""
     output, states = result
-    return [output.data if isinstance(output, PackedSequence) else output, *(states if isinstance(states, tuple) else (states,))]
+    output = output.data if isinstance(output, PackedSequence) else output
+    return [output, *(states if isinstance(states, tuple) else (states,))]
 
 
 def assert_same(first, second):
@@ -167,7 +168,7 @@ def reference(rnn, layer, x, h, c=None):
     """One layer step by step, in values; torch differentiates it. Returns every h, and the last c."""
     s, tables = layer.signals, layer.tables
     gates = layer.gates
-    biases = {gate: 0.0 for gate in layer.bias}
+    biases = dict.fromkeys(layer.bias, 0.0)
     if rnn.bias:
         b_ih, b_hh = (dict(zip(gates, b.chunk(len(gates)), strict=True)) for b in (rnn.bias_ih_l0, rnn.bias_hh_l0))
         biases = {gate: b_ih[gate] + b_hh[gate] for gate in gates}
@@ -325,7 +326,7 @@ def test_emulation_leaves_the_model_and_bake_undoes_it(model, plan, x):
     assert not torch.equal(emulated(x), compress(model, plan)(x))
     for plain, expected in ((bake(emulated), bake(compress(model, plan))), (compress(emulated, plan), compress(model, plan))):
         assert torch.equal(plain(x), expected(x))
-    assert type(bake(emulated).first) is nn.GRU and "arithmetic" not in vars(bake(emulated).first)
+    assert type(bake(emulated).first) is nn.GRU and "rounding" not in vars(bake(emulated).first)
     assert torch.equal(emulate(emulated, plan)(x), emulated(x))
 
 
@@ -401,6 +402,7 @@ def test_refusals(model, plan, x):
     with pytest.raises(ValueError, match=r"every code of pre and needs at most 20 bits, got QFormat\(bits=21"):
         emulate(model, plan.with_signals(wide))
     emulated = emulate(model, plan)
-    for arguments, message in ((((x[..., :3]),), "input.size"), ((x.double(),), "dtype"), ((x, torch.zeros(1, 2, 3)), "hidden size")):
+    state = torch.zeros(1, 2, 3)
+    for arguments, message in (([x[..., :3]], "input.size"), ([x.double()], "dtype"), ([x, state], "hidden size")):
         with pytest.raises((RuntimeError, ValueError), match=message):
             emulated.first(*arguments)

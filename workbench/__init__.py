@@ -14,6 +14,7 @@ _NAMES = {
     for module, names in {
         "allocation": "allocate",
         "constrain": "attach bake compress pack",
+        "emulation": "emulate mismatch_rate",
         "fixedpoint": "QFormat",
         "methods": "METHODS BankBalanced BlockCirculant BlockSparse Dense RowBalanced Structured TopK"
         " method_from_label",
@@ -39,9 +40,9 @@ _NAMES = {
     for name in names.split()
 }
 _SUBMODULES = (
-    "allocation", "array", "budget", "constrain", "container", "engine", "fixedpoint", "gates", "index", "methods",
-    "models", "packed", "pareto", "plan", "plots", "precision", "published", "quantise", "report", "runs", "sensitivity",
-    "signals", "study", "sweep", "tables", "tasks", "train",
+    "allocation", "array", "budget", "constrain", "container", "emulation", "engine", "fixedpoint", "gates", "index",
+    "methods", "models", "packed", "pareto", "plan", "plots", "precision", "published", "quantise", "report", "runs",
+    "sensitivity", "signals", "study", "sweep", "tables", "tasks", "train",
 )  # fmt: skip
 
 __all__ = ["__version__", *_NAMES, *_SUBMODULES]
