@@ -2,7 +2,8 @@
 
 In float64 every sum and product before a rounding is exact, so the outputs are the engine's, bit for bit. In float32 they
 differ where a sum falls close to a rounding boundary: mismatch_rate says how often. Gradients pass straight through every
-rounding and stop where a signal saturates (Bengio 2013, arXiv 1308.3432).
+rounding and stop where its result saturates (Bengio 2013, arXiv 1308.3432); that of a table is the slope of its function at
+the rounded input, also where few output bits cut its values off, so that a gate comes back from there.
 """
 
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ MAX_TABLE_BITS = 20  # of a table's input: the emulation holds one entry for eve
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class Rounding:
     """How one layer and direction rounds: what a PackedLayer says, without its weights. fracs: gate -> fraction bits of its
     exact sum and of its bias, also of a GRU's hidden product `hn` and of a projection `p`."""
 
@@ -40,7 +41,7 @@ class Arithmetic:
     _constants: dict = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, layer: PackedLayer) -> "Arithmetic":
+    def of(cls, layer: PackedLayer) -> "Rounding":
         """ValueError where a table would need too many entries."""
         for name in {"pre", "cell"} & set(layer.signals):
             if layer.signals[name].bits > MAX_TABLE_BITS:
@@ -155,7 +156,8 @@ class _LSTM(torch.autograd.Function):
             else:
                 _round(sums, s["hidden"], outputs[t + 1], m_inside[t])
         projection = (w_hr, ms, h_inside) if a.projected else ()
-        ctx.save_for_backward(x, w_ih, w_hh, gates, indices, cells, outputs, tanh, tanh_indices, c_inside, m_inside, *projection)
+        ctx.save_for_backward(x, w_ih, w_hh, gates, indices, cells, outputs, tanh, tanh_indices, c_inside, m_inside,
+                              *projection)
         ctx.constants = k
         ctx.set_materialize_grads(False)
         return outputs[1:], cells[1:]
@@ -163,7 +165,7 @@ class _LSTM(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_outputs, d_cells):
-        (x, w_ih, w_hh, gates, indices, cells, outputs, tanh, tanh_indices, c_inside, m_inside, *projection) = ctx.saved_tensors
+        x, w_ih, w_hh, gates, indices, cells, outputs, tanh, tanh_indices, c_inside, m_inside, *projection = ctx.saved_tensors
         k, (steps, batch, size) = ctx.constants, tanh.shape
         if d_outputs is None:
             d_outputs = torch.zeros_like(outputs[1:])
@@ -214,8 +216,8 @@ def _gru_constants(a):
 
 
 class _GRU(torch.autograd.Function):
-    """h of every step (T, B, hidden_size) from x (T, B, input_size) and h (B, hidden_size). w_ih: rows of n, z, r; w_hh: rows of
-    z, r and the hidden product; bias: n, z, r and the hidden product."""
+    """h of every step (T, B, hidden_size) from x (T, B, input_size) and h (B, hidden_size). w_ih: rows of n, z
+    and r; w_hh: rows of z, r and the hidden product; bias: of all four."""
 
     @staticmethod
     def forward(ctx, x, h, w_ih, w_hh, bias, a):
@@ -295,13 +297,13 @@ def _check_finite(suffix, tensors):
 def _run_layer(rnn, suffix, x, h, c, last):
     """One layer and direction: (h of every step (T, B, output_size), h and c after each sequence's last step (B, ...)), as
     values. h, c: before the first step; c is None for a GRU. last: of the steps (T, B, ...) the last of each sequence."""
-    a, s = rnn.arithmetic[suffix], rnn.arithmetic[suffix].signals
+    a, s = rnn.rounding[suffix], rnn.rounding[suffix].signals
     pre, hidden = s["pre"].frac, s["hidden"].frac
     weights = {part: getattr(rnn, f"weight_{part}_{suffix}") for part in parts_of(rnn)}
     bias = {name: fake_quantise(b, QFormat(32, a.fracs[name])) for name, b in _merged_bias(rnn, suffix).items()}
     given = {"input": x, "hidden": h} | ({} if c is None else {"cell": c})
     given = {name: fake_quantise(values, s[name]) for name, values in given.items()}  # infinities saturate
-    _check_finite(suffix, given | weights | bias)
+    _check_finite(suffix, given | weights | {f"bias {name}": b for name, b in bias.items()})
     x, h, *c = given.values()
     if c:
         cell = s["cell"].frac
@@ -322,10 +324,10 @@ def _run_layer(rnn, suffix, x, h, c, last):
 
 
 class _Quantised:
-    """What QuantisedLSTM and QuantisedGRU do instead of torch's forward. arithmetic: torch's suffix of a layer and direction
-    ("l0", "l0_reverse", ...) -> Arithmetic."""
+    """What QuantisedLSTM and QuantisedGRU do instead of torch's forward. rounding: torch's suffix of a layer and direction
+    ("l0", "l0_reverse", ...) -> Rounding."""
 
-    arithmetic: dict[str, Arithmetic]
+    rounding: dict[str, Rounding]
 
     def forward(self, input, hx=None):
         """input and hx as nn.LSTM and nn.GRU take and name them; returns what they return."""
@@ -333,10 +335,9 @@ class _Quantised:
         self.check_input(x, None)
         if hx is not None:
             self.check_forward_args(x.transpose(0, 1) if self.batch_first else x, hx, None)
-        states = []
-        for output, last in self.layer_outputs(x, hx, lengths):
-            states += last
-        hx = tuple(map(torch.stack, zip(*states, strict=True)))  # h and c: (layers * directions, B, ...)
+        outputs, states = zip(*self.layer_outputs(x, hx, lengths), strict=True)
+        output, states = outputs[-1], zip(*(state for directions in states for state in directions), strict=True)
+        hx = tuple(map(torch.stack, states))  # h and c: (layers * directions, B, ...)
         if isinstance(input, PackedSequence):
             order = torch.arange(len(lengths)) if input.sorted_indices is None else input.sorted_indices.cpu()
             packed = pack_padded_sequence(output[:, order.to(output.device)], lengths[order])
@@ -374,7 +375,7 @@ class _Quantised:
 
     def unquantise(self):
         """Make it the plain nn.LSTM or nn.GRU that it was."""
-        del self.arithmetic
+        del self.rounding
         self.__class__ = self.plain
 
 
@@ -392,7 +393,7 @@ class QuantisedGRU(_Quantised, nn.GRU):
 
 def quantise_signals(rnn: nn.RNNBase, packed: dict[str, PackedLayer]) -> None:
     """Make an nn.LSTM or nn.GRU round as these layers do (torch's suffix -> layer), in place; its weights stay its own."""
-    rnn.arithmetic = {suffix: Arithmetic.of(layer) for suffix, layer in packed.items()}
+    rnn.rounding = {suffix: Rounding.of(layer) for suffix, layer in packed.items()}
     rnn.__class__ = QuantisedLSTM if isinstance(rnn, nn.LSTM) else QuantisedGRU
 
 
@@ -426,21 +427,20 @@ def mismatch_rate(model: nn.Module, packed: PackedModel, batches) -> list[dict]:
         if not isinstance(rnn, _Quantised):
             raise ValueError(f"mismatch_rate needs a model from emulate, got a plain nn.{cell_name(rnn)} {path!r}")
         alive = np.arange(len(x))[:, None] < (len(x) if lengths is None else lengths.numpy())  # (T, B or 1)
-        flat = [layer for directions in stack for layer in directions]
+        flat, names = [layer for directions in stack for layer in directions], iter(layers_of(rnn, path))
         states = () if state is None else state if isinstance(state, tuple) else (state,)
         states = [[layer.signals[name].quantise(s.cpu()) for layer, s in zip(flat, values, strict=True)]
                   for name, values in zip(("hidden", "cell"), states, strict=False)]
         inputs = flat[0].signals["input"].quantise(x.cpu())
-        names = iter(layers_of(rnn, path))
-        for depth, (output, _) in enumerate(rnn.layer_outputs(x, state, lengths)):
-            expected = StackEngine(stack[: depth + 1]).run(inputs, *states, lengths=lengths).output
-            parts = len(stack[depth])
-            for layer, mine, theirs in zip(stack[depth], output.cpu().chunk(parts, -1), np.split(expected, parts, -1), strict=True):
-                difference = np.abs(layer.signals["hidden"].quantise(mine) - theirs)[np.broadcast_to(alive, theirs.shape[:2])]
-                count = counts[next(names).name]
-                count[0] += difference.size
-                count[1] += np.count_nonzero(difference)
-                count[2] = max(count[2], difference.max(initial=0))
+        for depth, (output, _) in enumerate(rnn.layer_outputs(x, state, lengths), 1):
+            expected = StackEngine(stack[:depth]).run(inputs, *states, lengths=lengths).output
+            directions = stack[depth - 1]
+            difference = np.abs(directions[0].signals["hidden"].quantise(output.cpu()) - expected)
+            for part in np.split(difference, len(directions), axis=-1):
+                part, count = part[np.broadcast_to(alive, part.shape[:2])], counts[next(names).name]
+                count[0] += part.size
+                count[1] += int(np.count_nonzero(part))
+                count[2] = max(count[2], part.max(initial=0))
     return [{"layer": name, "outputs": outputs, "mismatches %": 100 * wrong / max(outputs, 1), "largest ulp": int(largest)}
             for name, (outputs, wrong, largest) in counts.items()]
 
