@@ -87,9 +87,9 @@ def pack(model: nn.Module, plan) -> PackedModel:
         rnn, signals = rnns(model)[layer.rnn], plan.signals[name]
         mine = {b.name: _packed_block(model, plan, b.name) for b in known.values() if b.layer == layer}
         bias = _merged_bias(rnn, layer.suffix)
-        tables = {function: TABLES[plan.activation].build(function, uses)
-                  for function, uses in table_uses(cell_name(rnn), signals).items()}
         try:
+            tables = {function: TABLES[plan.activation].build(function, uses)
+                      for function, uses in table_uses(cell_name(rnn), signals).items()}
             packed[name] = PackedLayer.from_float_bias(cell_name(rnn), mine, bias, signals, tables)
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
@@ -184,8 +184,11 @@ class IntegerRNN(nn.Module):
         h, c = (None, None) if hx is None else hx if self.cell == "LSTM" else (hx, None)
 
         def integers(what, name, states):
-            return None if states is None else [_quantised(what, layer.signals[name], s)
-                                                for layer, s in zip(flat, states, strict=True)]
+            if states is None:
+                return None
+            if len(states) != len(flat):
+                raise ValueError(f"the integer engine needs {what} of {len(flat)} layers and directions, got {len(states)}")
+            return [_quantised(what, layer.signals[name], s) for layer, s in zip(flat, states, strict=True)]
 
         def floats(name, states):
             values = [layer.signals[name].dequantise(s) for layer, s in zip(flat, states, strict=True)]
