@@ -22,6 +22,7 @@ CLIPPINGS = ("max", "percentile", "mse")
 PERCENTILE = 99.9  # of the magnitudes, where the rule is "percentile"
 BINS_PER_OCTAVE = 16  # of the histogram of magnitudes
 MOST_OCTAVES = 64  # magnitudes from 2**-64 to 2**64 are told apart
+BINS = 2 * MOST_OCTAVES * BINS_PER_OCTAVE + 1
 TABLE_RANGE = 4.0  # with one bit of headroom pre-activations reach 8, where the linear table ends
 
 
@@ -42,23 +43,26 @@ def weight_format(w: torch.Tensor, bits: int) -> QFormat:
 
 
 class _Magnitudes:
-    """How large the values of a signal are: the largest, and a histogram of bins of equal ratio."""
+    """How large the values of a signal are, zeros apart: the largest magnitude, and a histogram of bins of equal ratio.
+
+    counts, sums: (2, BINS), how many magnitudes a bin has and what they add up to; positive values first, then negative ones,
+    because a format reaches one step further there.
+    """
 
     def __init__(self):
-        self.largest, self.counts = 0.0, np.zeros(2 * MOST_OCTAVES * BINS_PER_OCTAVE + 1, dtype=np.int64)
+        self.largest, self.counts, self.sums = 0.0, np.zeros((2, BINS), dtype=np.int64), np.zeros((2, BINS))
 
     def add(self, values: torch.Tensor) -> None:
-        values = values.detach().abs().flatten()
+        values = values.detach().flatten().double()
+        values = values[values != 0]
         if not values.numel():
             return
-        self.largest = max(self.largest, values.max().item())
-        octave = values[values > 0].double().log2().clamp(-MOST_OCTAVES, MOST_OCTAVES)
-        bins = ((octave + MOST_OCTAVES) * BINS_PER_OCTAVE).long()
-        self.counts += torch.bincount(bins, minlength=self.counts.size).cpu().numpy()
-
-    def centres(self) -> np.ndarray:
-        """Magnitude in the middle of each bin."""
-        return 2.0 ** ((np.arange(self.counts.size) + 0.5) / BINS_PER_OCTAVE - MOST_OCTAVES)
+        magnitudes = values.abs()
+        self.largest = max(self.largest, magnitudes.max().item())
+        octave = magnitudes.log2().clamp(-MOST_OCTAVES, MOST_OCTAVES)
+        bins = ((octave + MOST_OCTAVES) * BINS_PER_OCTAVE).long() + BINS * (values < 0)
+        self.counts += torch.bincount(bins, minlength=2 * BINS).view(2, BINS).cpu().numpy()
+        self.sums += torch.bincount(bins, magnitudes, minlength=2 * BINS).view(2, BINS).cpu().numpy()
 
     def format(self, bits: int, clip: str, signed: bool, finest: int, most: float) -> QFormat:
         """The format of that width, with at most `finest` fraction bits, that the rule chooses; "max" looks at magnitudes up
@@ -73,17 +77,19 @@ class _Magnitudes:
         if clip == "max":
             # One bit of headroom: unseen data may go beyond what was seen, and saturation costs more than half a bit.
             return with_frac(integer - 1 - math.ceil(math.log2(min(self.largest, most))))
-        centres, counts = self.centres(), self.counts
         if clip == "percentile":
+            counts = self.counts.sum(0)
             seen = np.searchsorted(counts.cumsum(), counts.sum() * PERCENTILE / 100)
-            return with_frac(integer - math.ceil(math.log2(min(centres[seen], self.largest))))
+            return with_frac(integer - math.ceil(math.log2(self.sums.sum(0)[seen] / counts[seen])))
+        means = self.sums / np.maximum(self.counts, 1)
         whole = integer - math.ceil(math.log2(self.largest))  # holds everything; the finer ones clip more and more
         candidates = [with_frac(frac) for frac in range(whole - 1, whole + bits + 1)]
 
         def squared_error(fmt):
-            step, top = 2.0**-fmt.frac, fmt.max * 2.0**-fmt.frac
-            inside = np.minimum(step**2 / 12, centres**2)  # what is below half a step becomes zero
-            return float((counts * np.where(centres > top, (centres - top) ** 2, inside)).sum())
+            step, ends = fmt.dequantise(1), fmt.dequantise([[fmt.max], [-fmt.min]])
+            # A bin below 8 steps is narrower than half a step and rounds as its mean does; wider ones lose the average.
+            inside = np.where(means < 8 * step, ((means + step / 2) // step * step - means) ** 2, step**2 / 12)
+            return float((self.counts * np.where(means > ends, (means - ends) ** 2, inside)).sum())
 
         return min(candidates, key=squared_error)
 
