@@ -94,8 +94,8 @@ def test_weight_format_refuses_a_width_that_no_format_has():
 
 
 @pytest.mark.parametrize(("form", "given"), [
-    ("time first", False), ("batch first", True), ("unbatched", False), ("unbatched", True), ("packed", False), ("packed", True),
-    ("packed in order", True)])  # fmt: skip
+    ("time first", False), ("batch first", True), ("unbatched", False), ("unbatched", True), ("packed", False),
+    ("packed", True), ("packed in order", True)])  # fmt: skip
 @pytest.mark.parametrize(("num_layers", "bidirectional", "bias"), [
     (1, False, True), (1, True, False), (2, False, False), (2, True, True)])  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)

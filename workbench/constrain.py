@@ -63,13 +63,14 @@ def compress(model: nn.Module, plan) -> nn.Module:
     """
     plan = Plan.read(plan)
     check_supported(model)
-    plan.check(model)
     model = bake(model)
-    for path, rnn in rnns(model).items():
-        for parameter in parameters_of(rnn):
-            parts = [block for block in blocks(model).values() if (block.rnn, block.parameter) == (path, parameter)]
-            gates = [plan.blocks[b.name].method.constrain(weight(model, b.name), plan.blocks[b.name].format) for b in parts]
-            parametrize.register_parametrization(rnn, parameter, _GateWeights(gates))
+    plan.check(model)
+    gates = {}  # (module path, parameter) -> one constrained module per gate
+    for name, block in blocks(model).items():
+        constrained = plan.blocks[name].method.constrain(weight(model, name), plan.blocks[name].format)
+        gates.setdefault((block.rnn, block.parameter), []).append(constrained)
+    for (path, parameter), modules in gates.items():
+        parametrize.register_parametrization(model.get_submodule(path), parameter, _GateWeights(modules))
     return model
 
 
@@ -80,8 +81,8 @@ def pack(model: nn.Module, plan) -> PackedModel:
     """
     plan = Plan.read(plan)
     check_supported(model)
-    plan.check(model)
     model = bake(model)
+    plan.check(model)
     known, packed, rnn_bias_params = blocks(model), {}, 0
     for name, layer in layers(model).items():
         rnn, signals = rnns(model)[layer.rnn], plan.signals[name]
