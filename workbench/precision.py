@@ -173,7 +173,7 @@ class Precision:
 def measure_precision(task: Task | LanguageTask, models: dict[tuple[str, int], torch.nn.Module], weight_bits: list[int],
                       activation_bits: list[int], trained: list[str], *, arithmetic: Arithmetic, tuning: Tuning,
                       workers: int) -> Precision:
-    """Every pair of widths after training, and those of `trained` ("3/4") also after training inside them; and the float models,
+    """Every pair of widths after training, those of `trained` ("3/4") also after training inside them; and the float models,
     once as they are and once trained on for the same epochs. The test split is read once per point and decides nothing."""
     jobs = [(_float_point, task, cell, seed, model, arithmetic, tuning if further else None)
             for (cell, seed), model in models.items() for further in ((False, True) if tuning.epochs and trained else (False,))]
