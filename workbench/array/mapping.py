@@ -563,7 +563,8 @@ class _ProgramBuilder:
 
     def program(self) -> tuple[Instruction, ...]:
         """x of the next step first; then the regions' sums in turn, and after each segment all that its drain makes due;
-        h back to the PEs at the end."""
+        h back to the PEs at the end. A projection stands behind all gates: while its PEs wait for its operands, they do not
+        begin the next step's W_ih x."""
         steps = [Instruction("x to PEs", "multicast", "network", parts=("ih",), values=self.layer.input_size)]
         regions = [self._region_segments(n) for n in range(len(self.layout.regions))]
         segments = [segment for turn in zip_longest(*regions) for segment in turn if segment]
