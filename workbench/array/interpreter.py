@@ -48,10 +48,6 @@ def _product(value, one, other):
     return _Task(value, "elementwise_multiplies", (one, other), lambda j, a, b: a * b)
 
 
-def _rounding(value, read, compute):
-    return _Task(value, "roundings", (read,), compute)
-
-
 def _look_up(layer, function, value, in_fmt, out_fmt):
     return int(layer.tables[function].lookup(value, in_fmt, out_fmt))
 
@@ -71,26 +67,22 @@ def _act(layer, gate, also=None, output=None):
 
 def _lstm_tasks(layer):
     s = layer.signals
-    product_frac = s["sigmoid"].frac + s["tanh"].frac
-
-    def rounded(fmt, frac):
-        return lambda j, a, b: half_up(a * b, frac, s[fmt])
-
-    m = _Task("m" if layer.projected else "h", "elementwise_multiplies", ((0, "act o"), (0, "tanh c")),
-              rounded("unprojected" if layer.projected else "hidden", product_frac))
+    kept, new = s["sigmoid"].frac + s["cell"].frac, s["sigmoid"].frac + s["tanh"].frac
+    frac = max(kept, new)
+    name, fmt = ("m", s["unprojected"]) if layer.projected else ("h", s["hidden"])
     tasks = {f"act {gate}": [_act(layer, gate)] for gate in "ifgo"}
     tasks |= {
         "cell": [_product("f*c", (0, "act f"), (1, "cell")), _product("i*g", (0, "act i"), (0, "act g"))],
         "tanh c": [_Task("tanh c", "activation_lookups", ((0, "cell"),),
                          lambda j, c: _look_up(layer, "tanh", c, s["cell"], s["tanh"]))],
-        m.value: [m]}
+        name: [_Task(name, "elementwise_multiplies", ((0, "act o"), (0, "tanh c")),
+                     lambda j, o, tanh_c: half_up(o * tanh_c, new, fmt))]}
     if layer.projected:
-        tasks["h"] = [_rounding("h", (0, "sum p"), lambda j, total: half_up(total, layer.product_frac("hr", "p"), s["hidden"]))]
-    kept = s["sigmoid"].frac + s["cell"].frac
-    frac = max(kept, product_frac)
+        tasks["h"] = [_Task("h", "roundings", ((0, "sum p"),),
+                            lambda j, total: half_up(total, layer.product_frac("hr", "p"), s["hidden"]))]
 
     def join(kept_product, new_product):
-        return half_up((kept_product << (frac - kept)) + (new_product << (frac - product_frac)), frac, s["cell"])
+        return half_up((kept_product << (frac - kept)) + (new_product << (frac - new)), frac, s["cell"])
 
     return tasks, join
 
@@ -103,7 +95,7 @@ def _gru_tasks(layer):
 
     tasks = {
         "act r": [_act(layer, "r")],
-        "s": [_rounding("s", (0, "sum hn"), hidden_product)],
+        "s": [_Task("s", "roundings", ((0, "sum hn"),), hidden_product)],
         "r*s": [_product("r*s", (0, "act r"), (0, "s"))],
         "act n": [_act(layer, "n", ("r*s", layer.alignment("n")[2]), "hidden")],
         "act z": [_act(layer, "z")],

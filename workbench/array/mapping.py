@@ -537,7 +537,8 @@ def _phases(layer) -> list[list[Instruction]]:
         return [Instruction(f"{name} to PEs", "multicast", "network", parts=(part,), takes=(name,), values=values)]
 
     if layer.cell == "GRU":
-        # z last on the activation units, so that a late drain of z never holds up n.
+        # z last on the activation units, so that a late drain of z never holds up n; an early z could begin before n and would
+        # save at most act_latency cycles.
         return [[act("r"), rounding("s", "n", "hn", hidden)], [multiply("r*s", ("act r", "s"))], [act("n", ("r*s",))],
                 [act("z")], [multiply("h", ("act n", "act z"), 2)], to_pes("h", "hh", hidden)]
     # The cell update begins while o is still summed; o last on the activation units, so that its late drain holds up nothing.
