@@ -579,7 +579,7 @@ def paired_interval(correct_a: np.ndarray, correct_b: np.ndarray, seed: int, res
     difference = 100.0 * (correct_a.astype(float) - correct_b)  # (S, N)
     seeds, items = difference.shape
     generator = np.random.default_rng(seed)
-    # Items that differ alike in every seed are drawn as one kind (K of them): the same distribution, for a fraction of the work.
+    # Items that differ alike in every seed are drawn as one kind (K of them): the same distribution, for less work.
     kinds, of_kind = np.unique(difference, axis=1, return_counts=True)  # (S, K), (K,)
     # How often each seed and each kind is drawn; two products then give every resampled mean.
     seed_counts = generator.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)  # (R, S)
