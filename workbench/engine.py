@@ -6,6 +6,7 @@ array's execution shares it.
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -411,9 +412,10 @@ class StackEngine:
     def __init__(self, stack):
         self.engines = [tuple(map(LayerEngine, directions)) for directions in stack]
 
-    def run(self, x, h=None, c=None, lengths=None) -> StackResult:
+    def run(self, x, h=None, c=None, lengths=None, trace=None) -> StackResult:
         """x: (T, B, input_size); h, c: (layers * directions, B, ...) integers or None; lengths as LayerEngine.run. A reverse
-        direction begins at the last step of each sequence."""
+        direction begins at the last step of each sequence. trace: as of LayerEngine.run, with the number of the layer and
+        direction, in torch's order, in front."""
         count = sum(map(len, self.engines))
         for name, states in (("h", h), ("c", c)):
             if states is not None and len(states) != count:
@@ -422,8 +424,10 @@ class StackEngine:
         for directions in self.engines:
             outputs = []
             for reverse, engine in enumerate(directions):
-                states = (None if states is None else states[len(results)] for states in (h, c))
-                result = engine.run(reversed_steps(x, lengths) if reverse else x, *states, lengths)
+                place = len(results)
+                states = (None if states is None else states[place] for states in (h, c))
+                result = engine.run(reversed_steps(x, lengths) if reverse else x, *states, lengths,
+                                    partial(trace, place) if trace else None)
                 outputs.append(reversed_steps(result.output, lengths) if reverse else result.output)
                 results.append(result)
             x = np.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
