@@ -432,6 +432,10 @@ def test_a_stack_equals_the_reference(label, directions, lengths):
         values = np.concatenate(outputs, axis=-1)
     assert result.output.tolist() == values.tolist() and result.h.tolist() == [states[0] for states in last]
     assert result.c is None if label == "GRU" else result.c.tolist() == [states[1] for states in last]
+    seen = []
+    traced = StackEngine(stack).run(x, h, c, lengths, lambda place, t, name, values: seen.append((place, t, name)))
+    assert result_lists(traced) == result_lists(result)
+    assert [key for key in seen if key[2] == "hidden"] == [(n, t, "hidden") for n in range(len(layers)) for t in range(3)]
 
 
 # Planted faults: a rounding more, less or elsewhere must not go unnoticed.

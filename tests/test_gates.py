@@ -83,8 +83,8 @@ def test_unknown_block_lists_the_known_ones():
 
 
 @pytest.mark.parametrize(("rnn", "message"), [
-    (nn.RNN(3, 4), "compresses nn.LSTM and nn.GRU, and found neither in Nested"),
-    (nn.Linear(3, 4), "found neither in Nested"),
+    (nn.RNN(3, 4), "'encoder.1' is an nn.RNN: the workbench takes nn.LSTM and nn.GRU"),
+    (nn.Linear(3, 4), "compresses nn.LSTM and nn.GRU, and found neither in Nested"),
     (nn.Sequential(nn.LSTM(3, 4), nn.RNN(3, 4)), "'encoder.1.1' is an nn.RNN: the workbench takes nn.LSTM and nn.GRU"),
     (nn.Sequential(nn.LSTM(3, 4), nn.GRUCell(3, 4)), "'encoder.1.1' is an nn.GRUCell: the workbench takes"),
 ])  # fmt: skip

@@ -517,7 +517,7 @@ def test_every_kind_of_layer_and_table_survives_the_file(kind, tmp_path):
     ({"lstm.l0": None, "lstm.l0_reverse": None}, "PackedModel needs every layer and direction of 'lstm'"),
     ({"lstm.2": layer_of()}, 'PackedModel needs layer names like "lstm.l0" or "lstm.l1_reverse", got \'lstm.2\''),
     ({"lstm.l1": layer_of(suffix="l1", inputs=8)}, "PackedModel rounds nothing between the layers of 'lstm'"),
-    ({"lstm.l1": layer_of(suffix="l1", inputs=4, signals={"input": SIGNALS["hidden"]})}, "8 values pass, of 4, 8 taken"),
+    ({"lstm.l1": layer_of(suffix="l1", inputs=4, signals={"input": SIGNALS["hidden"]})}, "8 values pass, 4 and 8 are taken"),
 ])
 def test_stacks_that_do_not_fit_are_refused(change, message):
     layers = {name: layer for name, layer in (layers_of_every_kind() | change).items() if layer}
