@@ -455,7 +455,7 @@ def tiny_cases(draw):
     return mapping, draw(st.sampled_from([1, 2, 4])), seed
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(tiny_cases())
 def test_schedule_equals_the_literal_interpreter(case):
     check_against_interpreter(*case)
