@@ -1,6 +1,7 @@
-"""Command line: `python -m workbench run | sweep | report | tasks | methods`."""
+"""Command line: `python -m workbench run | sweep | report | train | tasks | methods`."""
 
 import io
+import math
 import re
 import shlex
 import signal
@@ -17,7 +18,7 @@ class _Commands(click.Group):
     def invoke(self, context):
         try:
             return super().invoke(context)
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, FloatingPointError) as error:
             raise click.ClickException(str(error)) from error
 
 
@@ -200,6 +201,41 @@ def _write_index(directory, with_report, again=False):
         while not sweep.index_is_new(directory):  # another shard has ended meanwhile
             index.build_index(directory)
     click.echo(directory / sweep.INDEX)
+
+
+@main.command("train")
+@click.argument("task")
+@click.option("--cell", type=click.Choice(["LSTM", "GRU"]), default="LSTM", show_default=True)
+@click.option("--hidden-size", type=int, help="Units of each layer [the task's].")
+@click.option("--num-layers", type=int, default=1, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--epochs", type=int, help="Passes over the training split [the task's].")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--checkpoints", type=click.Path(file_okay=False, path_type=Path), default="results/checkpoints",
+              show_default=True, metavar="DIR", help="Where trainings are kept.")
+def train_command(task, cell, hidden_size, num_layers, seed, epochs, device, checkpoints):
+    """Train the float baseline of TASK; the same command again goes on where it stopped, or finds it finished. Ends with
+    one reading of the test split."""
+    from workbench import tasks, train
+
+    loaded = tasks.load(task)
+
+    def quality(loss, accuracy):
+        language = isinstance(loaded, tasks.LanguageTask)
+        return f"loss {loss:.4f}, " + (f"perplexity {math.exp(loss):.2f}" if language else f"accuracy {accuracy:.2f} %")
+
+    def tell(row):
+        click.echo(f"epoch {row['epoch']:3}: lr {row['lr']:.3g}, train loss {row['train_loss']:.4f}, "
+                   f"validation {quality(row['valid_loss'], row['valid_accuracy'])}, {row['seconds']:.1f} s")
+
+    hidden_size = loaded.recipe.hidden_size if hidden_size is None else hidden_size
+    try:
+        model, history = train.baseline(loaded, cell=cell, hidden_size=hidden_size, num_layers=num_layers, seed=seed,
+                                        epochs=epochs, device=device, checkpoints=checkpoints.resolve(), on_epoch=tell)
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted: finished epochs are kept, the same command goes on") from None
+    test = train.evaluate(model.to(device), loaded, "test")
+    click.echo(f"epoch {history.best_epoch} kept, test {quality(test.loss, test.accuracy)}")
 
 
 @main.command("tasks")

@@ -7,12 +7,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from workbench.engine import LayerEngine
-from workbench.fixedpoint import ActivationTable
-from workbench.gates import blocks, cell_name, check_supported, gates_of, parameters_of, rnns, weight
-from workbench.packed import PackedLayer, PackedModel
+from workbench.engine import StackEngine
+from workbench.fixedpoint import TABLES
+from workbench.gates import blocks, cell_name, check_supported, layers, layers_of, parameters_of, rnns, weight
+from workbench.packed import GATES, PackedLayer, PackedModel, table_uses
 from workbench.plan import Plan, pack_block
-from workbench.quantise import layer_name
 
 
 class _GateWeights(nn.Module):
@@ -51,6 +50,8 @@ def bake(model: nn.Module) -> nn.Module:
             for name in names:
                 parametrize.remove_parametrizations(rnn, name, leave_parametrized=True)
             rnn._init_flat_weights()
+        if hasattr(rnn, "unquantise"):  # of an emulated model
+            rnn.unquantise()
     return model
 
 
@@ -64,14 +65,20 @@ def compress(model: nn.Module, plan) -> nn.Module:
     """
     plan = Plan.read(plan)
     check_supported(model)
-    plan.check(model)
     model = bake(model)
-    for path, rnn in rnns(model).items():
-        for parameter in parameters_of(rnn):
-            parts = [block for block in blocks(model).values() if (block.rnn, block.parameter) == (path, parameter)]
-            gates = [plan.blocks[b.name].method.constrain(weight(model, b.name), plan.blocks[b.name].format) for b in parts]
-            parametrize.register_parametrization(rnn, parameter, _GateWeights(gates))
+    plan.check(model)
+    constrain_weights(model, plan)
     return model
+
+
+def constrain_weights(model: nn.Module, plan: Plan) -> None:
+    """Register the plan's constraints on a model with plain weights, in place."""
+    gates = {}  # (module path, parameter) -> one constrained module per gate
+    for name, block in blocks(model).items():
+        constrained = plan.blocks[name].method.constrain(weight(model, name), plan.blocks[name].format)
+        gates.setdefault((block.rnn, block.parameter), []).append(constrained)
+    for (path, parameter), modules in gates.items():
+        parametrize.register_parametrization(model.get_submodule(path), parameter, _GateWeights(modules))
 
 
 def pack(model: nn.Module, plan) -> PackedModel:
@@ -81,45 +88,62 @@ def pack(model: nn.Module, plan) -> PackedModel:
     """
     plan = Plan.read(plan)
     check_supported(model)
-    plan.check(model)
     model = bake(model)
-    known, layers, rnn_bias_params = blocks(model), {}, 0
-    for path, rnn in rnns(model).items():
-        packed = {name: pack_block(weight(model, name), plan.blocks[name]) for name, b in known.items() if b.rnn == path}
-        signals = plan.signals[layer_name(path)]
-        tables = {function: ActivationTable.build(function) for function in ("sigmoid", "tanh")}
-        layers[layer_name(path)] = PackedLayer.from_float_bias(cell_name(rnn), packed, _merged_bias(rnn), signals, tables)
-        rnn_bias_params += len(gates_of(rnn, "weight_ih_l0")) * rnn.hidden_size if rnn.bias else 0
+    plan.check(model)
+    known, packed, rnn_bias_params = blocks(model), {}, 0
+    for name, layer in layers(model).items():
+        rnn, signals = rnns(model)[layer.rnn], plan.signals[name]
+        mine = {b.name: _packed_block(model, plan, b.name) for b in known.values() if b.layer == layer}
+        bias = _merged_bias(rnn, layer.suffix)
+        try:
+            tables = {function: TABLES[plan.activation].build(function, uses)
+                      for function, uses in table_uses(cell_name(rnn), signals).items()}
+            packed[name] = PackedLayer.from_float_bias(cell_name(rnn), mine, bias, signals, tables)
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from error
+        rnn_bias_params += sum(b.size for b in bias.values()) if rnn.bias else 0
     recurrent = {id(p) for rnn in rnns(model).values() for p in rnn.parameters()}
     other_params = sum(p.numel() for p in model.parameters() if id(p) not in recurrent)
-    return PackedModel(layers, rnn_bias_params, other_params)
+    return PackedModel(packed, rnn_bias_params, other_params)
 
 
-def _merged_bias(rnn):
-    """gate -> (hidden_size,) float64 b_ih + b_hh; zeros without biases."""
-    gates = gates_of(rnn, "weight_ih_l0")
+def _packed_block(model, plan, name):
+    try:
+        return pack_block(weight(model, name), plan.blocks[name])
+    except ValueError as error:
+        raise ValueError(f"block {name}: {error}") from error
+
+
+def _merged_bias(rnn, suffix):
+    """Bias -> (hidden_size,) float64: b_ih + b_hh of each gate, a GRU's n apart, as n and hn; zeros without biases."""
+    gates = GATES[cell_name(rnn)]
     zeros = torch.zeros(len(gates) * rnn.hidden_size)
-    b_ih, b_hh = (rnn.bias_ih_l0, rnn.bias_hh_l0) if rnn.bias else (zeros, zeros)
-    merged = b_ih.detach().cpu().double() + b_hh.detach().cpu().double()
-    return dict(zip(gates, merged.view(len(gates), -1).numpy(), strict=True))
+    both = [getattr(rnn, f"bias_{part}_{suffix}") if rnn.bias else zeros for part in ("ih", "hh")]
+    b_ih, b_hh = (dict(zip(gates, b.detach().cpu().double().chunk(len(gates)), strict=True)) for b in both)
+    merged = {gate: b_ih[gate] + b_hh[gate] for gate in gates}
+    if cell_name(rnn) == "GRU":
+        merged |= {"n": b_ih["n"], "hn": b_hh["n"]}
+    return {gate: values.numpy() for gate, values in merged.items()}
 
 
 def attach(model: nn.Module, packed: PackedModel) -> nn.Module:
     """A copy of the model whose recurrent layers run the integer engine: float tensors in and out, integers within.
 
-    Takes what nn.LSTM takes: batch_first or not, a single unbatched sequence, initial states, packed sequences. No gradient.
+    Takes what nn.LSTM and nn.GRU take: batch_first or not, a single unbatched sequence, initial states, packed sequences. No
+    gradient.
     """
     check_supported(model)
     model = bake(model)
-    if sorted(packed.layers) != sorted(layer_name(path) for path in rnns(model)):
-        raise ValueError(f"attach needs a packed model with the layers {', '.join(map(layer_name, rnns(model)))}, "
+    if sorted(packed.layers) != sorted(layers(model)):
+        raise ValueError(f"attach needs a packed model with the layers {', '.join(layers(model))}, "
                          f"got {', '.join(packed.layers)}")
     for path, rnn in rnns(model).items():
-        layer = packed.layers[layer_name(path)]
-        if (layer.input_size, layer.hidden_size) != (rnn.input_size, rnn.hidden_size):
-            raise ValueError(f"attach needs input and hidden sizes {(rnn.input_size, rnn.hidden_size)} for {path!r}, "
-                             f"got {(layer.input_size, layer.hidden_size)}")
-        integer = IntegerLSTM(layer, rnn.batch_first)
+        for layer in layers_of(rnn, path):
+            found, w_ih = packed.layers[layer.name], getattr(rnn, f"weight_ih_{layer.suffix}")
+            expected = cell_name(rnn), w_ih.shape[1], rnn.hidden_size, rnn.proj_size or rnn.hidden_size
+            if expected != (sizes := (found.cell, found.input_size, found.hidden_size, found.output_size)):
+                raise ValueError(f"attach needs cell, input, hidden and output sizes {expected} for {layer.name}, got {sizes}")
+        integer = IntegerRNN(packed.stack(path), rnn)
         if not path:
             return integer
         # Under every name that the model has for it: under another one the float layer would go on running.
@@ -129,25 +153,24 @@ def attach(model: nn.Module, packed: PackedModel) -> nn.Module:
     return model
 
 
-class IntegerLSTM(nn.Module):
-    """Stands where an nn.LSTM stood and computes it with the integer engine.
+class IntegerRNN(nn.Module):
+    """Stands where an nn.LSTM or nn.GRU stood and computes it with the integer engine.
 
     It has the sizes that the module around it may ask for, for example to make an initial state.
     """
 
-    num_layers, bidirectional, proj_size = 1, False, 0
-
-    def __init__(self, layer: PackedLayer, batch_first: bool):
+    def __init__(self, stack, rnn: nn.RNNBase):
         super().__init__()
-        self.layer, self.batch_first = layer, batch_first
-        self.input_size, self.hidden_size = layer.input_size, layer.hidden_size
-        self.engine = LayerEngine(layer)
+        self.stack, self.engine = stack, StackEngine(stack)
+        self.cell, self.batch_first = cell_name(rnn), rnn.batch_first
+        self.input_size, self.hidden_size, self.proj_size = rnn.input_size, rnn.hidden_size, rnn.proj_size
+        self.num_layers, self.bidirectional = rnn.num_layers, rnn.bidirectional
 
     def flatten_parameters(self):
         """What nn.LSTM offers and modules call; there is nothing to flatten."""
 
     def forward(self, input, hx=None):
-        """input and hx as nn.LSTM takes and names them; returns (output, (h, c)) in input's shape conventions and dtype."""
+        """input and hx as the replaced module takes and names them; returns what it returns, in input's shapes and dtype."""
         if isinstance(input, PackedSequence):
             padded, lengths = pad_packed_sequence(input)  # (T, B, input_size); sorted back to the caller's order
             output, hx = self._run(padded, hx, lengths.numpy())
@@ -155,19 +178,39 @@ class IntegerLSTM(nn.Module):
             packed = pack_padded_sequence(output[:, order.to(output.device)], lengths[order])
             return PackedSequence(packed.data, input.batch_sizes, input.sorted_indices, input.unsorted_indices), hx
         if input.ndim == 2:
-            hx = hx and tuple(s.unsqueeze(1) for s in hx)
-            output, (h, c) = self._run(input.unsqueeze(1), hx, None)
-            return output.squeeze(1), (h.squeeze(1), c.squeeze(1))
+            hx = None if hx is None else self._states(lambda s: s.unsqueeze(1), hx)
+            output, hx = self._run(input.unsqueeze(1), hx, None)
+            return output.squeeze(1), self._states(lambda s: s.squeeze(1), hx)
         output, hx = self._run(input.transpose(0, 1) if self.batch_first else input, hx, None)
         return output.transpose(0, 1) if self.batch_first else output, hx
 
-    def _run(self, x, state, lengths):
-        signals = self.layer.signals
-        h, c = (None, None) if state is None else (
-            signals[name].quantise(s[0].detach().cpu()) for name, s in zip(("hidden", "cell"), state, strict=True))
-        result = self.engine.run(signals["input"].quantise(x.detach().cpu()), h, c, lengths)
+    def _states(self, function, hx):
+        return tuple(map(function, hx)) if self.cell == "LSTM" else function(hx)
 
-        def floats(values, name):
-            return torch.from_numpy(signals[name].dequantise(values)).to(x)
+    def _run(self, x, hx, lengths):
+        flat = [layer for directions in self.stack for layer in directions]
+        h, c = (None, None) if hx is None else hx if self.cell == "LSTM" else (hx, None)
 
-        return floats(result.output, "hidden"), (floats(result.h, "hidden")[None], floats(result.c, "cell")[None])
+        def integers(what, name, states):
+            if states is None:
+                return None
+            if len(states) != len(flat):
+                raise ValueError(f"the integer engine needs {what} of {len(flat)} layers and directions, got {len(states)}")
+            return [_quantised(what, layer.signals[name], s) for layer, s in zip(flat, states, strict=True)]
+
+        def floats(name, states):
+            values = [layer.signals[name].dequantise(s) for layer, s in zip(flat, states, strict=True)]
+            return torch.stack([torch.from_numpy(v) for v in values]).to(x)
+
+        result = self.engine.run(_quantised("the input", flat[0].signals["input"], x),
+                                 integers("the hidden state", "hidden", h), integers("the cell state", "cell", c), lengths)
+        output = torch.from_numpy(flat[-1].signals["hidden"].dequantise(result.output)).to(x)
+        h = floats("hidden", result.h)
+        return output, (h, floats("cell", result.c)) if self.cell == "LSTM" else h
+
+
+def _quantised(what, fmt, values):
+    try:
+        return fmt.quantise(values.detach().cpu())
+    except ValueError as error:
+        raise ValueError(f"the integer engine cannot take {what}: {error}") from error

@@ -3,6 +3,7 @@
 A block's storage is counted from the byte arrays that are really written. Nothing here needs torch.
 """
 
+import itertools
 import math
 import re
 from dataclasses import asdict, dataclass, field, replace
@@ -658,13 +659,14 @@ class PackedModel:
     def __post_init__(self):
         for path in self.paths:
             stack = self.stack(path)
-            for below, above in zip(stack, stack[1:], strict=False):
+            for below, above in itertools.pairwise(stack):
                 width = sum(layer.output_size for layer in below)
                 formats = {layer.signals["hidden"] for layer in below} | {layer.signals["input"] for layer in above}
                 if len(formats) > 1 or any(layer.input_size != width for layer in above):
-                    raise ValueError(f"PackedModel rounds nothing between the layers of {path!r}: the hidden formats of one layer "
-                                     f"and the input formats of the next must be the same, got {', '.join(map(str, formats))}; "
-                                     f"{width} values pass, of {', '.join(str(layer.input_size) for layer in above)} taken")
+                    raise ValueError(
+                        f"PackedModel rounds nothing between the layers of {path!r}: the hidden formats of one layer and the "
+                        f"input formats of the next must be the same, got {', '.join(map(str, formats))}; {width} values pass, "
+                        f"{' and '.join(str(layer.input_size) for layer in above)} are taken")
 
     @property
     def paths(self) -> list[str]:

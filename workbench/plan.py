@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from workbench.fixedpoint import QFormat
-from workbench.gates import blocks, rnns, weight
+from workbench.fixedpoint import TABLES, QFormat
+from workbench.gates import blocks, cell_name, layers, rnns, weight
 from workbench.methods import Method, method_from_json, method_label, method_to_json
-from workbench.packed import SIGNALS, PackedModel
-from workbench.quantise import layer_name, weight_format
+from workbench.packed import PackedModel, signals_of
+from workbench.quantise import weight_format
 
-ACTIVATIONS = ("linear",)  # the kinds of activation table
+ACTIVATIONS = tuple(TABLES)  # the kinds of activation table
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,19 @@ class Plan:
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"Plan knows the activations {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        for layer, signals in self.signals.items():
-            if set(signals) != set(SIGNALS):
-                raise ValueError(f"Plan needs the signals {', '.join(SIGNALS)} of {layer}, got {', '.join(signals) or 'none'}")
 
     def check(self, model: torch.nn.Module) -> None:
         """Refuse a plan that misses a block or layer of the model, names one it does not have, or does not fit a shape."""
         for what, planned, known in (("block", self.blocks, blocks(model)),
-                                     ("layer", self.signals, [layer_name(name) for name in rnns(model)])):
+                                     ("layer", self.signals, layers(model))):
             if unknown := [name for name in planned if name not in known]:
                 raise ValueError(f"the plan names the {what}s {', '.join(unknown)}, the model has {', '.join(known)}")
             if missing := [name for name in known if name not in planned]:
                 raise ValueError(f"the plan misses the {what}s {', '.join(missing)}")
+        for name, layer in layers(model).items():
+            rnn, signals = rnns(model)[layer.rnn], self.signals[name]
+            if set(signals) != set(expected := signals_of(cell_name(rnn), bool(rnn.proj_size))):
+                raise ValueError(f"Plan needs the signals {', '.join(expected)} of {name}, got {', '.join(signals) or 'none'}")
         for name, entry in self.blocks.items():
             try:
                 entry.method.constrain(weight(model, name), entry.format)

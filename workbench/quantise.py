@@ -1,15 +1,30 @@
 """Number formats from data: for weights by least squared error, for the signals of a layer by calibration."""
 
 import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from workbench.fixedpoint import QFormat
-from workbench.gates import check_supported, rnns
+from workbench.gates import Layer, cell_name, check_supported, layers, layers_of, rnns
+from workbench.packed import PackedLayer, signals_of
 
-# Finest weight: with a 16-bit hidden state (15 fraction bits) the 32-bit bias then still reaches 4.
+# Finest weight and finest signal: with a 16-bit hidden state (15 fraction bits) the 32-bit bias then still reaches 4.
 MAX_WEIGHT_FRAC = 14
+MAX_SIGNAL_FRAC = 15
+MAX_PRODUCT_FRAC = MAX_WEIGHT_FRAC + MAX_SIGNAL_FRAC
+CLIPPINGS = ("max", "percentile", "mse")
+PERCENTILE = 99.9  # of the magnitudes, where the rule is "percentile"
+BINS_PER_OCTAVE = 16  # of the histogram of magnitudes
+MOST_BINNED = 1 << 20  # values of one signal and batch that go into its histogram
+MOST_OCTAVES = 64  # magnitudes from 2**-64 to 2**64 are told apart
+BINS = 2 * MOST_OCTAVES * BINS_PER_OCTAVE + 1
+TABLE_RANGE = 4.0  # with one bit of headroom pre-activations reach 8, where the linear table ends
 
 
 def weight_format(w: torch.Tensor, bits: int) -> QFormat:
@@ -28,24 +43,192 @@ def weight_format(w: torch.Tensor, bits: int) -> QFormat:
     return min(candidates, key=lambda fmt: float(((fmt.dequantise(fmt.quantise(values)) - values) ** 2).sum()))
 
 
-def _range_format(largest: float, bits: int) -> QFormat:
-    # One bit of headroom over the calibrated range: unseen data may go beyond it, and saturation is costlier than half a bit.
-    return QFormat(bits, bits - 2 - math.ceil(math.log2(largest)) if largest > 0 else bits - 1)
+class _Magnitudes:
+    """How large the values of a signal are, zeros apart: the largest magnitude, and a histogram of bins of equal ratio.
 
-
-def calibrate(model: torch.nn.Module, batches, bits: int = 16) -> dict[str, dict[str, QFormat]]:
-    """Signal formats of every layer from data: layer name -> {input, pre, sigmoid, tanh, cell, hidden -> QFormat}.
-
-    batches: iterable of the model's arguments, each a tuple, one tensor or one packed sequence. Ranges of input,
-    pre-activations and cell are the largest magnitudes seen, plus one bit of headroom; pre-activations need no range
-    beyond the tables' 8.
-    The model runs in evaluation mode and is left as it was. No batch and values that are not finite raise ValueError.
+    counts, sums: (2, BINS), how many magnitudes a bin has and what they add up to; positive values first, then negative ones,
+    because a format reaches one step further there.
     """
+
+    def __init__(self):
+        self.largest, self.values = 0.0, 0
+        self.counts, self.sums = np.zeros((2, BINS), dtype=np.int64), np.zeros((2, BINS))
+
+    def add(self, values: torch.Tensor) -> None:
+        values = values.detach().flatten()
+        if not values.numel():
+            return
+        self.largest = max(self.largest, values.abs().max().item())
+        values = values[:: math.ceil(values.numel() / MOST_BINNED)]  # the largest of all counts, the histogram may be a sample
+        self.values += values.numel()
+        values = values[values != 0].double()
+        magnitudes = values.abs()
+        octave = magnitudes.log2().clamp(-MOST_OCTAVES, MOST_OCTAVES)
+        bins = ((octave + MOST_OCTAVES) * BINS_PER_OCTAVE).long() + BINS * (values < 0)
+        self.counts += torch.bincount(bins, minlength=2 * BINS).view(2, BINS).cpu().numpy()
+        self.sums += torch.bincount(bins, magnitudes, minlength=2 * BINS).view(2, BINS).cpu().numpy()
+
+    def share_beyond(self, fmt: QFormat) -> float:
+        """Share of the values that lie beyond the ends of a format, as far as the bins tell."""
+        ends = fmt.dequantise([[fmt.max], [-fmt.min]])
+        return float(self.counts[self.sums / np.maximum(self.counts, 1) > ends].sum() / max(self.values, 1))
+
+    def format(self, bits: int, clip: str, signed: bool, finest: int, most: float) -> QFormat:
+        """The format of that width, with at most `finest` fraction bits, that the rule chooses; "max" looks at magnitudes up
+        to `most`."""
+        integer = bits - signed  # bits that the magnitude has
+
+        def with_frac(frac):
+            return QFormat(bits, min(frac, finest), signed)
+
+        if not self.largest:
+            return with_frac(integer)
+        if clip == "max":
+            # One bit of headroom: unseen data may go beyond what was seen, and saturation costs more than half a bit.
+            return with_frac(integer - 1 - math.ceil(math.log2(min(self.largest, most))))
+        if clip == "percentile":
+            counts = self.counts.sum(0)
+            seen = np.searchsorted(counts.cumsum(), counts.sum() * PERCENTILE / 100)
+            return with_frac(integer - math.ceil(math.log2(self.sums.sum(0)[seen] / counts[seen])))
+        means = self.sums / np.maximum(self.counts, 1)
+        whole = integer - math.ceil(math.log2(self.largest))  # holds everything; the finer ones clip more and more
+        candidates = [with_frac(frac) for frac in range(whole - 1, whole + bits + 1)]
+
+        def squared_error(fmt):
+            step, ends = fmt.dequantise(1), fmt.dequantise([[fmt.max], [-fmt.min]])
+            # A bin below 8 steps is narrower than half a step and rounds as its mean does; wider ones lose the average.
+            inside = np.where(means < 8 * step, ((means + step / 2) // step * step - means) ** 2, step**2 / 12)
+            return float((self.counts * np.where(means > ends, (means - ends) ** 2, inside)).sum())
+
+        return min(candidates, key=squared_error)
+
+
+def calibrate(model: nn.Module, batches, bits: int | dict[str, int] = 16, clip: str = "max") -> dict[str, dict[str, QFormat]]:
+    """Signal formats of every layer from data: layer name -> {signal -> QFormat}, the signals of packed.signals_of.
+
+    batches: iterable of the model's arguments, each a tuple, one tensor or one packed sequence. bits, clip: see
+    Observation.formats. The model runs in evaluation mode and is left as it was. No batch and values that are not finite
+    raise ValueError.
+    """
+    return observe(model, batches).formats(bits, clip)
+
+
+def observe(model: nn.Module, batches) -> "Observation":
+    """How large every signal of every layer becomes on the batches: what calibrate chooses formats from, for any widths."""
     check_supported(model)
-    ranges = {name: {"input": 0.0, "pre": 0.0, "cell": 0.0} for name in rnns(model)}
-    hooks = [rnn.register_forward_pre_hook(lambda rnn, args, kwargs, name=name: _record(rnn, args, kwargs, ranges[name]),
-                                           with_kwargs=True)
-             for name, rnn in rnns(model).items()]
+    seen = defaultdict(_Magnitudes)
+    for path, call in recurrent_calls(model, batches):
+        for layer, signals, alive, first in float_signals(rnns(model)[path], *call, path=path):
+            for name, values in (*((name, values[alive]) for name, values in signals.items()), *first.items()):
+                if not torch.isfinite(values).all():
+                    bad = values[~torch.isfinite(values)]
+                    raise ValueError(f"calibrate needs finite values, got {bad[0].item()} in {name} of layer {layer.name}")
+                seen[_group(layer, format_of(name))].add(values)
+    cells = {layer: (cell_name(rnns(model)[layer.rnn]), bool(rnns(model)[layer.rnn].proj_size))
+             for layer in layers(model).values()}
+    return Observation(cells, seen)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """cells: layer -> (cell, whether it is projected); magnitudes: what shares a format -> how large it became."""
+
+    cells: dict[Layer, tuple[str, bool]]
+    magnitudes: dict[tuple, _Magnitudes]
+
+    def formats(self, bits: int | dict[str, int] = 16, clip: str = "max") -> dict[str, dict[str, QFormat]]:
+        """Layer name -> {signal -> QFormat}. bits: one width for all signals, or one for each.
+
+        clip: how a range follows from the magnitudes seen, zeros apart: "max", the largest and one bit of headroom (gate
+        outputs, tanh and the h of a layer without projection take the ranges that they have by definition unless a given
+        state goes beyond, pre-activations none beyond the linear table's 8); "percentile", what holds 99.9 % of them; "mse",
+        the least squared error of clipping and rounding together. Both directions of a layer share their hidden format, and
+        the next layer takes it as its input format. However small the values, no format is so fine that for its sake a bias
+        would not fit its 32 bits or a sum its accumulator. Values beyond every format raise ValueError.
+        """
+        if clip not in CLIPPINGS:
+            raise ValueError(f"calibrate knows the clipping rules {', '.join(CLIPPINGS)}, got {clip!r}")
+        formats = {}
+        for layer, (cell, projected) in self.cells.items():
+            names = signals_of(cell, projected)
+            if isinstance(bits, dict) and (missing := [name for name in names if name not in bits]):
+                raise ValueError(f"calibrate needs bits for every signal of {layer.name}, got none for {', '.join(missing)}")
+            widths = bits if isinstance(bits, dict) else dict.fromkeys(names, bits)
+            mine = formats[layer.name] = {}
+            for name in names:
+                magnitudes = self.magnitudes[_group(layer, name)]
+                try:
+                    mine[name] = _signal_format(projected, name, widths, clip, magnitudes)
+                except ValueError as error:
+                    raise ValueError(f"{name} of layer {layer.name}, up to {magnitudes.largest:.4g}: {error}") from error
+            if layer.index:  # nothing is rounded between layers
+                mine["input"] = formats[Layer(layer.rnn, layer.index - 1, False).name]["hidden"]
+        return formats
+
+    def explain(self, formats: dict[str, dict[str, QFormat]]) -> list[dict]:
+        """One row per layer and signal: format and range, beside the largest magnitude seen and the share beyond the range."""
+        rows = []
+        for layer in self.cells:
+            for name, fmt in formats[layer.name].items():
+                seen = self.magnitudes[_group(layer, name)]
+                rows.append({"layer": layer.name, "signal": name, "bits": fmt.bits, "fraction bits": fmt.frac,
+                             "signed": fmt.signed, "smallest": float(fmt.dequantise(fmt.min)),
+                             "largest": float(fmt.dequantise(fmt.max)), "largest seen": seen.largest,
+                             "beyond the range %": 100 * seen.share_beyond(fmt)})
+        return rows
+
+
+def _signal_format(projected, name, widths, clip, magnitudes) -> QFormat:
+    bits, finest = widths[name], _finest(name, widths)
+    if name == "sigmoid" and clip == "max":
+        return QFormat(bits, bits, signed=False)  # outputs lie in (0, 1): no sign bit, no integer bit
+    bounded = name in ("tanh", "unprojected") or (name == "hidden" and not projected)
+    if clip == "max" and bounded and magnitudes.largest <= 1:
+        return QFormat(bits, min(bits - 1, finest))  # within (-1, 1)
+    most = TABLE_RANGE if name == "pre" else math.inf
+    return magnitudes.format(bits, clip, signed=name != "sigmoid", finest=finest, most=most)
+
+
+def _finest(name, widths) -> int:
+    """Most fraction bits of a signal, however small its values."""
+    return {
+        "pre": MAX_PRODUCT_FRAC,  # rounded from sums of products
+        "hidden_product": MAX_PRODUCT_FRAC - widths["sigmoid"],  # r * s joins such a sum
+        "cell": PackedLayer.acc_bits - 2 - widths["sigmoid"],  # i * g reaches 1 in the accumulator of f*c + i*g
+        "sigmoid": widths["sigmoid"],  # one more would cut off the gates near 1
+        "tanh": max(MAX_SIGNAL_FRAC, widths.get("tanh", 0) - 1),  # no bias lies at its products
+    }.get(name, MAX_SIGNAL_FRAC)
+
+
+def _group(layer, signal):
+    """What shares a format: both directions' hidden, which is also the next layer's input; everything else is alone."""
+    if signal == "hidden":
+        return layer.rnn, layer.index, "hidden"
+    if signal == "input" and layer.index:
+        return layer.rnn, layer.index - 1, "hidden"
+    return layer.name, signal
+
+
+def format_of(name: str) -> str:
+    """The signal whose format a traced value has."""
+    if name in ("i", "f", "o", "r", "z"):
+        return "sigmoid"
+    if name == "n":
+        return "hidden"
+    return "tanh" if name in ("g", "tanh c") else name
+
+
+def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
+    """(module path, (x (T, B, input_size), state or None, lengths or None)) of every call of a recurrent module while the
+    model, in evaluation mode, runs over the batches."""
+    calls = []
+
+    def hook(rnn, args, kwargs, path):
+        arguments = dict(zip(("input", "hx"), args, strict=False)) | kwargs  # the names of nn.LSTM.forward
+        calls.append((path, time_first(rnn, arguments["input"], arguments.get("hx"))))
+
+    hooks = [rnn.register_forward_pre_hook(lambda rnn, args, kwargs, path=path: hook(rnn, args, kwargs, path), with_kwargs=True)
+             for path, rnn in rnns(model).items()]
     training, seen = {module: module.training for module in model.modules()}, 0
     model.eval()
     try:
@@ -54,55 +237,85 @@ def calibrate(model: torch.nn.Module, batches, bits: int = 16) -> dict[str, dict
                 several = isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence)
                 model(*batch) if several else model(batch)
                 seen += 1
+                yield from calls
+                calls.clear()
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
         for module, mode in training.items():
             module.training = mode
     if not seen:
         raise ValueError("calibrate needs at least one batch, got none")
-    return {layer_name(name): {
-        "input": _range_format(largest["input"], bits),
-        "pre": _range_format(min(largest["pre"], 4.0), bits),
-        "sigmoid": QFormat(bits, bits, signed=False),  # outputs lie in (0, 1): no sign bit, no integer bit
-        "tanh": QFormat(bits, bits - 1),
-        "cell": _range_format(largest["cell"], bits),
-        "hidden": QFormat(bits, bits - 1),
-    } for name, largest in ranges.items()}
 
 
-def layer_name(rnn: str) -> str:
-    """Name of the (first) layer of a recurrent module: "lstm" -> "lstm.l0"."""
-    return f"{rnn}.l0" if rnn else "l0"
-
-
-def _record(lstm, args, kwargs, largest):
-    arguments = dict(zip(("input", "hx"), args, strict=False)) | kwargs  # the names of nn.LSTM.forward
-    x, state, lengths = arguments["input"], arguments.get("hx"), None
+def time_first(rnn: nn.RNNBase, x, state):
+    """Arguments of a recurrent module in any of torch's forms -> (x (T, B, input_size), state, lengths (B,) or None)."""
     if isinstance(x, PackedSequence):
-        x, lengths = pad_packed_sequence(x)
-    elif x.ndim == 2:
-        x, state = x.unsqueeze(1), state and tuple(s.unsqueeze(1) for s in state)
-    elif lstm.batch_first:
-        x = x.transpose(0, 1)  # (T, B, input_size)
-    h, c = [x.new_zeros(x.shape[1], lstm.hidden_size)] * 2 if state is None else (s[0] for s in state)
-    bias = lstm.bias_ih_l0 + lstm.bias_hh_l0 if lstm.bias else x.new_zeros(4 * lstm.hidden_size)
-    from_input = x @ lstm.weight_ih_l0.T + bias  # (T, B, 4 * hidden_size)
-    w_hh = lstm.weight_hh_l0.T
-    _widen(largest, "input", x)
-    _widen(largest, "cell", c)
-    for t, step in enumerate(from_input):
-        pre = step + h @ w_hh
-        i, f, g, o = pre.chunk(4, dim=1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        alive = slice(None) if lengths is None else t < lengths  # a packed sequence has no steps beyond its own
-        _widen(largest, "pre", pre[alive])
-        _widen(largest, "cell", c[alive])
+        x, lengths = pad_packed_sequence(x)  # sorted back to the caller's order
+        return x, state, lengths
+    if x.ndim == 2:
+        if state is not None:
+            state = tuple(s.unsqueeze(1) for s in state) if isinstance(state, tuple) else state.unsqueeze(1)
+        return x.unsqueeze(1), state, None
+    return x.transpose(0, 1) if rnn.batch_first else x, state, None
 
 
-def _widen(largest, name, values):
-    value = values.abs().max().item()
-    if not math.isfinite(value):
-        raise ValueError(f"calibrate needs finite values, got {value} in {name}")
-    largest[name] = max(largest[name], value)
+def float_signals(rnn: nn.RNNBase, x, state=None, lengths=None, path: str = ""):
+    """Every signal of a recurrent module in float, layer by layer, as torch computes them: (Layer, signals, alive, first).
+
+    signals: name -> (T, B, width): input, pre (all gates that are rounded to it), the gates under their own names, tanh c,
+    cell, unprojected, hidden, hidden_product, in the order in which the direction takes the steps. alive: (T, B) bool, steps
+    that a sequence has; first: the states of this layer that were given. x: (T, B, input_size), state: as torch's hx,
+    lengths: (B,).
+    """
+    steps, batch, _ = x.shape
+    step = torch.arange(steps)[:, None]  # (T, B) below
+    last = torch.full((batch,), steps) if lengths is None else lengths
+    alive = (step < last).to(x.device)
+    order, outputs = torch.where(step < last, last - 1 - step, step).to(x.device)[:, :, None], []
+    with torch.no_grad():
+        for number, layer in enumerate(layers_of(rnn, path)):
+            if layer.index and not layer.reverse:
+                x, outputs = torch.cat(outputs, -1), []
+            states = () if state is None else state if isinstance(state, tuple) else (state,)
+            first = {name: s[number] for name, s in zip(("hidden", "cell"), states, strict=False)}
+            mine = torch.take_along_dim(x, order, 0) if layer.reverse else x
+            signals = {"input": mine} | _layer_signals(rnn, layer.suffix, mine, first, alive)
+            yield layer, signals, alive, first
+            h = signals["hidden"] * alive[:, :, None]
+            outputs.append(torch.take_along_dim(h, order, 0) if layer.reverse else h)
+
+
+def _layer_signals(rnn, suffix, x, first, alive):
+    def parameter(part):
+        return getattr(rnn, f"{part}_{suffix}")
+
+    w_ih, w_hh = parameter("weight_ih").T, parameter("weight_hh").T
+    b_ih, b_hh = (parameter("bias_ih"), parameter("bias_hh")) if rnn.bias else (0, 0)
+    lstm, found = isinstance(rnn, nn.LSTM), defaultdict(list)
+    h = first.get("hidden", x.new_zeros(x.shape[1], rnn.proj_size or rnn.hidden_size))
+    c = first.get("cell", x.new_zeros(x.shape[1], rnn.hidden_size))
+    for t, from_input in enumerate(x @ w_ih + b_ih):
+        from_hidden = h @ w_hh + b_hh
+        if lstm:
+            pre = from_input + from_hidden
+            i, f, g, o = (gate.tanh() if n == 2 else gate.sigmoid() for n, gate in enumerate(pre.chunk(4, 1)))
+            new_c = f * c + i * g
+            tanh_c = new_c.tanh()
+            m = new_h = o * tanh_c
+            stored = {"pre": pre, "i": i, "f": f, "g": g, "o": o, "cell": new_c, "tanh c": tanh_c}
+            if rnn.proj_size:
+                stored["unprojected"], new_h = m, m @ parameter("weight_hr").T
+            c = torch.where(alive[t][:, None], new_c, c)
+        else:
+            inputs, s = from_input.chunk(3, 1), from_hidden.chunk(3, 1)
+            r, z = ((a + b).sigmoid() for a, b in zip(inputs[:2], s[:2], strict=True))
+            pre_n = inputs[2] + r * s[2]
+            n = pre_n.tanh()
+            new_h = (1 - z) * n + z * h
+            pre = torch.cat([inputs[0] + s[0], inputs[1] + s[1], pre_n], 1)
+            stored = {"pre": pre, "r": r, "z": z, "hidden_product": s[2], "n": n}
+        h = torch.where(alive[t][:, None], new_h, h)
+        for name, values in (stored | {"hidden": new_h}).items():
+            found[name].append(values)
+    return {name: torch.stack(values) for name, values in found.items()}

@@ -1,14 +1,16 @@
 """Sequence data sets, one per file; `TASKS` lists them all."""
 
-from workbench.tasks import fsdd, japanese_vowels
-from workbench.tasks.task import Recipe, Split, Task
+from workbench.tasks import fsdd, imdb, japanese_vowels, ptb
+from workbench.tasks.task import LanguageTask, Recipe, Split, Task
 
-__all__ = ["TASKS", "Recipe", "Split", "Task", "digest", "load", "names"]
+__all__ = ["TASKS", "LanguageTask", "Recipe", "Split", "Task", "digest", "load", "names"]
 
-# Each module gives load(split) -> Task and digest() -> str.
+# Each module gives load(split) -> Task or LanguageTask and digest() -> str.
 TASKS = {
     "japanese_vowels": japanese_vowels,
     "fsdd": fsdd,
+    "imdb": imdb,
+    "ptb": ptb,
 }
 
 
@@ -17,7 +19,7 @@ def names() -> list[str]:
     return list(TASKS)
 
 
-def load(name: str, split: str = "official") -> Task:
+def load(name: str, split: str = "official") -> Task | LanguageTask:
     """The task `name`, its examples divided the way `split` says; ValueError where either is unknown."""
     return _module(name).load(split)
 
