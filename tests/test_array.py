@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,9 +27,10 @@ from workbench.array import (
 from workbench.array.interpreter import interpret
 from workbench.array.mapping import candidate_layouts, fitting_mappings, least_cycles, place_units, tile_unit
 from workbench.array.schedule import _period, schedule_mapping
+from workbench.constrain import compress, pack
 from workbench.engine import StackEngine, run_layer
 from workbench.fixedpoint import TABLES, QFormat
-from workbench.methods import BankBalanced, BlockSparse, RowBalanced, Structured
+from workbench.methods import BankBalanced, BlockCirculant, BlockSparse, Dense, RowBalanced, Structured, TopK
 from workbench.packed import (
     GATES,
     PackedCirculant,
@@ -37,6 +40,8 @@ from workbench.packed import (
     signals_of,
     table_uses,
 )
+from workbench.plan import uniform
+from workbench.quantise import calibrate
 
 SIGNALS = {"input": QFormat(16, 12), "pre": QFormat(16, 12), "sigmoid": QFormat(16, 16, signed=False), "tanh": QFormat(16, 15),
            "cell": QFormat(16, 12), "hidden": QFormat(16, 12), "hidden_product": QFormat(16, 11),
@@ -512,6 +517,28 @@ def test_stacks_run_layer_by_layer(kind, directions):
     np.testing.assert_array_equal([run.h for layer in executed.layers for run in layer], engine.h)
     for runs, layers in zip(executed.layers, stack, strict=True):
         assert [run.schedule.cycles for run in runs] == [schedule_layer(layer, SMALL, 5).cycles for layer in layers]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(("method", "tables"), [
+    (Dense(), "linear"), (TopK(0.3), "exact"), (BlockCirculant(4), "hard")], ids=str)
+@pytest.mark.parametrize("make", [torch.nn.LSTM, partial(torch.nn.LSTM, proj_size=8), torch.nn.GRU],
+                         ids=["LSTM", "projected", "GRU"])
+def test_trained_stacks_equal_the_engine(make, method, tables):
+    torch.manual_seed(0)
+    model, x = make(6, 16, num_layers=2, bidirectional=True), torch.randn(9, 8, 6)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(5):
+        loss = (model(x)[0][..., :4] - x.cumsum(0)[..., :4].tanh()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    plan = replace(uniform(model, method, 8, calibrate(model, [x], 12)), activation=tables)
+    stack = pack(compress(model, plan), plan).stack("")
+    integers = stack[0][0].signals["input"].quantise(x[:, :1].numpy())
+    executed, engine = execute_stack(stack, SMALL, integers), StackEngine(stack).run(integers)
+    np.testing.assert_array_equal(executed.output, engine.output)
+    assert np.unique(engine.output).size > 8
 
 
 # Bad input.
