@@ -352,6 +352,14 @@ def test_streaming_is_bound_by_the_loader():
     assert schedule_layer(dense_layer(128, 40, bits=16), spec.with_(weight_words=5376), 20).bound == "compute"
 
 
+def test_input_weights_are_streamed_first():
+    """Words per PE: W_hh 4 x 4 x 1, W_hr 1 x 4, W_ih 4 x 4 x 4; beside two buffers of 10 words, 20 of 40 are left."""
+    layout = Layout((Region(0, 0, 4, 4),), stream_words=10)
+    mapping = map_layer(dense_layer(16, 16, proj=4), SMALL.with_(weight_words=40), layout)
+    assert {i.parts for i in mapping.program if i.kind == "load"} == {("ih",)}
+    assert mapping.streamed_bits == 4 * 16 * 16 * 8
+
+
 @pytest.mark.parametrize("hidden_frac", [7, 6], ids=["shared accumulators", "drained apart"])
 @pytest.mark.parametrize("inputs", [12, 40])
 def test_streaming_never_starves_the_loader(inputs, hidden_frac):
