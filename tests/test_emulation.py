@@ -60,6 +60,7 @@ def random_plan(rnn, rng, activation="linear", narrow=False):
     for layer in layers(rnn).values():
         found = {name: draw(width, (0, 3), 13) for name in signals_of(cell_name(rnn), bool(rnn.proj_size))}
         found["sigmoid"] = draw(width, (0, 2), 16, signed=bool(rng.integers(2)))
+        found["input"] = draw(width, (-2, 9), 13)  # sums coarser than what they are rounded to, too
         if layer.reverse:
             found |= {name: signals[layer.name.removesuffix("_reverse")][name] for name in ("input", "hidden")}
         if layer.index:
