@@ -141,7 +141,6 @@ class _LSTM(torch.autograd.Function):
             i, f, g, o = step.chunk(4, 1)
             torch.addcmul(k.half, i, g, out=sums).addcmul_(f, cells[t])
             _round(sums, s["cell"], cells[t + 1], c_inside[t])
-            sums.copy_(cells[t + 1])
             _look_up(sums, s["cell"], 1 - s["cell"].min, k.cell_values, tanh_indices[t], tanh[t])
             torch.addcmul(k.half, o, tanh[t], out=sums)
             if a.projected:
