@@ -1,4 +1,5 @@
 import copy
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -6,14 +7,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from workbench.constrain import IntegerRNN, attach, bake, compress, pack
 from workbench.fixedpoint import QFormat
-from workbench.gates import blocks, weight
-from workbench.methods import BlockCirculant, Dense, TopK
+from workbench.gates import blocks, layers, weight
+from workbench.methods import METHODS, BankBalanced, BlockCirculant, BlockSparse, Dense, RowBalanced, Structured, TopK
 from workbench.plan import BlockPlan, Plan, uniform
 from workbench.quantise import calibrate
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(proj_size|LSTM with projections).*:UserWarning")
 
 # One method and format per gate, all different, so that no two gates can be exchanged unseen.
 ENTRIES = {
@@ -21,18 +24,32 @@ ENTRIES = {
     "f": BlockPlan(BlockCirculant(4), QFormat(6, 6)),
     "g": BlockPlan(Dense(), QFormat(4, 3)),
     "o": BlockPlan(BlockCirculant(2), QFormat(5, 5)),
+    "r": BlockPlan(BlockCirculant(4), QFormat(6, 6)),
+    "z": BlockPlan(TopK(0.25), QFormat(8, 7)),
+    "n": BlockPlan(Dense(), QFormat(5, 4)),
+    "p": BlockPlan(BlockCirculant(2), QFormat(7, 7)),
 }
+KINDS = {"LSTM": (nn.LSTM, {}), "GRU": (nn.GRU, {}), "projected": (nn.LSTM, {"proj_size": 4})}
+STACKS = [(1, False), (1, True), (2, False), (2, True)]  # layers, bidirectional
 # 16-bit weights and signals: largest difference from the float layer over a few steps. The tables err by up to 2**-13.
 CLOSE = {"rtol": 0, "atol": 2.0**-10}
 
 
-class Tagger(nn.Module):
-    """A recurrent layer inside other modules, with an output layer."""
+def rnn_of(kind, num_layers=1, bidirectional=False, seed=1, **options):
+    """6 inputs, 8 units, with a projection 4 outputs."""
+    torch.manual_seed(seed)
+    cls, more = KINDS[kind]
+    return cls(6, 8, num_layers=num_layers, bidirectional=bidirectional, **more, **options)
 
-    def __init__(self, batch_first=True, bias=True):
+
+class Tagger(nn.Module):
+    """A recurrent module inside other modules, with an output layer."""
+
+    def __init__(self, kind="LSTM", num_layers=1, bidirectional=False, bias=True):
         super().__init__()
-        self.body = nn.ModuleDict({"rnn": nn.LSTM(6, 8, batch_first=batch_first, bias=bias)})
-        self.head = nn.Linear(8, 3)
+        rnn = rnn_of(kind, num_layers, bidirectional, seed=0, batch_first=True, bias=bias)
+        self.body = nn.ModuleDict({"rnn": rnn})
+        self.head = nn.Linear((rnn.proj_size or 8) * (1 + bidirectional), 3)
 
     def forward(self, x):
         return self.head(self.body["rnn"](x)[0])
@@ -43,10 +60,13 @@ def mixed_plan(model):
     return Plan({name: ENTRIES[block.gate] for name, block in blocks(model).items()}, signals)
 
 
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return Tagger()
+TAGGERS = {"LSTM": ("LSTM", 1, False), "GRU": ("GRU", 2, True), "projected": ("projected", 1, True)}
+PLAIN = pytest.mark.parametrize("model", ["LSTM"], indirect=True)  # where numbers are by hand
+
+
+@pytest.fixture(params=TAGGERS)
+def model(request):
+    return Tagger(*TAGGERS[request.param])
 
 
 @pytest.fixture
@@ -80,11 +100,12 @@ def expected_block(w, entry):
 
 
 def test_every_gate_gets_its_own_method_and_format(model, plan):
-    compressed = compress(model, plan)
+    constrained = bake(compress(model, plan))
     for name, entry in plan.blocks.items():
-        np.testing.assert_array_equal(weight(compressed, name), expected_block(weight(model, name), entry), err_msg=name)
+        np.testing.assert_array_equal(weight(constrained, name), expected_block(weight(model, name), entry), err_msg=name)
 
 
+@PLAIN
 def test_only_stored_values_are_parameters(model, plan):
     compressed = compress(model, plan)
     stored = sum(p.numel() for name, p in compressed.named_parameters() if "parametrizations" in name)
@@ -103,7 +124,7 @@ def test_the_original_is_untouched_by_everything(model, plan, x):
     train(compressed, x)
     bake(model)
     attach(model, pack(model, plan))
-    assert type(model.body["rnn"]) is cls is nn.LSTM
+    assert type(model.body["rnn"]) is cls and cls in (nn.LSTM, nn.GRU)
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
     assert torch.equal(model(x), output)
@@ -133,15 +154,14 @@ def test_two_compressed_models_share_nothing(model, plan, x):
 
 
 def test_training_stays_inside_the_set(model, plan, x):
-    compressed = train(compress(model, plan), x, steps=5)
+    before, after = bake(compress(model, plan)), bake(train(compress(model, plan), x, steps=5))
     for name, entry in plan.blocks.items():
-        w = weight(compressed, name)
+        w = weight(after, name)
+        assert not torch.equal(w, weight(before, name))
         np.testing.assert_array_equal(w, expected_block(w, entry), err_msg=name)
         if isinstance(entry.method, TopK):
             support = entry.method.project(weight(model, name)) != 0
             assert not (w[~support] != 0).any()
-    moved = [not torch.equal(weight(compressed, name), weight(compress(model, plan), name)) for name in plan.blocks]
-    assert all(moved)
 
 
 def test_cached_and_uncached_steps_are_the_same(model, plan, x):
@@ -169,10 +189,11 @@ def test_recompression_bakes_first(model, plan, x):
     tighter = replace(plan, blocks=dict.fromkeys(plan.blocks, BlockPlan(TopK(0.125), QFormat(4, 3))))
     twice = compress(once, tighter)
     assert len(twice.body["rnn"].parametrizations["weight_hh_l0"]) == 1
+    first, second = bake(once), bake(twice)
     for name, entry in tighter.blocks.items():
-        np.testing.assert_array_equal(weight(twice, name), expected_block(weight(once, name), entry))
-    train(twice, x)
-    assert (weight(twice, "body.rnn.weight_hh_l0.g") != 0).sum() <= 8
+        np.testing.assert_array_equal(weight(second, name), expected_block(weight(first, name), entry))
+    trained = bake(train(twice, x))
+    assert all((weight(trained, n) != 0).sum() <= block.shape[0] * block.shape[1] / 8 for n, block in blocks(trained).items())
 
 
 def test_a_compressed_model_moves_and_reloads(model, plan, x):
@@ -183,14 +204,52 @@ def test_a_compressed_model_moves_and_reloads(model, plan, x):
     assert compressed.double()(x.double()).dtype == torch.float64
 
 
-def test_a_model_that_is_an_lstm():
-    lstm = nn.LSTM(6, 8)
-    plan = mixed_plan(lstm)
-    compressed = compress(lstm, plan)
+@pytest.mark.parametrize(("num_layers", "bidirectional"), STACKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_is_the_recurrent_module(kind, num_layers, bidirectional):
+    rnn = rnn_of(kind, num_layers, bidirectional)
+    compressed = compress(rnn, mixed_plan(rnn))
     x = torch.randn(5, 2, 6)
     compressed(x)[0].sum().backward()
-    assert type(bake(compressed)) is nn.LSTM
-    assert torch.equal(bake(compressed)(x)[0], compressed(x)[0])
+    baked = bake(compressed)  # which copies it, after a forward that trains
+    assert type(baked) is type(rnn)
+    assert torch.equal(baked(x)[0], compressed(x)[0])
+    assert isinstance(attach(compressed, pack(compressed, mixed_plan(rnn))), IntegerRNN)
+
+
+# Every method, on the blocks of every kind: 8 x 6, 8 x 8, 8 x 4 and 8 x 16, and a projection's 4 x 8.
+SAMPLES = [Dense(), TopK(0.3), RowBalanced(0.5), BankBalanced(0.5, 2), BlockSparse(0.5, 2), Structured(2), BlockCirculant(4)]
+
+
+@pytest.mark.parametrize("method", SAMPLES, ids=lambda method: type(method).__name__)
+def test_every_method_on_every_kind_of_block(model, x, method):
+    plan = uniform(model, method, 8, calibrate(model, [x]))
+    compressed = train(compress(model, plan), x)
+    packed = pack(compressed, plan)
+    baked = bake(compressed)
+    for name, block in packed.blocks.items():
+        w = weight(baked, name)
+        np.testing.assert_array_equal(block.fmt.dequantise(block.dense()), w, err_msg=name)
+        np.testing.assert_array_equal(w, expected_block(w, plan.blocks[name]), err_msg=name)
+    assert packed.cr_disk > (3.9 if method == Dense() else 4.5)
+    plan = plan.with_signals(calibrate(compressed, [x]))
+    attached = attach(compressed, pack(compressed, plan))
+    torch.testing.assert_close(attached.body["rnn"](x)[0], baked.body["rnn"](x)[0], **CLOSE)
+
+
+def test_every_method_has_a_sample():
+    assert {type(method) for method in SAMPLES} == set(METHODS.values())
+
+
+@pytest.mark.parametrize("method", [BlockCirculant(3), Structured(5), BlockSparse(0.5, 3)], ids=repr)
+@pytest.mark.parametrize("verb", [compress, pack])
+def test_rows_of_a_projection_that_a_method_does_not_divide(verb, method):
+    rnn = rnn_of("projected", 2, True)
+    plan = uniform(rnn, Dense(), 8, calibrate(rnn, [torch.randn(5, 2, 6)]))
+    name = "weight_hr_l1_reverse.p"
+    wrong = replace(plan, blocks=plan.blocks | {name: BlockPlan(method, QFormat(8, 7))})
+    with pytest.raises(ValueError, match=rf"block {name}: {type(method).__name__}\(.* needs rows divisible by \d, got a 4x8"):
+        verb(rnn, wrong)
 
 
 # --- bake
@@ -201,17 +260,17 @@ def test_baked_models_are_plain(model, plan, x):
     baked = bake(compressed)
     rnn = baked.body["rnn"]
     assert not rnn._weights_have_changed()
-    assert type(rnn) is nn.LSTM and not parametrize.is_parametrized(rnn)
+    assert type(rnn) is type(model.body["rnn"]) and not parametrize.is_parametrized(rnn)
     assert sorted(baked.state_dict()) == sorted(model.state_dict())
     assert all(isinstance(p, nn.Parameter) and p.is_leaf and p.requires_grad for p in rnn.parameters())
     torch.testing.assert_close(baked(x), compressed(x), rtol=0, atol=0)
     # What runs is what the parameters say, in torch's own list of them too.
     with torch.no_grad():
-        rnn.weight_hh_l0.mul_(0)
-        rnn.weight_ih_l0.mul_(0)
+        for name, w in rnn.named_parameters():
+            w.mul_(not name.startswith("weight"))
     assert torch.equal(baked(x), baked(0 * x))
     train(copy.deepcopy(baked), x)
-    Tagger().load_state_dict(baked.state_dict())
+    copy.deepcopy(model).load_state_dict(baked.state_dict())
 
 
 def test_baking_a_plain_model_copies_it(model, x):
@@ -241,23 +300,34 @@ def test_one_shot_packing_is_compress_and_pack(model, plan):
 
 
 def test_merged_biases_at_the_aligned_fraction_bits(model, plan):
-    layer = pack(model, plan).layers["body.rnn.l0"]
-    rnn = model.body["rnn"]
-    merged = (rnn.bias_ih_l0.double() + rnn.bias_hh_l0.double()).detach().numpy()
-    for n, gate in enumerate("ifgo"):
-        frac = max(ENTRIES[gate].format.frac + layer.signals[signal].frac for signal in ("input", "hidden"))
-        np.testing.assert_array_equal(layer.bias[gate], np.floor(merged[8 * n : 8 * n + 8] * 2.0**frac + 0.5))
+    for name, layer in pack(model, plan).layers.items():
+        suffix, s = name.removeprefix("body.rnn."), layer.signals
+        gates = "rzn" if layer.cell == "GRU" else "ifgo"
+        b_ih, b_hh = (getattr(model.body["rnn"], f"bias_{part}_{suffix}").detach().double().numpy() for part in ("ih", "hh"))
+        expected = {}
+        for n, gate in enumerate(gates):
+            rows, frac = slice(8 * n, 8 * n + 8), ENTRIES[gate].format.frac
+            expected[gate] = b_ih[rows] + b_hh[rows], frac + max(s["input"].frac, s["hidden"].frac)
+            if gate == "n":  # the product r * s is a term of its own, rounded before
+                other = s["sigmoid"].frac + s["hidden_product"].frac
+                expected |= {"n": (b_ih[rows], max(frac + s["input"].frac, other)), "hn": (b_hh[rows], frac + s["hidden"].frac)}
+        assert set(layer.bias) == set(expected)
+        for gate, (values, frac) in expected.items():
+            np.testing.assert_array_equal(layer.bias[gate], np.floor(values * 2.0**frac + 0.5), err_msg=f"{name} {gate}")
 
 
-def test_parameters_outside_the_weights_are_counted(model, plan):
-    packed = pack(model, plan)
-    assert (packed.rnn_bias_params, packed.other_params) == (32, 27)  # merged biases; 8 x 3 + 3 of the output layer
-    plain = Tagger(bias=False)
-    without = pack(plain, mixed_plan(plain))
-    assert without.rnn_bias_params == 0
-    assert all((b == 0).all() for b in without.layers["body.rnn.l0"].bias.values())
+# Biases: 4 of 8 for each layer and direction (i, f, g, o; r, z, n, hn). Output layer: 3 times its width, and 3.
+@pytest.mark.parametrize(("kind", "num_layers", "bidirectional", "biases", "others"), [
+    ("LSTM", 1, False, 32, 27), ("GRU", 1, False, 32, 27), ("GRU", 2, True, 128, 51), ("projected", 2, True, 128, 27)])
+def test_parameters_outside_the_weights_are_counted(kind, num_layers, bidirectional, biases, others):
+    for bias in (True, False):
+        model = Tagger(kind, num_layers, bidirectional, bias)
+        packed = pack(model, mixed_plan(model))
+        assert (packed.rnn_bias_params, packed.other_params) == (biases * bias, others)
+        assert bias or all((b == 0).all() for layer in packed.layers.values() for b in layer.bias.values())
 
 
+@PLAIN
 @pytest.mark.parametrize("verb", [compress, pack])
 def test_plans_that_do_not_fit_are_refused(model, plan, verb):
     some = {name: entry for name, entry in plan.blocks.items() if not name.endswith("hh_l0.o")}
@@ -268,41 +338,80 @@ def test_plans_that_do_not_fit_are_refused(model, plan, verb):
         verb(model, replace(plan, blocks=wrong))
 
 
-@pytest.mark.filterwarnings("ignore:.*(proj_size|LSTM with projections).*:UserWarning")
-@pytest.mark.parametrize(("rnn", "message"), [
-    (nn.GRU(6, 8), "got nn.GRU"),
-    (nn.LSTM(6, 8, 2), "needs num_layers=1 so far, got num_layers=2"),
-    (nn.LSTM(6, 8, bidirectional=True), "got bidirectional=True"),
-    (nn.LSTM(6, 8, proj_size=4), "got proj_size=4"),
-    (nn.Linear(6, 8), "found neither in Sequential"),
-])  # fmt: skip
-def test_models_that_are_not_supported_are_refused(model, plan, rnn, message):
-    packed = pack(model, plan)
-    for call in (lambda m: compress(m, plan), lambda m: pack(m, plan), lambda m: attach(m, packed)):
-        with pytest.raises(ValueError, match=message):
-            call(nn.Sequential(rnn))
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("module", [nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell], ids=lambda module: module.__name__)
+def test_recurrent_modules_that_are_not_supported_are_refused_by_name(module, beside):
+    supported = Tagger()
+    plan = mixed_plan(supported)
+    packed, model = pack(supported, plan), nn.ModuleDict({"odd": module(6, 8)} | ({"tagger": supported} if beside else {}))
+    for call in (lambda m: calibrate(m, []), lambda m: compress(m, plan), lambda m: pack(m, plan), lambda m: attach(m, packed)):
+        with pytest.raises(ValueError, match=f"'odd' is an nn.{module.__name__}: the workbench takes nn.LSTM and nn.GRU"):
+            call(model)
+        with pytest.raises(ValueError, match="compresses nn.LSTM and nn.GRU, and found neither in Sequential"):
+            call(nn.Sequential(nn.Linear(6, 8)))
 
 
-def test_a_bias_beyond_32_bits_is_refused(model, plan):
+# --- diagnoses: which layer or block, which range, which format
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("verb", [compress, pack])
+def test_a_weight_that_is_not_finite_names_its_block(model, plan, verb, value):
+    name, block = list(blocks(model).items())[-1]
     with torch.no_grad():
-        model.body["rnn"].bias_ih_l0[9] = 99999.5
-        model.body["rnn"].bias_hh_l0[9] = 0
-    with pytest.raises(ValueError, match="the bias of gate f needs 32 bits at .* fraction bits, got 99999"):
-        pack(model, plan)
+        getattr(model.body["rnn"], block.parameter)[-1, -1] = value
+    method = type(plan.blocks[name].method).__name__
+    with pytest.raises(ValueError, match=rf"^block {name}: {method}\(.*\) needs finite weights, got 1 that are not$"):
+        verb(model, plan)
 
 
+# Rows of the last layer: the second gate, and of a GRU's n b_in and b_hn.
+@pytest.mark.parametrize(("kind", "part", "row", "bias"), [
+    ("LSTM", "ih", 9, "f"), ("LSTM", "hh", 9, "f"), ("projected", "hh", 9, "f"), ("GRU", "hh", 9, "z"), ("GRU", "ih", 17, "n"),
+    ("GRU", "hh", 17, "hn")])  # fmt: skip
+def test_a_bias_that_does_not_fit_names_its_layer(kind, part, row, bias):
+    model = Tagger(kind, 2, True)
+    plan = mixed_plan(model)
+    frac = pack(model, plan).layers["body.rnn.l1_reverse"].bias_fracs[bias]
+    for value, message in ((99999.5, rf"needs 32 bits at {frac} fraction bits, got 99999"),
+                           (float("-inf"), "needs finite values, got 1 that are not"),
+                           (float("nan"), "needs finite values, got 1 that are not")):
+        with torch.no_grad():
+            for each in ("ih", "hh"):
+                getattr(model.body["rnn"], f"bias_{each}_l1_reverse")[row] = value if each == part else 0
+        with pytest.raises(ValueError, match=rf"^layer body\.rnn\.l1_reverse: the bias of gate {bias} {message}"):
+            pack(model, plan)
+
+
+# Coarse inputs are shifted to the many fraction bits of the hidden state's products, and so on.
+@pytest.mark.parametrize(("kind", "signals", "message"), [
+    ("LSTM", {"input": QFormat(18, -12)}, r"gate i needs an accumulator under 48 bits, but a row could reach \d+ \(\d\d bits\) "
+     r"with body\.rnn\.weight_ih_l0\.i QFormat\(bits=16, frac=14.* and input QFormat\(bits=18, frac=-12, signed=True\), body"),
+    ("LSTM", {"cell": QFormat(16, 32)}, r"f\*c \+ i\*g needs an accumulator under 48 bits, but could reach 281472829194240 "
+     r"\(49 bits\) with cell QFormat\(bits=16, frac=32, signed=True\) and tanh QFormat\(bits=16, frac=15, signed=True\)"),
+    ("GRU", {"input": QFormat(18, -12)}, r"gate r needs an accumulator .* input QFormat\(bits=18, frac=-12, signed=True\)"),
+    ("GRU", {"hidden_product": QFormat(16, -12)}, r"gate n needs an accumulator .*\.weight_ih_l0\.n QFormat\(bits=16, frac=14"),
+])  # fmt: skip
+def test_a_sum_that_could_leave_the_accumulator_names_its_formats(kind, signals, message):
+    model = Tagger(kind)
+    plan = mixed_plan(model)
+    wide = Plan(dict.fromkeys(plan.blocks, BlockPlan(Dense(), QFormat(16, 14))),
+                {"body.rnn.l0": plan.signals["body.rnn.l0"] | signals})  # fmt: skip
+    with pytest.raises(ValueError, match=rf"^layer body\.rnn\.l0: {message}"):
+        pack(model, wide)
+
+
+def test_a_table_that_the_formats_do_not_suit_names_its_layer(model, plan):
+    wide = {name: signals | {"pre": QFormat(17, 12)} for name, signals in plan.signals.items()}
+    with pytest.raises(ValueError, match=r"^layer body\.rnn\.l0: ExactTable needs inputs of at most 16 bits, got .*bits=17"):
+        pack(model, replace(plan, signals=wide, activation="exact"))
+
+
+@PLAIN
 def test_operands_wider_than_the_multiplier_are_refused(model, plan):
     wide = plan.blocks | {"body.rnn.weight_hh_l0.g": BlockPlan(Dense(), QFormat(28, 14))}
     with pytest.raises(ValueError, match=r"body\.rnn\.weight_hh_l0\.g needs operands of 18 x 27 bits \(DSP48E2\), got"):
         pack(model, replace(plan, blocks=wide))
-
-
-def test_a_row_that_could_leave_the_accumulator_is_refused(model, plan):
-    # The sum of coarse inputs is shifted to the many fraction bits of the hidden state's products.
-    signals = {"body.rnn.l0": plan.signals["body.rnn.l0"] | {"input": QFormat(18, -12)}}
-    wide = plan.blocks | {"body.rnn.weight_hh_l0.i": BlockPlan(Dense(), QFormat(16, 14))}
-    with pytest.raises(ValueError, match="gate i needs an accumulator under 48 bits, but a row could reach"):
-        pack(model, Plan(wide, signals))
 
 
 # --- attach
@@ -313,73 +422,122 @@ def fine(model, batch):
     return pack(model, uniform(model, Dense(), 16, calibrate(model, [batch])))
 
 
-def random_state(batch):
-    return torch.randn(1, batch, 8).tanh(), torch.randn(1, batch, 8)  # a hidden state lies in (-1, 1)
+def random_state(rnn, *batch):
+    """Initial states as the module takes them; a hidden state without projection lies in (-1, 1)."""
+    places = rnn.num_layers * (1 + rnn.bidirectional)
+    h = torch.randn(places, *batch, rnn.proj_size or rnn.hidden_size).tanh()
+    return (h, torch.randn(places, *batch, rnn.hidden_size)) if isinstance(rnn, nn.LSTM) else h
+
+
+def check_close(got, want):
+    """Output and states as torch returns them: structure, shapes, dtypes, and values to the last tolerance."""
+    assert type(got) is type(want)
+    if isinstance(want, tuple) and not isinstance(want, PackedSequence):
+        for mine, theirs in zip(got, want, strict=True):
+            check_close(mine, theirs)
+    elif isinstance(want, PackedSequence):
+        torch.testing.assert_close(got.data, want.data, **CLOSE)  # the very order of torch, ties included
+        assert torch.equal(got.batch_sizes, want.batch_sizes)
+        for mine, theirs in ((got.sorted_indices, want.sorted_indices), (got.unsorted_indices, want.unsorted_indices)):
+            assert mine is theirs is None or torch.equal(mine, theirs)
+        torch.testing.assert_close(pad_packed_sequence(got), pad_packed_sequence(want), **CLOSE)
+    else:
+        torch.testing.assert_close(got, want, **CLOSE)
+        assert not got.requires_grad
+
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_stack = pytest.mark.parametrize(("num_layers", "bidirectional", "bias"), [
+    (1, False, True), (1, True, False), (2, False, False), (2, True, True)])  # fmt: skip
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_attached_layers_are_close_to_nn_lstm(batch_first, bias):
-    torch.manual_seed(1)
-    lstm = nn.LSTM(6, 8, batch_first=batch_first, bias=bias)
-    x, state = torch.randn(4, 7, 6), random_state(4 if batch_first else 7)
-    attached = attach(lstm, fine(lstm, (x, state)))
+@every_stack
+@every_kind
+def test_attached_modules_are_close_to_torchs(kind, num_layers, bidirectional, bias, batch_first):
+    rnn = rnn_of(kind, num_layers, bidirectional, bias=bias, batch_first=batch_first)
+    x, state = torch.randn(4, 7, 6), random_state(rnn, 4 if batch_first else 7)
+    attached = attach(rnn, fine(rnn, (x, state)))
     assert isinstance(attached, IntegerRNN)
     for arguments in ((x,), (x, None), (x, state)):
-        (output, (h, c)), (expected, (expected_h, expected_c)) = attached(*arguments), lstm(*arguments)
-        assert output.dtype == x.dtype and not output.requires_grad
-        for got, want in ((output, expected), (h, expected_h), (c, expected_c)):
-            assert got.shape == want.shape
-            torch.testing.assert_close(got, want, **CLOSE)
-    by_name = attached(input=x, hx=state)
-    assert torch.equal(by_name[0], attached(x, state)[0])
+        check_close(attached(*arguments), rnn(*arguments))
+    for named in (attached(input=x, hx=state), attached(x, hx=state)):
+        assert torch.equal(named[0], attached(x, state)[0])
+    wide = tuple(s.double() for s in state) if kind != "GRU" else state.double()
+    check_close(attached.double()(x.double(), wide), copy.deepcopy(rnn).double()(x.double(), wide))
+    assert attached(x)[0].dtype == torch.float32  # as the input, whatever the module is
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_an_unbatched_sequence(batch_first):
-    torch.manual_seed(1)
-    lstm = nn.LSTM(6, 8, batch_first=batch_first)
-    x, state = torch.randn(5, 6), (torch.zeros(1, 8), torch.full((1, 8), 0.5))
-    attached = attach(lstm, fine(lstm, x))
-    for arguments in ((x,), (x, state)):
-        (output, (h, c)), (expected, (expected_h, expected_c)) = attached(*arguments), lstm(*arguments)
-        for got, want in ((output, expected), (h, expected_h), (c, expected_c)):
-            assert got.shape == want.shape
-            torch.testing.assert_close(got, want, **CLOSE)
+@every_stack
+@every_kind
+def test_an_unbatched_sequence(kind, num_layers, bidirectional, bias):
+    rnn = rnn_of(kind, num_layers, bidirectional, bias=bias)
+    x, state = torch.randn(5, 6), random_state(rnn)
+    packed = fine(rnn, (x, state))
+    for rnn.batch_first in (False, True):
+        attached = attach(rnn, packed)
+        for arguments in ((x,), (x, state)):
+            check_close(attached(*arguments), rnn(*arguments))
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize(("lengths", "enforce_sorted"), [([2, 5, 3, 5], False), ([5, 3, 3, 1], True), ([4, 4, 4, 4], False)])
-def test_packed_sequences_keep_order_states_and_ends(batch_first, lengths, enforce_sorted):
-    torch.manual_seed(1)
-    lstm = nn.LSTM(6, 8, batch_first=batch_first)
-    x = torch.randn((4, 5, 6) if batch_first else (5, 4, 6))
-    sequence = pack_padded_sequence(x, torch.tensor(lengths), batch_first, enforce_sorted)
-    state = random_state(4)
-    attached = attach(lstm, fine(lstm, (x, state)))
-    for arguments in ((sequence,), (sequence, state)):
-        (output, (h, c)), (expected, (expected_h, expected_c)) = attached(*arguments), lstm(*arguments)
-        torch.testing.assert_close(h, expected_h, **CLOSE)
-        torch.testing.assert_close(c, expected_c, **CLOSE)
-        torch.testing.assert_close(output.data, expected.data, **CLOSE)  # the very order of torch, ties included
-        assert torch.equal(output.batch_sizes, expected.batch_sizes)
-        padded, expected_padded = (pad_packed_sequence(s, batch_first) for s in (output, expected))
-        torch.testing.assert_close(padded, expected_padded, **CLOSE)
+@every_stack
+@every_kind
+def test_packed_sequences_keep_order_states_and_ends(kind, num_layers, bidirectional, bias):
+    rnn = rnn_of(kind, num_layers, bidirectional, bias=bias)
+    x, state = torch.randn(5, 4, 6), random_state(rnn, 4)
+    packed = fine(rnn, (x, state))
+    for lengths, enforce_sorted, rnn.batch_first in (
+        ([2, 5, 3, 5], False, False), ([2, 5, 3, 5], False, True), ([5, 3, 3, 1], True, True), ([4, 4, 4, 4], False, False),
+    ):  # fmt: skip
+        batch = x.transpose(0, 1) if rnn.batch_first else x
+        sequence = pack_padded_sequence(batch, torch.tensor(lengths), rnn.batch_first, enforce_sorted)
+        attached = attach(rnn, packed)
+        for arguments in ((sequence,), (sequence, state)):
+            check_close(attached(*arguments), rnn(*arguments))
+
+
+@every_kind
+def test_what_the_integer_engine_cannot_take(kind):
+    rnn = rnn_of(kind, 2, True)
+    x, state = torch.randn(5, 3, 6), random_state(rnn, 3)
+    attached, h = attach(rnn, fine(rnn, (x, state))), state if kind == "GRU" else state[0]
+    bad = h[:3] if kind == "GRU" else (h[:3], state[1])
+    with pytest.raises(ValueError, match="the integer engine needs the hidden state of 4 layers and directions, got 3"):
+        attached(x, bad)
+    with pytest.raises(ValueError, match="the engine needs x of shape"):
+        attached(x[:, :, :5])
+    h[2, 1, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"cannot take the hidden state: QFormat\(bits=16.* cannot hold NaN: 1 of"):
+        attached(x, state)
+    x[0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"cannot take the input: QFormat\(bits=16.* cannot hold NaN: 1 of 90 values are NaN"):
+        attached(x)
+
+
+@every_kind
+def test_exact_tables_are_closer(kind):
+    rnn, x = rnn_of(kind, 2, True), torch.randn(9, 8, 6)
+    plan, errors = uniform(rnn, Dense(), 16, calibrate(rnn, [x])), {}
+    for activation in ("exact", "linear", "hard"):
+        attached = attach(rnn, pack(rnn, replace(plan, activation=activation)))
+        errors[activation] = (attached(x)[0] - rnn(x)[0]).abs().max().item()
+    assert errors["exact"] < errors["linear"] < CLOSE["atol"] < 0.01 < errors["hard"]
 
 
 def test_attach_inside_a_module_leaves_the_rest(model, x):
     attached = attach(model, fine(model, x))
-    assert isinstance(attached.body["rnn"], IntegerRNN) and isinstance(model.body["rnn"], nn.LSTM)
+    assert isinstance(attached.body["rnn"], IntegerRNN) and isinstance(model.body["rnn"], nn.RNNBase)
     assert torch.equal(attached.head.weight, model.head.weight)
     torch.testing.assert_close(attached(x), model(x), rtol=0, atol=2.0**-8)
-    assert (attached.body["rnn"].input_size, attached.body["rnn"].hidden_size) == (6, 8)
+    for size in ("input_size", "hidden_size", "proj_size", "num_layers", "bidirectional", "batch_first"):
+        assert getattr(attached.body["rnn"], size) == getattr(model.body["rnn"], size)
     torch.testing.assert_close(attached.double()(x.double()), attached.float()(x).double())
 
 
 def test_attached_outputs_lie_on_the_grid_of_the_hidden_state(model, plan, x):
     """What comes out is the integers of the engine, not a float copy of them."""
     packed = pack(compress(model, plan), plan)
-    fmt = packed.layers["body.rnn.l0"].signals["hidden"]
+    fmt = list(packed.layers.values())[-1].signals["hidden"]
     output, _ = attach(model, packed).body["rnn"](x)
     np.testing.assert_array_equal(fmt.dequantise(fmt.quantise(output.numpy())), output.numpy())
 
@@ -387,6 +545,7 @@ def test_attached_outputs_lie_on_the_grid_of_the_hidden_state(model, plan, x):
 def test_a_compressed_model_runs_on_its_integers(model, plan, x):
     """The weights are the same in both, so only the rounding of signals is left between them."""
     compressed = train(compress(model, plan), x)
+    plan = plan.with_signals(calibrate(compressed, [x]))  # training may have moved the outputs of a projection
     attached = attach(compressed, pack(compressed, plan))
     torch.testing.assert_close(attached.body["rnn"](x)[0], bake(compressed).body["rnn"](x)[0], **CLOSE)
     dense = attach(model, fine(model, x))
@@ -399,31 +558,58 @@ def test_two_layers_of_one_model_each_get_their_own():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.second = nn.LSTM(6, 8), nn.LSTM(8, 4)
+            self.first, self.second = nn.LSTM(6, 8, bidirectional=True), nn.GRU(16, 4)
 
         def forward(self, x):
             return self.second(self.first(x)[0])[0]
 
     model, x = Two(), torch.randn(5, 3, 6)
     packed = fine(model, x)
-    assert list(packed.layers) == ["first.l0", "second.l0"]
+    assert list(packed.layers) == ["first.l0", "first.l0_reverse", "second.l0"]
     torch.testing.assert_close(attach(model, packed)(x), model(x), **CLOSE)
 
 
-def test_a_layer_under_two_names_is_replaced_under_both():
-    lstm = nn.LSTM(6, 6)
-    model = nn.ModuleList([lstm, nn.Sequential(lstm)])
-    plan = Plan({name: BlockPlan(Dense(), QFormat(8, 7)) for name in blocks(model)},
-                {"0.l0": calibrate(lstm, [torch.randn(5, 2, 6)])["l0"]})  # fmt: skip
+def test_a_module_under_two_names_is_replaced_under_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down = nn.GRU(6, 3, bidirectional=True)
+            self.again = nn.ModuleList([self.down])
+
+        def forward(self, x):
+            return self.again[0](4 * self.down(x)[0])[0]  # the second call has the larger inputs
+
+    torch.manual_seed(2)
+    model, x = Twice(), torch.randn(5, 2, 6).clamp(-1, 1)
+    signals = calibrate(model, [x])
+    assert list(signals) == list(layers(model)) == ["down.l0", "down.l0_reverse"]
+    assert signals["down.l0"]["input"].frac < calibrate(model.down, [x])["l0"]["input"].frac
+    plan = uniform(model, Dense(), 16, signals)
     attached = attach(model, pack(model, plan))
-    assert isinstance(attached[0], IntegerRNN) and attached[1][0] is attached[0]
+    assert isinstance(attached.down, IntegerRNN) and attached.again[0] is attached.down
+    torch.testing.assert_close(attached(x), model(x), rtol=0, atol=2.0**-8)
+    compressed = compress(model, plan)
+    assert compressed.again[0] is compressed.down and parametrize.is_parametrized(compressed.down, "weight_hh_l0_reverse")
 
 
 def test_attach_refuses_packed_models_of_other_models(model, plan):
     packed = pack(model, plan)
     with pytest.raises(ValueError, match=r"attach needs a packed model with the layers 0\.l0, got body\.rnn\.l0"):
         attach(nn.Sequential(nn.LSTM(6, 8)), packed)
-    other = Tagger()
-    other.body["rnn"] = nn.LSTM(6, 12)
-    with pytest.raises(ValueError, match=r"attach needs input and hidden sizes \(6, 12\) for 'body.rnn', got \(6, 8\)"):
-        attach(other, packed)
+    for kind, options, first, expected in (
+        ("LSTM", {"hidden_size": 12}, "l0", ("LSTM", 6, 12, 12)), ("GRU", {}, "l0", ("GRU", 6, 8, 8)),
+        ("LSTM", {"input_size": 5}, "l0", ("LSTM", 5, 8, 8)), ("LSTM", {"proj_size": 5}, "l0", ("LSTM", 6, 8, 5)),
+    ):  # fmt: skip
+        other, sizes = copy.deepcopy(model), {"input_size": 6, "hidden_size": 8} | options
+        stack = {"num_layers": model.body["rnn"].num_layers, "bidirectional": model.body["rnn"].bidirectional}
+        other.body["rnn"] = getattr(nn, kind)(**sizes, **stack)
+        layer = packed.layers[f"body.rnn.{first}"]
+        got = layer.cell, layer.input_size, layer.hidden_size, layer.output_size
+        if got != expected:
+            message = f"attach needs cell, input, hidden and output sizes {expected} for body.rnn.{first}, got {got}"
+            with pytest.raises(ValueError, match=re.escape(message)):
+                attach(other, packed)
+    one_way = copy.deepcopy(model)
+    one_way.body["rnn"] = nn.LSTM(6, 8, num_layers=3)
+    with pytest.raises(ValueError, match=r"with the layers body\.rnn\.l0, body\.rnn\.l1, body\.rnn\.l2, got body\.rnn\.l0"):
+        attach(one_way, packed)

@@ -1,14 +1,49 @@
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from workbench.constrain import pack
 from workbench.fixedpoint import QFormat
-from workbench.packed import SIGNALS, signals_of
-from workbench.quantise import MAX_WEIGHT_FRAC, calibrate, weight_format
+from workbench.methods import Dense
+from workbench.packed import signals_of
+from workbench.plan import uniform
+from workbench.quantise import (
+    CLIPPINGS,
+    MAX_WEIGHT_FRAC,
+    calibrate,
+    float_signals,
+    format_of,
+    observe,
+    time_first,
+    weight_format,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(proj_size|LSTM with projections).*:UserWarning")
+
+KINDS = {"LSTM": (nn.LSTM, {}), "GRU": (nn.GRU, {}), "projected": (nn.LSTM, {"proj_size": 2})}
+
+
+def rnn_of(kind, *, input_size=3, seed=3, scale=1.0, **options):
+    """A recurrent module of 4 units in float64, weights and biases multiplied by `scale`."""
+    torch.manual_seed(seed)
+    cls, more = KINDS[kind]
+    rnn = cls(input_size, 4, **more, **options).double()
+    with torch.no_grad():
+        for parameter in rnn.parameters():
+            parameter.mul_(scale)
+    return rnn
+
+
+def states_of(rnn, batch):
+    """Random initial states as the module takes them."""
+    places = rnn.num_layers * (1 + rnn.bidirectional)
+    h = torch.randn(places, batch, rnn.proj_size or rnn.hidden_size, dtype=torch.float64)
+    return (h, torch.randn(places, batch, rnn.hidden_size, dtype=torch.float64)) if isinstance(rnn, nn.LSTM) else h
 
 
 def squared_error(w, fmt):
@@ -55,6 +90,80 @@ def test_weight_format_refuses_a_width_that_no_format_has():
         weight_format(torch.ones(3, 3), 33)
 
 
+# --- signals in float
+
+
+@pytest.mark.parametrize(("form", "given"), [
+    ("time first", False), ("batch first", True), ("unbatched", False), ("unbatched", True), ("packed", False),
+    ("packed", True), ("packed in order", True)])  # fmt: skip
+@pytest.mark.parametrize(("num_layers", "bidirectional", "bias"), [
+    (1, False, True), (1, True, False), (2, False, False), (2, True, True)])  # fmt: skip
+@pytest.mark.parametrize("kind", KINDS)
+def test_float_signals_are_torchs_outputs_and_states(kind, num_layers, bidirectional, bias, form, given):
+    rnn = rnn_of(kind, num_layers=num_layers, bidirectional=bidirectional, bias=bias, batch_first=form == "batch first")
+    lengths = torch.tensor({"packed": [2, 5, 1], "packed in order": [5, 3, 3], "unbatched": [5]}.get(form, [5, 5, 5]))
+    padded, state = torch.randn(5, len(lengths), 3, dtype=torch.float64), states_of(rnn, len(lengths)) if given else None
+    x = {"batch first": padded.transpose(0, 1), "unbatched": padded[:, 0]}.get(form, padded)
+    if form.startswith("packed"):
+        x = pack_padded_sequence(padded, lengths, enforce_sorted=form == "packed in order")
+    single = state
+    if form == "unbatched" and given:
+        single = tuple(s[:, 0] for s in state) if isinstance(state, tuple) else state[:, 0]
+    output, last = rnn(x, single)
+    if form.startswith("packed"):
+        output, _ = pad_packed_sequence(output)
+    output = {"batch first": output.transpose(0, 1), "unbatched": output[:, None]}.get(form, output)
+    finals = dict(zip(("hidden", "cell"), last if isinstance(last, tuple) else (last,), strict=False))
+    found = list(float_signals(rnn, *time_first(rnn, x, single), path="net"))
+    prefix = [f"net.l{n}" for n in range(num_layers)]
+    assert [layer.name for layer, *_ in found] == [p + s for p in prefix for s in ["", "_reverse"][: 1 + bidirectional]]
+    for place, (layer, signals, alive, first) in enumerate(found):
+        assert {format_of(name) for name in signals} == set(signals_of("GRU" if kind == "GRU" else "LSTM", kind == "projected"))
+        assert torch.equal(alive, torch.arange(5)[:, None] < lengths)
+        assert set(first) == (set(finals) if given else set())
+        for name, final in finals.items():
+            ends = torch.stack([signals[name][n - 1, b] for b, n in enumerate(lengths)])  # in the direction's own order
+            torch.testing.assert_close(ends, final[place] if final.ndim == 3 else final[place][None])
+        if layer.index == num_layers - 1:
+            for b, n in enumerate(lengths):
+                mine = output[:n, b].chunk(1 + bidirectional, -1)[layer.reverse]
+                torch.testing.assert_close(signals["hidden"][:n, b], mine.flip(0) if layer.reverse else mine)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_signals_within_a_step_follow_from_torchs_own_states(kind, bias):
+    """Every signal from its definition, with h before each step as torch gives it."""
+    rnn = rnn_of(kind, bias=bias)
+    x, state = torch.randn(6, 2, 3, dtype=torch.float64), states_of(rnn, 2)
+    (_, signals, _, _), = float_signals(rnn, x, state)
+    with torch.no_grad():
+        output, _ = rnn(x, state)
+        h = torch.cat([state[0] if isinstance(state, tuple) else state, output[:-1]])
+        b_ih, b_hh = (rnn.bias_ih_l0, rnn.bias_hh_l0) if bias else torch.zeros(2, len(rnn.weight_ih_l0), dtype=torch.float64)
+        from_input, from_hidden = x @ rnn.weight_ih_l0.T + b_ih, h @ rnn.weight_hh_l0.T + b_hh
+        if kind == "GRU":
+            a, s = from_input.chunk(3, -1), from_hidden.chunk(3, -1)
+            r, z = (a[0] + s[0]).sigmoid(), (a[1] + s[1]).sigmoid()
+            pre_n = a[2] + r * s[2]
+            expected = {"pre": torch.cat([a[0] + s[0], a[1] + s[1], pre_n], -1), "r": r, "z": z, "hidden_product": s[2],
+                        "n": pre_n.tanh(), "hidden": output}
+        else:
+            pre = from_input + from_hidden
+            i, f, g, o = (p.tanh() if n == 2 else p.sigmoid() for n, p in enumerate(pre.chunk(4, -1)))
+            c = [state[1][0]]
+            for t in range(6):
+                c.append(f[t] * c[-1] + i[t] * g[t])
+            c = torch.stack(c[1:])
+            expected = {"pre": pre, "i": i, "f": f, "g": g, "o": o, "cell": c, "tanh c": c.tanh(), "hidden": output}
+            if kind == "projected":
+                expected["unprojected"] = o * c.tanh()
+                torch.testing.assert_close(expected["unprojected"] @ rnn.weight_hr_l0.T, output)
+    assert set(signals) == {"input", *expected} and torch.equal(signals["input"], x)
+    for name, values in expected.items():
+        torch.testing.assert_close(signals[name], values)
+
+
 # --- calibration
 
 
@@ -74,9 +183,9 @@ def lstm_internals(lstm, x, state=None):
     return torch.cat([p.reshape(-1) for p in pres]).abs().max().item(), torch.cat(cells).abs().max().item()
 
 
-def holding(largest, bits=16):
-    """The finest format whose range reaches twice as far as `largest`."""
-    return QFormat(bits, max(frac for frac in range(-20, 40) if 2.0 ** (bits - 1 - frac) >= 2 * largest))
+def holding(largest, bits=16, finest=40):
+    """The finest format, of at most `finest` fraction bits, whose range reaches twice as far as `largest`."""
+    return QFormat(bits, max(frac for frac in range(-20, finest + 1) if 2.0 ** (bits - 1 - frac) >= 2 * largest))
 
 
 @pytest.fixture
@@ -90,8 +199,8 @@ def test_ranges_are_those_of_torchs_own_cell(lstm, scale):
     x = scale * torch.randn(12, 3, dtype=torch.float64)
     pre, cell = lstm_internals(lstm, x)
     signals = calibrate(lstm, [x[:, None]])["l0"]
-    assert tuple(signals) == SIGNALS
-    assert signals["input"] == holding(x.abs().max().item())
+    assert tuple(signals) == signals_of("LSTM")
+    assert signals["input"] == holding(x.abs().max().item(), finest=15)
     assert signals["pre"] == holding(min(pre, 4))
     assert signals["cell"] == holding(cell)
     assert signals["sigmoid"] == QFormat(16, 16, signed=False)
@@ -107,7 +216,7 @@ def test_the_width_is_the_callers(lstm):
 
 def test_the_largest_of_all_batches_counts(lstm):
     small, large = torch.full((2, 1, 3), 0.25).double(), torch.full((2, 1, 3), -5.0).double()
-    assert calibrate(lstm, [small])["l0"]["input"] == QFormat(16, 16)
+    assert calibrate(lstm, [small])["l0"]["input"] == QFormat(16, 15)  # 16 bits would do, but for the bias
     for batches in ([small, large, small], iter([large])):
         assert calibrate(lstm, batches)["l0"]["input"] == QFormat(16, 11)
 
@@ -170,27 +279,207 @@ def test_the_model_is_left_as_it_was(lstm):
     assert calibrate(model, [x]) == first  # no dropout while calibrating
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
-    assert not lstm._forward_pre_hooks
+    assert not any(module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
     with pytest.raises(RuntimeError):
         calibrate(model, [torch.zeros(4, 2, 99, dtype=torch.float64)])
+    with pytest.raises(ValueError, match="finite"):
+        calibrate(model, [x, x / 0])
     assert [module.training for module in model.modules()] == modes
-    assert not lstm._forward_pre_hooks
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stack_shares_hidden_formats_and_holds_what_torch_computes(kind):
+    """The ranges of a layer are those of a module that is this layer alone, run by torch on the outputs of the one below."""
+    rnn, x = rnn_of(kind, scale=4, num_layers=2, bidirectional=True), 3 * torch.randn(9, 5, 3, dtype=torch.float64)
+    packed = pack_padded_sequence(x, torch.tensor([9, 2, 5, 9, 1]), enforce_sorted=False)
+    formats = calibrate(rnn, [packed])
+    assert list(formats) == ["l0", "l0_reverse", "l1", "l1_reverse"]
+    for signals in formats.values():
+        assert tuple(signals) == signals_of("GRU" if kind == "GRU" else "LSTM", kind == "projected")
+    for index in (0, 1):
+        below, above = (formats[f"l{index}{suffix}"] for suffix in ("", "_reverse"))
+        assert below["hidden"] == above["hidden"] and below["input"] == above["input"]
+        assert index == 0 or below["input"] == formats["l0"]["hidden"]
+    first = rnn_of(kind, bidirectional=True)
+    first.load_state_dict({name: w for name, w in rnn.state_dict().items() if "_l0" in name})
+    outputs = [first(packed)[0].data.abs().max().item(), rnn(packed)[0].data.abs().max().item()]
+    for index, largest in enumerate(outputs):
+        hidden = formats[f"l{index}"]["hidden"]
+        assert hidden == (holding(largest) if kind == "projected" else QFormat(16, 15))
+    if kind == "projected":
+        assert min(outputs) > 1  # h of a projection is no longer bounded by 1, o * tanh(c) is
+        assert formats["l1"]["unprojected"] == QFormat(16, 15)
+    assert formats["l0"]["input"] == formats["l0_reverse"]["input"] == holding(packed.data.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_given_state_beyond_one_is_held(kind):
+    rnn, x = rnn_of(kind), torch.randn(2, 1, 3, dtype=torch.float64)
+    state = states_of(rnn, 1)
+    h = state[0] if isinstance(state, tuple) else state
+    h.fill_(20.0)
+    assert calibrate(rnn, [(x, state)])["l0"]["hidden"] == QFormat(16, 9)
+    assert calibrate(rnn, [x])["l0"]["hidden"].frac >= 14
+
+
+def test_the_formats_of_a_gru():
+    gru, x = rnn_of("GRU", scale=6), 2 * torch.randn(8, 3, 3, dtype=torch.float64)
+    (_, signals, _, _), = float_signals(gru, x)
+    assert calibrate(gru, [x])["l0"] == {
+        "input": holding(x.abs().max().item()), "pre": QFormat(16, 12),
+        "hidden_product": holding(signals["hidden_product"].abs().max().item()),
+        "sigmoid": QFormat(16, 16, signed=False), "hidden": QFormat(16, 15)}
+
+
+@pytest.mark.parametrize("clip", CLIPPINGS)
+@pytest.mark.parametrize(("scale", "size", "bias"), [
+    (1e-3, 1e-4, True), (1e-3, 1e-4, False), (1e-9, 1e-9, False), (1e-40, 1e-40, False), (1, 0, False)])  # fmt: skip
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiny_ranges_still_pack(kind, scale, size, bias, clip):
+    """Biases at 29 fraction bits reach 4, whatever the signals; sums stay within 48 bits."""
+    rnn, x = rnn_of(kind, scale=scale, num_layers=2, bias=bias), size * torch.randn(6, 2, 3, dtype=torch.float64)
+    if bias:
+        with torch.no_grad():
+            rnn.bias_ih_l0.fill_(1.9)
+            rnn.bias_hh_l0.fill_(2.0)
+    for bits in (8, 16):
+        packed = pack(rnn, uniform(rnn, Dense(), 16, calibrate(rnn, [x], bits, clip)))
+        assert max(packed.layers["l0"].bias_fracs.values()) <= 29
+
+
+@pytest.mark.parametrize("bits", [10, 12, 17])
+def test_a_hidden_product_is_no_finer_than_the_bias_allows(bits):
+    """r * s has the fraction bits of both; beside them lies b_in, in 32 bits."""
+    gru, x = rnn_of("GRU", scale=1e-3), torch.randn(4, 2, 3, dtype=torch.float64)
+    signals = calibrate(gru, [x], bits)["l0"]
+    assert signals["hidden_product"] == QFormat(bits, 29 - bits) and signals["sigmoid"].frac == bits
+
+
+def test_bits_of_each_signal():
+    gru, x = rnn_of("GRU"), torch.randn(4, 2, 3, dtype=torch.float64)
+    bits = {"input": 9, "pre": 10, "hidden_product": 11, "sigmoid": 12, "hidden": 13}
+    assert {name: fmt.bits for name, fmt in calibrate(gru, [x], bits | {"cell": 7})["l0"].items()} == bits
+    with pytest.raises(ValueError, match="calibrate needs bits for every signal of l0, got none for hidden_product, hidden"):
+        calibrate(gru, [x], {"input": 9, "pre": 10, "sigmoid": 12})
+    stacked = rnn_of("projected", num_layers=2, bidirectional=True)
+    bits = dict(zip(signals_of("LSTM", True), range(10, 17), strict=True))
+    for name, signals in calibrate(stacked, [x], bits).items():  # between layers h is the input, as it is
+        assert {s: fmt.bits for s, fmt in signals.items()} == bits | ({"input": bits["hidden"]} if "l1" in name else {})
+
+
+def test_one_observation_serves_every_width_and_rule():
+    rnn, x = rnn_of("GRU", num_layers=2), torch.randn(6, 3, 3, dtype=torch.float64)
+    seen = observe(rnn, [x])
+    for clip, bits in itertools.product([*CLIPPINGS, *CLIPPINGS], (16, 6)):
+        assert seen.formats(bits, clip) == calibrate(rnn, [x], bits, clip)
+
+
+# --- clipping rules
+
+
+def input_format(values, bits, clip):
+    """What calibrate chooses for inputs of these values; the recurrent layer is of no matter."""
+    return calibrate(rnn_of("GRU", input_size=1), [values.reshape(10, -1, 1)], bits, clip)["l0"]["input"]
+
+
+def with_outlier(outlier, count=10_000):
+    values = torch.linspace(1, 1.7, count, dtype=torch.float64)
+    values[0] = outlier
+    return values
+
+
+# Width 4: the range is 2**3 = 8 steps. The outlier alone asks for steps of 16, with one bit of headroom of 32. Without it steps
+# of 1/4 hold everything. Clipping it at 7 costs 93**2 = 8649, at 1.75 9653; steps of 1 cost the others about 0.07 each, 700,
+# steps of 16 their whole squares, 1.9 each. Width 8: clipping it at 63.5 costs 1332, steps of 1 cost 700.
+@pytest.mark.parametrize(("clip", "outlier", "bits", "frac"), [
+    ("max", 1.7, 4, 1), ("max", 100, 4, -5), ("max", -100, 4, -5), ("max", 100, 8, -1),
+    ("percentile", 1.7, 4, 2), ("percentile", 100, 4, 2), ("percentile", -100, 8, 6),
+    ("mse", 1.7, 4, 2), ("mse", 100, 4, 0), ("mse", -100, 4, 0), ("mse", 100, 8, 0)])  # fmt: skip
+def test_clipping_by_hand(clip, outlier, bits, frac):
+    assert input_format(with_outlier(outlier), bits, clip) == QFormat(bits, frac)
+
+
+@pytest.mark.parametrize(("large", "frac"), [(9, 3), (10, 3), (11, 1)])
+def test_percentile_by_hand(large, frac):
+    """Of 10,000 magnitudes 9,990 are to be held: ten values of 3 may be clipped, of eleven one may not."""
+    values = torch.linspace(0.51, 0.99, 10_000, dtype=torch.float64)
+    values[:large] = -3.0
+    assert input_format(values, 4, "percentile") == QFormat(4, frac)
+    padded = torch.cat([values, torch.zeros(90_000, dtype=torch.float64)])
+    assert input_format(padded, 4, "percentile") == QFormat(4, frac)  # zeros have no say
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6, 8, 12])
+@pytest.mark.parametrize("sample", ["normal", "laplace", "uniform", "cubed", "ones and tens"])
+def test_mse_has_the_least_squared_error(sample, bits):
+    rng = np.random.default_rng(bits)
+    values = 3 * {"normal": rng.normal(size=20_000), "laplace": rng.laplace(size=20_000), "uniform": rng.uniform(-1, 1, 20_000),
+                  "cubed": rng.normal(size=20_000) ** 3,
+                  "ones and tens": rng.normal(size=20_000) * rng.choice([1, 10], 20_000, p=[0.99, 0.01])}[sample]
+    values = torch.from_numpy(values)
+    chosen = input_format(values, bits, "mse")
+    errors = {frac: squared_error(values, QFormat(bits, frac)) for frac in range(chosen.frac - 4, chosen.frac + 5)}
+    assert errors[chosen.frac] <= 1.005 * min(errors.values())  # the histogram has bins of a sixteenth of an octave
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mse_of_the_signals_inside(kind):
+    rnn, x = rnn_of(kind, num_layers=2, bidirectional=True), 2 * torch.randn(40, 60, 3, dtype=torch.float64)
+    formats, values = calibrate(rnn, [x], 5, "mse"), {}
+    for layer, signals, _, _ in float_signals(rnn, x):
+        for name, found in signals.items():
+            values.setdefault((layer.name, format_of(name)), []).append(found.flatten())
+    for (layer, name), parts in values.items():
+        if name == "hidden" or (name == "input" and layer.startswith("l1")):
+            continue  # shared with the other direction and the next layer
+        fmt, mine = formats[layer][name], torch.cat(parts)
+        fracs = [frac for frac in range(fmt.frac - 3, fmt.frac + 4) if name != "sigmoid" or frac <= 5]
+        errors = {frac: squared_error(mine, QFormat(5, frac, fmt.signed)) for frac in fracs}
+        assert errors[fmt.frac] <= 1.005 * min(errors.values()), (layer, name)
+
+
+# --- what cannot be calibrated
 
 
 def test_calibrate_refuses(lstm):
     with pytest.raises(ValueError, match="calibrate needs at least one batch, got none"):
         calibrate(lstm, [])
-    with pytest.raises(ValueError, match="got nn.GRU"):
-        calibrate(nn.GRU(3, 5), [torch.zeros(2, 2, 3)])
-    x = torch.randn(4, 2, 3, dtype=torch.float64)
-    x[1, 1, 1] = math.nan
-    with pytest.raises(ValueError, match="finite"):
-        calibrate(lstm, [x])
+    with pytest.raises(ValueError, match="calibrate knows the clipping rules max, percentile, mse, got 'least'"):
+        calibrate(lstm, [torch.zeros(2, 2, 3).double()], clip="least")
+    for rnn in (nn.RNN(3, 5), nn.Sequential(lstm, nn.GRUCell(5, 5))):
+        with pytest.raises(ValueError, match=f"is an nn.{'RNN' if isinstance(rnn, nn.RNN) else 'GRUCell'}: the workbench"):
+            calibrate(rnn, [torch.zeros(2, 2, 3)])
 
 
-def test_layer_names():
-    assert (layer_name(""), layer_name("encoder.lstm")) == ("l0", "encoder.lstm.l0")
+@pytest.mark.parametrize(("place", "value", "message"), [
+    ("x", math.nan, "got nan in input of layer net.l0"),
+    ("x", -math.inf, "got -inf in input of layer net.l0"),
+    ("weight_ih_l0", math.nan, "got nan in pre of layer net.l0"),
+    ("bias_hh_l0_reverse", math.inf, "got inf in pre of layer net.l0_reverse"),
+    ("weight_hh_l1_reverse", math.nan, "got nan in pre of layer net.l1_reverse"),
+    ("h", math.nan, "got nan in pre of layer net.l1"),
+    ("x", 1e200, r"input of layer net.l0, up to 1e\+200: QFormat\(bits=16, frac=-651, signed=True\) needs frac from -64"),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_that_no_format_holds_name_signal_and_layer(kind, place, value, message):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = rnn_of(kind, num_layers=2, bidirectional=True)
+
+        def forward(self, x, state):
+            return self.net(x, state)
+
+    model, x = Net(), torch.randn(4, 2, 3, dtype=torch.float64)
+    state = states_of(model.net, 2)
+    h = state[0] if isinstance(state, tuple) else state
+    target = {"x": x, "h": h[2]}.get(place)
+    with torch.no_grad():
+        (target if target is not None else getattr(model.net, place)).view(-1)[-1] = value
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, [(x, state)])
 
 
 def test_nothing_seen_in_calibration_saturates(lstm):

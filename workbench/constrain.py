@@ -65,19 +65,20 @@ def compress(model: nn.Module, plan) -> nn.Module:
     """
     plan = Plan.read(plan)
     check_supported(model)
-    plan.check(model)
     model = bake(model)
+    plan.check(model)
     constrain_weights(model, plan)
     return model
 
 
 def constrain_weights(model: nn.Module, plan: Plan) -> None:
     """Register the plan's constraints on a model with plain weights, in place."""
-    for path, rnn in rnns(model).items():
-        for parameter in parameters_of(rnn):
-            parts = [block for block in blocks(model).values() if (block.rnn, block.parameter) == (path, parameter)]
-            gates = [plan.blocks[b.name].method.constrain(weight(model, b.name), plan.blocks[b.name].format) for b in parts]
-            parametrize.register_parametrization(rnn, parameter, _GateWeights(gates))
+    gates = {}  # (module path, parameter) -> one constrained module per gate
+    for name, block in blocks(model).items():
+        constrained = plan.blocks[name].method.constrain(weight(model, name), plan.blocks[name].format)
+        gates.setdefault((block.rnn, block.parameter), []).append(constrained)
+    for (path, parameter), modules in gates.items():
+        parametrize.register_parametrization(model.get_submodule(path), parameter, _GateWeights(modules))
 
 
 def pack(model: nn.Module, plan) -> PackedModel:
@@ -87,16 +88,16 @@ def pack(model: nn.Module, plan) -> PackedModel:
     """
     plan = Plan.read(plan)
     check_supported(model)
-    plan.check(model)
     model = bake(model)
+    plan.check(model)
     known, packed, rnn_bias_params = blocks(model), {}, 0
     for name, layer in layers(model).items():
         rnn, signals = rnns(model)[layer.rnn], plan.signals[name]
         mine = {b.name: _packed_block(model, plan, b.name) for b in known.values() if b.layer == layer}
         bias = _merged_bias(rnn, layer.suffix)
-        tables = {function: TABLES[plan.activation].build(function, uses)
-                  for function, uses in table_uses(cell_name(rnn), signals).items()}
         try:
+            tables = {function: TABLES[plan.activation].build(function, uses)
+                      for function, uses in table_uses(cell_name(rnn), signals).items()}
             packed[name] = PackedLayer.from_float_bias(cell_name(rnn), mine, bias, signals, tables)
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
@@ -191,8 +192,11 @@ class IntegerRNN(nn.Module):
         h, c = (None, None) if hx is None else hx if self.cell == "LSTM" else (hx, None)
 
         def integers(what, name, states):
-            return None if states is None else [_quantised(what, layer.signals[name], s)
-                                                for layer, s in zip(flat, states, strict=True)]
+            if states is None:
+                return None
+            if len(states) != len(flat):
+                raise ValueError(f"the integer engine needs {what} of {len(flat)} layers and directions, got {len(states)}")
+            return [_quantised(what, layer.signals[name], s) for layer, s in zip(flat, states, strict=True)]
 
         def floats(name, states):
             values = [layer.signals[name].dequantise(s) for layer, s in zip(flat, states, strict=True)]

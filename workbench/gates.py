@@ -69,10 +69,10 @@ def cell_name(rnn: nn.RNNBase) -> str:
 
 def check_supported(model: nn.Module) -> None:
     """Refuse by name the recurrent modules that the workbench does not take, so that none is left out in silence."""
-    rnns(model)
     for name, module in model.named_modules():
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not isinstance(module, (nn.LSTM, nn.GRU)):
             raise ValueError(f"{name!r} is an nn.{type(module).__name__}: the workbench takes nn.LSTM and nn.GRU")
+    rnns(model)
 
 
 def layers_of(rnn: nn.RNNBase, path: str = "") -> list[Layer]:

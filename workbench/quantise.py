@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from workbench.fixedpoint import QFormat
 from workbench.gates import Layer, cell_name, check_supported, layers, layers_of, rnns
-from workbench.packed import signals_of
+from workbench.packed import PackedLayer, signals_of
 
 # Finest weight and finest signal: with a 16-bit hidden state (15 fraction bits) the 32-bit bias then still reaches 4.
 MAX_WEIGHT_FRAC = 14
@@ -21,7 +21,9 @@ MAX_PRODUCT_FRAC = MAX_WEIGHT_FRAC + MAX_SIGNAL_FRAC
 CLIPPINGS = ("max", "percentile", "mse")
 PERCENTILE = 99.9  # of the magnitudes, where the rule is "percentile"
 BINS_PER_OCTAVE = 16  # of the histogram of magnitudes
+MOST_BINNED = 1 << 20  # values of one signal and batch that go into its histogram
 MOST_OCTAVES = 64  # magnitudes from 2**-64 to 2**64 are told apart
+BINS = 2 * MOST_OCTAVES * BINS_PER_OCTAVE + 1
 TABLE_RANGE = 4.0  # with one bit of headroom pre-activations reach 8, where the linear table ends
 
 
@@ -42,48 +44,61 @@ def weight_format(w: torch.Tensor, bits: int) -> QFormat:
 
 
 class _Magnitudes:
-    """How large the values of a signal are: the largest, and a histogram of bins of equal ratio."""
+    """How large the values of a signal are, zeros apart: the largest magnitude, and a histogram of bins of equal ratio.
+
+    counts, sums: (2, BINS), how many magnitudes a bin has and what they add up to; positive values first, then negative ones,
+    because a format reaches one step further there.
+    """
 
     def __init__(self):
         self.largest, self.values = 0.0, 0
-        self.counts = np.zeros(2 * MOST_OCTAVES * BINS_PER_OCTAVE + 1, dtype=np.int64)
+        self.counts, self.sums = np.zeros((2, BINS), dtype=np.int64), np.zeros((2, BINS))
 
     def add(self, values: torch.Tensor) -> None:
-        values = values.detach().abs().flatten()
+        values = values.detach().flatten()
         if not values.numel():
             return
-        self.largest, self.values = max(self.largest, values.max().item()), self.values + values.numel()
-        octave = values[values > 0].double().log2().clamp(-MOST_OCTAVES, MOST_OCTAVES)
-        bins = ((octave + MOST_OCTAVES) * BINS_PER_OCTAVE).long()
-        self.counts += torch.bincount(bins, minlength=self.counts.size).cpu().numpy()
+        self.largest = max(self.largest, values.abs().max().item())
+        values = values[:: math.ceil(values.numel() / MOST_BINNED)]  # the largest of all counts, the histogram may be a sample
+        self.values += values.numel()
+        values = values[values != 0].double()
+        magnitudes = values.abs()
+        octave = magnitudes.log2().clamp(-MOST_OCTAVES, MOST_OCTAVES)
+        bins = ((octave + MOST_OCTAVES) * BINS_PER_OCTAVE).long() + BINS * (values < 0)
+        self.counts += torch.bincount(bins, minlength=2 * BINS).view(2, BINS).cpu().numpy()
+        self.sums += torch.bincount(bins, magnitudes, minlength=2 * BINS).view(2, BINS).cpu().numpy()
 
-    def centres(self) -> np.ndarray:
-        """Magnitude in the middle of each bin."""
-        return 2.0 ** ((np.arange(self.counts.size) + 0.5) / BINS_PER_OCTAVE - MOST_OCTAVES)
+    def share_beyond(self, fmt: QFormat) -> float:
+        """Share of the values that lie beyond the ends of a format, as far as the bins tell."""
+        ends = fmt.dequantise([[fmt.max], [-fmt.min]])
+        return float(self.counts[self.sums / np.maximum(self.counts, 1) > ends].sum() / max(self.values, 1))
 
-    def share_beyond(self, most: float) -> float:
-        """Share of the values whose magnitude is above `most`, as far as the bins tell."""
-        return float(self.counts[self.centres() > most].sum() / max(self.values, 1)) if self.largest > most else 0.0
-
-    def format(self, bits: int, clip: str, signed: bool, most: float = math.inf) -> QFormat:
-        """The format of that width that the rule chooses; "max" looks at magnitudes up to `most`."""
+    def format(self, bits: int, clip: str, signed: bool, finest: int, most: float) -> QFormat:
+        """The format of that width, with at most `finest` fraction bits, that the rule chooses; "max" looks at magnitudes up
+        to `most`."""
         integer = bits - signed  # bits that the magnitude has
+
+        def with_frac(frac):
+            return QFormat(bits, min(frac, finest), signed)
+
         if not self.largest:
-            return QFormat(bits, integer, signed)
+            return with_frac(integer)
         if clip == "max":
             # One bit of headroom: unseen data may go beyond what was seen, and saturation costs more than half a bit.
-            return QFormat(bits, integer - 1 - math.ceil(math.log2(min(self.largest, most))), signed)
-        centres, counts = self.centres(), self.counts
+            return with_frac(integer - 1 - math.ceil(math.log2(min(self.largest, most))))
         if clip == "percentile":
+            counts = self.counts.sum(0)
             seen = np.searchsorted(counts.cumsum(), counts.sum() * PERCENTILE / 100)
-            return QFormat(bits, integer - math.ceil(math.log2(min(centres[seen], self.largest))), signed)
+            return with_frac(integer - math.ceil(math.log2(self.sums.sum(0)[seen] / counts[seen])))
+        means = self.sums / np.maximum(self.counts, 1)
         whole = integer - math.ceil(math.log2(self.largest))  # holds everything; the finer ones clip more and more
-        candidates = [QFormat(bits, frac, signed) for frac in range(whole - 1, whole + bits + 1)]
+        candidates = [with_frac(frac) for frac in range(whole - 1, whole + bits + 1)]
 
         def squared_error(fmt):
-            step, top = 2.0**-fmt.frac, fmt.max * 2.0**-fmt.frac
-            inside = np.minimum(step**2 / 12, centres**2)  # what is below half a step becomes zero
-            return float((counts * np.where(centres > top, (centres - top) ** 2, inside)).sum())
+            step, ends = fmt.dequantise(1), fmt.dequantise([[fmt.max], [-fmt.min]])
+            # A bin below 8 steps is narrower than half a step and rounds as its mean does; wider ones lose the average.
+            inside = np.where(means < 8 * step, ((means + step / 2) // step * step - means) ** 2, step**2 / 12)
+            return float((self.counts * np.where(means > ends, (means - ends) ** 2, inside)).sum())
 
         return min(candidates, key=squared_error)
 
@@ -124,11 +139,12 @@ class Observation:
     def formats(self, bits: int | dict[str, int] = 16, clip: str = "max") -> dict[str, dict[str, QFormat]]:
         """Layer name -> {signal -> QFormat}. bits: one width for all signals, or one for each.
 
-        clip: how a range follows from the magnitudes seen: "max", the largest and one bit of headroom (gate outputs, tanh and
-        the h of a layer without projection take the ranges that they have by definition, pre-activations none beyond the
-        linear table's 8); "percentile", what holds 99.9 % of them; "mse", the least squared error of clipping and rounding
-        together. Both directions of a layer share their hidden format, and the next layer takes it as its input format.
-        Formats are never so fine that the bias would not fit its 32 bits.
+        clip: how a range follows from the magnitudes seen, zeros apart: "max", the largest and one bit of headroom (gate
+        outputs, tanh and the h of a layer without projection take the ranges that they have by definition unless a given
+        state goes beyond, pre-activations none beyond the linear table's 8); "percentile", what holds 99.9 % of them; "mse",
+        the least squared error of clipping and rounding together. Both directions of a layer share their hidden format, and
+        the next layer takes it as its input format. However small the values, no format is so fine that for its sake a bias
+        would not fit its 32 bits or a sum its accumulator. Values beyond every format raise ValueError.
         """
         if clip not in CLIPPINGS:
             raise ValueError(f"calibrate knows the clipping rules {', '.join(CLIPPINGS)}, got {clip!r}")
@@ -138,13 +154,15 @@ class Observation:
             if isinstance(bits, dict) and (missing := [name for name in names if name not in bits]):
                 raise ValueError(f"calibrate needs bits for every signal of {layer.name}, got none for {', '.join(missing)}")
             widths = bits if isinstance(bits, dict) else dict.fromkeys(names, bits)
-            mine = {name: _signal_format(projected, name, widths[name], clip, self.magnitudes[_group(layer, name)])
-                    for name in names}
+            mine = formats[layer.name] = {}
+            for name in names:
+                magnitudes = self.magnitudes[_group(layer, name)]
+                try:
+                    mine[name] = _signal_format(projected, name, widths, clip, magnitudes)
+                except ValueError as error:
+                    raise ValueError(f"{name} of layer {layer.name}, up to {magnitudes.largest:.4g}: {error}") from error
             if layer.index:  # nothing is rounded between layers
                 mine["input"] = formats[Layer(layer.rnn, layer.index - 1, False).name]["hidden"]
-            if "hidden_product" in mine:
-                mine["hidden_product"] = _coarse(mine["hidden_product"], MAX_PRODUCT_FRAC - mine["sigmoid"].frac)
-            formats[layer.name] = mine
         return formats
 
     def explain(self, formats: dict[str, dict[str, QFormat]]) -> list[dict]:
@@ -156,24 +174,30 @@ class Observation:
                 rows.append({"layer": layer.name, "signal": name, "bits": fmt.bits, "fraction bits": fmt.frac,
                              "signed": fmt.signed, "smallest": float(fmt.dequantise(fmt.min)),
                              "largest": float(fmt.dequantise(fmt.max)), "largest seen": seen.largest,
-                             "beyond the range %": 100 * seen.share_beyond(float(fmt.dequantise(fmt.max)))})
+                             "beyond the range %": 100 * seen.share_beyond(fmt)})
         return rows
 
 
-def _signal_format(projected, name, bits, clip, magnitudes) -> QFormat:
+def _signal_format(projected, name, widths, clip, magnitudes) -> QFormat:
+    bits, finest = widths[name], _finest(name, widths)
     if name == "sigmoid" and clip == "max":
         return QFormat(bits, bits, signed=False)  # outputs lie in (0, 1): no sign bit, no integer bit
-    if clip == "max" and (name in ("tanh", "unprojected") or (name == "hidden" and not projected)):
-        return QFormat(bits, bits - 1)  # within (-1, 1)
-    most = TABLE_RANGE if name == "pre" and clip == "max" else math.inf
-    fmt = magnitudes.format(bits, clip, signed=name != "sigmoid", most=most)
-    if name == "sigmoid":  # never beyond 1, where a fraction more than the width would cut the largest gates off
-        return _coarse(fmt, bits)
-    return _coarse(fmt, MAX_SIGNAL_FRAC) if name in ("input", "hidden", "unprojected") else fmt
+    bounded = name in ("tanh", "unprojected") or (name == "hidden" and not projected)
+    if clip == "max" and bounded and magnitudes.largest <= 1:
+        return QFormat(bits, min(bits - 1, finest))  # within (-1, 1)
+    most = TABLE_RANGE if name == "pre" else math.inf
+    return magnitudes.format(bits, clip, signed=name != "sigmoid", finest=finest, most=most)
 
 
-def _coarse(fmt, frac):
-    return QFormat(fmt.bits, min(fmt.frac, frac), fmt.signed)
+def _finest(name, widths) -> int:
+    """Most fraction bits of a signal, however small its values."""
+    return {
+        "pre": MAX_PRODUCT_FRAC,  # rounded from sums of products
+        "hidden_product": MAX_PRODUCT_FRAC - widths["sigmoid"],  # r * s joins such a sum
+        "cell": PackedLayer.acc_bits - 2 - widths["sigmoid"],  # i * g reaches 1 in the accumulator of f*c + i*g
+        "sigmoid": widths["sigmoid"],  # one more would cut off the gates near 1
+        "tanh": max(MAX_SIGNAL_FRAC, widths.get("tanh", 0) - 1),  # no bias lies at its products
+    }.get(name, MAX_SIGNAL_FRAC)
 
 
 def _group(layer, signal):

@@ -22,7 +22,7 @@ ADDRESS = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 
 TOKENS = "words-1"  # to be changed with anything that changes the tokens
 SEPARATOR = re.compile(r"[^\w\s'.,!?]")
-MARKS = ".,!?"  # each a word of its own
+PUNCTUATION = ".,!?"  # each a word of its own
 UNKNOWN = 1
 WORDS = 10_000
 MAX_WORDS = 250
@@ -40,10 +40,14 @@ def load(split: str) -> Task:
     reviews = _read()
     names = list(reviews)
     number = collections.defaultdict(itertools.count().__next__)  # word -> place in the order of first appearance
-    texts = [_numbers(tokenise(text.decode()), number) for text in reviews.values()]
+    texts, marks = [], []  # of each review its words by number, and a digest of them
+    for text in reviews.values():
+        words = tokenise(text.decode())
+        texts.append(np.fromiter(map(number.__getitem__, words), np.int32, len(words)))
+        marks.append(hashlib.sha256(" ".join(words).encode()).digest())
     labels = [int("/pos/" in name) for name in names]
     test = [n for n, name in enumerate(names) if name.startswith("test/")]
-    valid = _validation(texts, labels, exclude=set(test))
+    valid = _validation(marks, labels, exclude=set(test))
     train = sorted(set(range(len(names))) - valid - set(test))
     counts = np.bincount(np.concatenate([texts[n] for n in train]), minlength=len(number))
     frequent = sorted(number, key=lambda word: (-counts[number[word]], word))[:WORDS]
@@ -81,22 +85,18 @@ def digest() -> str:
 def tokenise(text: str) -> list[str]:
     """Words of a review in lower case, and full stop, comma, exclamation and question mark."""
     text = SEPARATOR.sub(" ", text.lower().replace("<br />", " "))
-    for mark in MARKS:  # splitting at spaces takes half the time of finding every word by an expression
+    for mark in PUNCTUATION:  # splitting at spaces takes half the time of finding every word by an expression
         text = text.replace(mark, f" {mark} ")
     return text.split()
 
 
-def _numbers(words, number):
-    return np.fromiter(map(number.__getitem__, words), np.int32, len(words))
-
-
-def _validation(texts, labels, exclude):
-    """Numbers of the reviews that validate: as many of each class; copies of one text stay together, in an order that
-    only the reviews decide."""
+def _validation(marks, labels, exclude):
+    """Numbers of the reviews that validate: as many of each class; copies of one text, of equal marks, stay together, and
+    the order of the marks decides."""
     copies = collections.defaultdict(list)
-    for n, numbers in enumerate(texts):
+    for n, mark in enumerate(marks):
         if n not in exclude:
-            copies[hashlib.sha256(numbers.tobytes()).digest()].append(n)
+            copies[mark].append(n)
     free, chosen = [VALID_PER_CLASS, VALID_PER_CLASS], set()
     for _, group in sorted(copies.items()):
         wanted = [sum(labels[n] == label for n in group) for label in (0, 1)]
