@@ -59,6 +59,8 @@ def random_plan(rnn, rng, activation="linear", narrow=False):
     signals, width = {}, (3, 6) if narrow else (3, 17)
     for layer in layers(rnn).values():
         found = {name: draw(width, (0, 3), 13) for name in signals_of(cell_name(rnn), bool(rnn.proj_size))}
+        if narrow:
+            found |= {name: draw(width, (-2, 1), 13) for name in ("hidden", "unprojected") if name in found}  # they saturate
         found["sigmoid"] = draw(width, (0, 2), 16, signed=bool(rng.integers(2)))
         found["input"] = draw(width, (-2, 9), 13)  # sums coarser than what they are rounded to, too
         if layer.reverse:

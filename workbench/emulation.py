@@ -173,11 +173,11 @@ class _LSTM(torch.autograd.Function):
         if projection:
             w_hr, ms, h_inside = projection
             d_projected = torch.empty_like(h_inside)
-        d_h, d_c = d_outputs[-1].clone(), torch.zeros_like(cells[0])
+        d_h, d_c = d_outputs[-1], torch.zeros_like(cells[0])
         for t in reversed(range(steps)):
             if projection:
                 d_h = torch.mul(d_h, h_inside[t], out=d_projected[t]) @ w_hr
-            d_m = d_h.mul_(m_inside[t])
+            d_m = d_h * m_inside[t]
             d_c.addcmul_(d_m, through[t])
             if d_cells is not None:
                 d_c += d_cells[t]
@@ -424,8 +424,9 @@ def mismatch_rate(model: nn.Module, packed: PackedModel, batches) -> list[dict]:
                   for name, values in zip(("hidden", "cell"), states, strict=False)]
         inputs = flat[0].signals["input"].quantise(x.cpu())
         for depth, (output, _) in enumerate(rnn.layer_outputs(x, state, lengths), 1):
-            expected = StackEngine(stack[:depth]).run(inputs, *states, lengths=lengths).output
             directions = stack[depth - 1]
+            first = [values[: depth * len(directions)] for values in states]
+            expected = StackEngine(stack[:depth]).run(inputs, *first, lengths=lengths).output
             difference = np.abs(directions[0].signals["hidden"].quantise(output.cpu()) - expected)
             for part in np.split(difference, len(directions), axis=-1):
                 part, count = part[np.broadcast_to(alive, part.shape[:2])], counts[next(names).name]
