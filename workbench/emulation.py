@@ -417,7 +417,8 @@ def mismatch_rate(model: nn.Module, packed: PackedModel, batches) -> list[dict]:
         rnn, stack = rnns(model)[path], packed.stack(path)
         if not isinstance(rnn, _Quantised):
             raise ValueError(f"mismatch_rate needs a model from emulate, got a plain nn.{cell_name(rnn)} {path!r}")
-        alive = np.arange(len(x))[:, None] < (len(x) if lengths is None else lengths.numpy())  # (T, B or 1)
+        ends = None if lengths is None else lengths.numpy()
+        alive = np.broadcast_to(np.arange(len(x))[:, None] < (len(x) if ends is None else ends), x.shape[:2])  # (T, B)
         flat, names = [layer for directions in stack for layer in directions], iter(layers_of(rnn, path))
         states = () if state is None else state if isinstance(state, tuple) else (state,)
         states = [[layer.signals[name].quantise(s.cpu()) for layer, s in zip(flat, values, strict=True)]
@@ -426,10 +427,10 @@ def mismatch_rate(model: nn.Module, packed: PackedModel, batches) -> list[dict]:
         for depth, (output, _) in enumerate(rnn.layer_outputs(x, state, lengths), 1):
             directions = stack[depth - 1]
             first = [values[: depth * len(directions)] for values in states]
-            expected = StackEngine(stack[:depth]).run(inputs, *first, lengths=lengths).output
+            expected = StackEngine(stack[:depth]).run(inputs, *first, lengths=ends).output
             difference = np.abs(directions[0].signals["hidden"].quantise(output.cpu()) - expected)
             for part in np.split(difference, len(directions), axis=-1):
-                part, count = part[np.broadcast_to(alive, part.shape[:2])], counts[next(names).name]
+                part, count = part[alive], counts[next(names).name]
                 count[0] += part.size
                 count[1] += int(np.count_nonzero(part))
                 count[2] = max(count[2], part.max(initial=0))
