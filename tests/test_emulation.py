@@ -59,7 +59,10 @@ def random_plan(rnn, rng, activation="linear", narrow=False):
     signals, width = {}, (3, 6) if narrow else (3, 17)
     for layer in layers(rnn).values():
         found = {name: draw(width, (0, 3), 13) for name in signals_of(cell_name(rnn), bool(rnn.proj_size))}
+        if narrow:
+            found |= {name: draw(width, (-2, 1), 13) for name in ("hidden", "unprojected") if name in found}  # they saturate
         found["sigmoid"] = draw(width, (0, 2), 16, signed=bool(rng.integers(2)))
+        found["input"] = draw(width, (-2, 9), 13)  # sums coarser than what they are rounded to, too
         if layer.reverse:
             found |= {name: signals[layer.name.removesuffix("_reverse")][name] for name in ("input", "hidden")}
         if layer.index:
@@ -102,7 +105,7 @@ def assert_same(first, second):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_in_float64_it_is_the_engine_bit_for_bit(kind, activation):
     values = set()
-    for seed in range(3):
+    for seed in range(2):
         rnn, rng = make(kind), np.random.default_rng(seed)
         plan = random_plan(rnn, rng, activation)
         emulated, engine = emulate(rnn, plan), attach(rnn, pack(rnn, plan))
@@ -117,7 +120,7 @@ def test_in_float64_it_is_the_engine_bit_for_bit(kind, activation):
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_narrow_signals_saturate_as_the_engine_does(kind):
-    for seed in range(10):
+    for seed in range(6):
         rnn = make(kind, spread=3.0)
         plan = random_plan(rnn, np.random.default_rng(seed), narrow=True)
         x = 4 * torch.randn(STEPS, BATCH, INPUTS).double()

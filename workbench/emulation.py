@@ -27,16 +27,18 @@ from workbench.plan import Plan
 from workbench.quantise import recurrent_calls, time_first
 
 MAX_TABLE_BITS = 20  # of a table's input: the emulation holds one entry for every code
+# What a sum takes with it, in units of the last place of what it is rounded to, so that its floor rounds half up. Sums have at
+# most 48 bits: in float64 it is either exact, or lost where the sum has no fraction bits anyway.
+HALF = 0.5
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How one layer and direction rounds: what a PackedLayer says, without its weights. fracs: gate -> fraction bits of its
-    exact sum and of its bias, also of a GRU's hidden product `hn` and of a projection `p`."""
+    """How one layer and direction rounds: what a PackedLayer says, without its weights. bias_fracs: bias -> fraction bits."""
 
     signals: dict[str, QFormat]
     tables: dict[str, object]
-    fracs: dict[str, int]
+    bias_fracs: dict[str, int]
     projected: bool
     _constants: dict = field(default_factory=dict, repr=False, compare=False)
 
@@ -47,8 +49,7 @@ class Rounding:
             if layer.signals[name].bits > MAX_TABLE_BITS:
                 raise ValueError(f"the emulation holds a table of every code of {name} and needs at most {MAX_TABLE_BITS} "
                                  f"bits, got {layer.signals[name]}")
-        projection = {"p": layer.product_frac("hr", "p")} if layer.projected else {}
-        return cls(layer.signals, layer.tables, layer.bias_fracs | projection, layer.projected)
+        return cls(layer.signals, layer.tables, layer.bias_fracs, layer.projected)
 
     def constants(self, build, like: torch.Tensor) -> SimpleNamespace:
         """The tensors that build(self) computes, in the dtype and on the device of `like`; computed once for each."""
@@ -67,11 +68,6 @@ class Rounding:
         stored = np.clip(codes, in_fmt.min, in_fmt.max)
         slopes = np.where(codes == stored, _slope(table, in_fmt.dequantise(stored)), 0.0)
         return table.lookup(stored, in_fmt, out_fmt), np.ldexp(slopes, out_fmt.frac - in_fmt.frac)
-
-    def half(self, frac, name) -> float:
-        """What is added before the floor, in units of the signal's last place, to round a sum with `frac` fraction bits half
-        up. A sum without fraction bits there is not rounded; a half would only cost it a bit of its exactness."""
-        return 0.5 if frac > self.signals[name].frac else 0.0
 
 
 def _slope(table, x):
@@ -116,10 +112,8 @@ def _lstm_constants(a):
         "offsets": [first, first, first + len(sigmoid), first],
         "cell_values": cell * to_m,
         "cell_slopes": cell_slopes * to_m,
-        "halves": [a.half(a.fracs[gate], "pre") for gate in "ifgo"],
-        "cell_half": a.half(s["sigmoid"].frac + max(s["cell"].frac, s["tanh"].frac), "cell"),
-        "m_half": a.half(s["sigmoid"].frac + s["tanh"].frac, m),
-    } | ({"h_half": a.half(a.fracs["p"], "hidden")} if a.projected else {})
+        "half": HALF,
+    }
 
 
 class _LSTM(torch.autograd.Function):
@@ -132,7 +126,7 @@ class _LSTM(torch.autograd.Function):
         (steps, batch, _), size = x.shape, c.shape[1]
         offsets = k.offsets.repeat_interleave(size)
         # The sums of all gates; once a step has looked them up, its gate outputs stand there.
-        gates = torch.addmm(bias + k.halves.repeat_interleave(size), x.reshape(steps * batch, -1), w_ih.t())
+        gates = torch.addmm(bias + HALF, x.reshape(steps * batch, -1), w_ih.t())
         gates = gates.view(steps, batch, -1)  # (T, B, 4 * hidden_size)
         indices = torch.empty_like(gates, dtype=torch.int32)
         cells, outputs = x.new_empty(steps + 1, *c.shape), x.new_empty(steps + 1, *h.shape)
@@ -145,14 +139,13 @@ class _LSTM(torch.autograd.Function):
             step = gates[t].addmm_(outputs[t], w_hh.t())
             _look_up(step, s["pre"], offsets, k.values, indices[t], step)
             i, f, g, o = step.chunk(4, 1)
-            torch.addcmul(k.cell_half, i, g, out=sums).addcmul_(f, cells[t])
+            torch.addcmul(k.half, i, g, out=sums).addcmul_(f, cells[t])
             _round(sums, s["cell"], cells[t + 1], c_inside[t])
-            sums.copy_(cells[t + 1])
             _look_up(sums, s["cell"], 1 - s["cell"].min, k.cell_values, tanh_indices[t], tanh[t])
-            torch.addcmul(k.m_half, o, tanh[t], out=sums)
+            torch.addcmul(k.half, o, tanh[t], out=sums)
             if a.projected:
                 _round(sums, s["unprojected"], ms[t], m_inside[t])
-                _round(torch.addmm(k.h_half, ms[t], w_hr.t()), s["hidden"], outputs[t + 1], h_inside[t])
+                _round(torch.addmm(k.half, ms[t], w_hr.t()), s["hidden"], outputs[t + 1], h_inside[t])
             else:
                 _round(sums, s["hidden"], outputs[t + 1], m_inside[t])
         projection = (w_hr, ms, h_inside) if a.projected else ()
@@ -180,11 +173,11 @@ class _LSTM(torch.autograd.Function):
         if projection:
             w_hr, ms, h_inside = projection
             d_projected = torch.empty_like(h_inside)
-        d_h, d_c = d_outputs[-1].clone(), torch.zeros_like(cells[0])
+        d_h, d_c = d_outputs[-1], torch.zeros_like(cells[0])
         for t in reversed(range(steps)):
             if projection:
                 d_h = torch.mul(d_h, h_inside[t], out=d_projected[t]) @ w_hr
-            d_m = d_h.mul_(m_inside[t])
+            d_m = d_h * m_inside[t]
             d_c.addcmul_(d_m, through[t])
             if d_cells is not None:
                 d_c += d_cells[t]
@@ -210,8 +203,6 @@ def _gru_constants(a):
         "slopes": sigmoid_slopes * to_value,
         "n_values": tanh,
         "n_slopes": tanh_slopes,
-        "halves": [*(a.half(a.fracs[gate], "pre") for gate in "nzr"), a.half(a.fracs["hn"], "hidden_product")],
-        "h_half": a.half(s["sigmoid"].frac + s["hidden"].frac, "hidden"),
     }
 
 
@@ -224,7 +215,7 @@ class _GRU(torch.autograd.Function):
         k, s = a.constants(_gru_constants, x), a.signals
         (steps, batch, _), size = x.shape, h.shape[1]
         first, to_pre = 1 - s["pre"].min, 2.0 ** (s["pre"].frac - s["hidden_product"].frac)
-        bias = bias + k.halves.repeat_interleave(size)
+        bias = bias + HALF
         # n, z, r and the hidden product side by side: the first three have inputs, the last three take h.
         sums = x.new_empty(steps, batch, 4 * size)
         sums[:, :, : 3 * size] = torch.addmm(bias[: 3 * size], x.reshape(steps * batch, -1), w_ih.t()).view(steps, batch, -1)
@@ -243,7 +234,7 @@ class _GRU(torch.autograd.Function):
             n.addcmul_(r, products[t], value=to_pre)
             _look_up(n, s["pre"], first, k.n_values, n_indices[t], candidates[t])
             # (1 - z) * n + z * h; a mean of two integers of a format does not saturate it.
-            torch.lerp(candidates[t], outputs[t], z, out=outputs[t + 1]).add_(k.h_half).floor_()
+            torch.lerp(candidates[t], outputs[t], z, out=outputs[t + 1]).add_(HALF).floor_()
         ctx.save_for_backward(x, w_ih, w_hh, gates, indices, candidates, n_indices, products, inside, outputs)
         ctx.constants, ctx.to_pre = k, to_pre
         return outputs[1:]
@@ -300,7 +291,7 @@ def _run_layer(rnn, suffix, x, h, c, last):
     a, s = rnn.rounding[suffix], rnn.rounding[suffix].signals
     pre, hidden = s["pre"].frac, s["hidden"].frac
     weights = {part: getattr(rnn, f"weight_{part}_{suffix}") for part in parts_of(rnn)}
-    bias = {name: fake_quantise(b, QFormat(32, a.fracs[name])) for name, b in _merged_bias(rnn, suffix).items()}
+    bias = {name: fake_quantise(b, QFormat(32, a.bias_fracs[name])) for name, b in _merged_bias(rnn, suffix).items()}
     given = {"input": x, "hidden": h} | ({} if c is None else {"cell": c})
     given = {name: fake_quantise(values, s[name]) for name, values in given.items()}  # infinities saturate
     _check_finite(suffix, given | weights | {f"bias {name}": b for name, b in bias.items()})
@@ -426,18 +417,20 @@ def mismatch_rate(model: nn.Module, packed: PackedModel, batches) -> list[dict]:
         rnn, stack = rnns(model)[path], packed.stack(path)
         if not isinstance(rnn, _Quantised):
             raise ValueError(f"mismatch_rate needs a model from emulate, got a plain nn.{cell_name(rnn)} {path!r}")
-        alive = np.arange(len(x))[:, None] < (len(x) if lengths is None else lengths.numpy())  # (T, B or 1)
+        ends = None if lengths is None else lengths.numpy()
+        alive = np.broadcast_to(np.arange(len(x))[:, None] < (len(x) if ends is None else ends), x.shape[:2])  # (T, B)
         flat, names = [layer for directions in stack for layer in directions], iter(layers_of(rnn, path))
         states = () if state is None else state if isinstance(state, tuple) else (state,)
         states = [[layer.signals[name].quantise(s.cpu()) for layer, s in zip(flat, values, strict=True)]
                   for name, values in zip(("hidden", "cell"), states, strict=False)]
         inputs = flat[0].signals["input"].quantise(x.cpu())
         for depth, (output, _) in enumerate(rnn.layer_outputs(x, state, lengths), 1):
-            expected = StackEngine(stack[:depth]).run(inputs, *states, lengths=lengths).output
             directions = stack[depth - 1]
+            first = [values[: depth * len(directions)] for values in states]
+            expected = StackEngine(stack[:depth]).run(inputs, *first, lengths=ends).output
             difference = np.abs(directions[0].signals["hidden"].quantise(output.cpu()) - expected)
             for part in np.split(difference, len(directions), axis=-1):
-                part, count = part[np.broadcast_to(alive, part.shape[:2])], counts[next(names).name]
+                part, count = part[alive], counts[next(names).name]
                 count[0] += part.size
                 count[1] += int(np.count_nonzero(part))
                 count[2] = max(count[2], part.max(initial=0))
