@@ -339,7 +339,7 @@ def test_the_formats_of_a_gru():
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiny_ranges_still_pack(kind, scale, size, bias, clip):
     """Biases at 29 fraction bits reach 4, whatever the signals; sums stay within 48 bits."""
-    rnn, x = rnn_of(kind, scale=scale, num_layers=2, bias=bias), size * torch.randn(6, 2, 3, dtype=torch.float64)
+    rnn, x = rnn_of(kind, scale=scale, bias=bias), size * torch.randn(6, 2, 3, dtype=torch.float64)
     if bias:
         with torch.no_grad():
             rnn.bias_ih_l0.fill_(1.9)
@@ -407,7 +407,7 @@ def test_percentile_by_hand(large, frac):
     values = torch.linspace(0.51, 0.99, 10_000, dtype=torch.float64)
     values[:large] = -3.0
     assert input_format(values, 4, "percentile") == QFormat(4, frac)
-    padded = torch.cat([values, torch.zeros(90_000, dtype=torch.float64)])
+    padded = torch.cat([values, torch.zeros(20_000, dtype=torch.float64)])
     assert input_format(padded, 4, "percentile") == QFormat(4, frac)  # zeros have no say
 
 
