@@ -119,3 +119,42 @@ def tiny_task():
 
     splits = {"train": split(64, 0), "valid": split(40, 1), "test": split(40, 2)}
     return Task("tiny", "official", ("down", "up"), splits, "", "", "", "", Recipe(epochs=3, batch_size=16))
+
+
+@pytest.fixture(scope="session")
+def tiny_token_task():
+    """Two classes of short random sequences of 8 words, each class with words it prefers: 64, 40 and 40 of them."""
+    import numpy as np
+
+    from workbench.tasks import Recipe, Task
+    from workbench.tasks.task import pad
+
+    def split(count, seed):
+        rng = np.random.default_rng(seed)
+        labels = [n % 2 for n in range(count)]
+        likely = np.array([[6, 6, 6, 1, 1, 1], [1, 1, 1, 6, 6, 6]]) / 21  # of the words behind padding and unknown
+        sequences = [rng.choice(np.arange(2, 8), rng.integers(2, 10), p=likely[label]) for label in labels]
+        return pad(sequences, labels, [str(n) for n in range(count)])
+
+    recipe = Recipe(epochs=3, lr=2e-2, batch_size=16, feature_noise=0.0, embedding_size=4)
+    splits = {"train": split(64, 0), "valid": split(40, 1), "test": split(40, 2)}
+    return Task("tiny_tokens", "official", ("down", "up"), splits, "", "", "", "", recipe, ("<pad>", "<unk>", *"abcdef"))
+
+
+@pytest.fixture(scope="session")
+def tiny_language_task():
+    """A text of 7 words of which each is followed by the next one of the circle, one time in ten by any: 2,000, 203 and 203
+    tokens."""
+    import numpy as np
+
+    from workbench.tasks import LanguageTask, Recipe
+
+    def text(count, seed):
+        rng = np.random.default_rng(seed)
+        steps = np.where(rng.random(count) < 0.9, 1, rng.integers(0, 7, count))
+        return steps.cumsum() % 7
+
+    recipe = Recipe(epochs=3, lr=5.0, batch_size=4, bptt=20, weight_decay=0.0, dropout=0.1, feature_noise=0.0, select_after=0.0,
+                    optimizer="sgd", max_gradient_norm=0.5)
+    splits = {"train": text(2000, 0), "valid": text(203, 1), "test": text(203, 2)}
+    return LanguageTask("tiny_language", "official", tuple("abcdefg"), splits, "", "", "", "", recipe)

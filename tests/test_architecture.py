@@ -22,10 +22,10 @@ LEVELS = (
     ("container", "fixedpoint", "packed"),
     ("engine", "array"),
     ("gates", "methods"),
-    ("plan", "budget", "constrain", "quantise"),
+    ("plan", "budget", "constrain", "quantise", "emulation"),
     ("tasks", "models", "train"),
     ("sensitivity", "allocation", "signals"),
-    ("runs", "pareto", "published", "sweep", "index", "report", "plots", "study", "tables", "__main__"),
+    ("runs", "pareto", "published", "sweep", "index", "report", "plots", "study", "precision", "tables", "__main__"),
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 WITHOUT_TORCH = ("container", "fixedpoint", "packed", "engine", "array")

@@ -1,6 +1,9 @@
 import hashlib
 import importlib.metadata
 import io
+import json
+import lzma
+import shutil
 import subprocess
 import sys
 import wave
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 
 from workbench import tasks
-from workbench.tasks import Recipe, Split, fsdd, japanese_vowels
+from workbench.tasks import LanguageTask, Recipe, Split, Task, fsdd, imdb, japanese_vowels, ptb
 from workbench.tasks.task import data_folders, pad, standardise
 
 
@@ -56,9 +59,9 @@ def archive(recordings, tmp_path, monkeypatch):
 
 
 def test_names_and_unknown_names():
-    assert tasks.names() == ["japanese_vowels", "fsdd"]
+    assert tasks.names() == ["japanese_vowels", "fsdd", "imdb", "ptb"]
     for verb in (tasks.load, tasks.digest):
-        with pytest.raises(ValueError, match=r"unknown task 'mnist'; known tasks: japanese_vowels, fsdd"):
+        with pytest.raises(ValueError, match=r"unknown task 'mnist'; known tasks: japanese_vowels, fsdd, imdb, ptb"):
             verb("mnist")
 
 
@@ -234,6 +237,12 @@ def test_pad_and_standardise_by_hand():
     np.testing.assert_array_equal(split.lengths, [2, 1])
 
 
+def test_pad_tokens_by_hand():
+    split = pad([np.array([5, 6]), np.array([7])], [0, 1], ["a", "b"])
+    assert split.x.dtype == np.int32 and split.tokens
+    np.testing.assert_array_equal(split.x, [[5, 6], [7, 0]])
+
+
 def test_half_standardised_by_hand():
     """Deviations 1 and 16: divided by 1 and 4 they are 1 and 4, of mean variance 8.5."""
     (centred,) = standardise([np.array([[1.0, 16], [3, 48]])], train=[0], power=0.5)
@@ -243,7 +252,9 @@ def test_half_standardised_by_hand():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": np.zeros((2, 3, 1))}, "x as .* float32, got"),
+        ({"x": np.zeros((2, 3, 1))}, "x as .* float32 or .* int32 or int64, got .* float64"),
+        ({"x": np.zeros((2, 3), np.float32)}, "x as .* got .* float32"),
+        ({"x": np.zeros((2, 3, 1), np.int64)}, "x as .* got .* int64"),
         ({"lengths": np.array([3, 4])}, "1 to 3 frames"),
         ({"lengths": np.array([0, 1])}, "1 to 3 frames"),
         ({"items": ("a",)}, "2 sequences, 2 lengths, 2 labels, 1 items"),
@@ -266,6 +277,9 @@ def test_split_refuses(change, message):
         (ValueError, {"lr": float("nan")}, "lr above 0, got nan"),
         (ValueError, {"weight_decay": -1}, "weight_decay from 0"),
         (ValueError, {"select_after": 1.0}, r"select_after in \[0, 1\), got 1.0"),
+        (ValueError, {"optimizer": "adam"}, "an optimizer out of adamw, sgd, got 'adam'"),
+        (ValueError, {"max_gradient_norm": 0}, "max_gradient_norm above 0, got 0"),
+        (TypeError, {"bptt": 3.5}, "an int as bptt, got 3.5"),
         (ValueError, {"feature_mask": 1.5}, "feature_mask from 0 to 1, got 1.5"),
     ],
 )
@@ -284,3 +298,182 @@ def test_real_fsdd():
         "valid": (300, 100, 40),
         "test": (300, 90, 40),
     }
+
+
+WORDS_TASK = ("toy", "official")
+REST = ("", "", "", "")
+
+
+@pytest.mark.parametrize(
+    ("sequence", "vocabulary", "recipe", "message"),
+    [
+        ([[1.0]], ("a", "b"), {}, "a vocabulary exactly where its sequences are tokens; train holds x .* float32"),
+        ([1], None, {}, "a vocabulary exactly where its sequences are tokens; train holds x .* int32"),
+        ([2], ("a", "b"), {}, "toy: train needs tokens from 0 to 1, got 2 to 2"),
+        ([1], ("a", "b"), {"time_mask": 0.1}, "feature_noise, time_mask, feature_mask of 0, got time_mask=0.1"),
+        ([1], ("a", "b"), {"feature_noise": 0.2}, "got feature_noise=0.2"),
+    ],
+)
+def test_task_refuses(sequence, vocabulary, recipe, message):
+    splits = {"train": pad([np.array(sequence)], [0], ["a"])}
+    with pytest.raises(ValueError, match=message):
+        Task(*WORDS_TASK, ("no", "yes"), splits, *REST, Recipe(**({"feature_noise": 0.0} | recipe)), vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "recipe", "message"),
+    [
+        (np.array([0, 2]), {}, "toy: train needs tokens from 0 to 1, got 0 to 2"),
+        (np.array([0, -1]), {}, "tokens from 0 to 1, got -1 to 0"),
+        (np.array([0]), {}, "train as .tokens,. int64 of at least 2 tokens, got"),
+        (np.array([0, 1], np.int32), {}, "int64 of at least 2 tokens, got .* int32"),
+        (np.array([0, 1]), {"feature_noise": 0.2}, "toy is a task of words: .* got feature_noise=0.2"),
+    ],
+)
+def test_language_task_refuses(tokens, recipe, message):
+    with pytest.raises(ValueError, match=message):
+        LanguageTask(*WORDS_TASK, ("a", "b"), {"train": tokens}, *REST, Recipe(**({"feature_noise": 0.0} | recipe)))
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def reviews():
+    """A stand-in of the real reviews: 40 of each kind; "good" or "bad" and numbers, and some texts several times."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for folder in imdb.FOLDERS:
+        for n in range(40):
+            numbers = " ".join(map(str, rng.integers(0, 50, 3 + n)))
+            text = f"{'GOOD' if folder.endswith('pos') else 'Bad'}<br /><br />{numbers}."
+            found[f"{folder}/{n}_{n % 10}.txt"] = text.encode()
+        for copy in (11, 12, 13):
+            found[f"{folder}/{copy}_{copy % 10}.txt"] = found[f"{folder}/10_0.txt"]
+    return found
+
+
+@pytest.fixture
+def imdb_folder(reviews, tmp_path, monkeypatch):
+    """As the packed files."""
+    monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path))
+    monkeypatch.setattr(imdb, "VALID_PER_CLASS", 8)
+    monkeypatch.setattr(imdb, "MAX_WORDS", 20)
+    monkeypatch.setattr(imdb, "WORDS", 30)
+    folder = tmp_path / "imdb"
+    folder.mkdir()
+    digests = {}
+    for name in imdb.FILES:
+        rows = [{"file": file, "text": text.decode()} for file, text in reviews.items() if file.startswith(name.split(".")[0])]
+        (folder / name).write_bytes(lzma.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+        digests[name] = sha256((folder / name).read_bytes())
+    monkeypatch.setattr(imdb, "FILES", digests)
+    monkeypatch.setattr(imdb, "REVIEWS_SHA256", sha256(b"".join(n.encode() + reviews[n] for n in sorted(reviews))))
+    return folder
+
+
+def test_imdb_tokenise():
+    text = "It's GREAT!!<br /><br />\"Really\" well-made, 9/10... caf\u00c9"
+    assert imdb.tokenise(text) == ["it's", "great", "!", "!", "really", "well", "made", ",", "9", "10", ".", ".", ".", "café"]
+
+
+def test_imdb_splits_and_tokens(imdb_folder, reviews):
+    task = tasks.load("imdb")
+    assert {part: Counter(split.labels.tolist()) for part, split in task.splits.items()} == {
+        "train": {0: 32, 1: 32}, "valid": {0: 8, 1: 8}, "test": {0: 40, 1: 40},
+    }  # fmt: skip
+    of = {part: {f"{item}.txt" for item in split.items} for part, split in task.splits.items()}
+    assert set().union(*of.values()) == set(reviews)
+    assert all(item.startswith("test") == (part == "test") for part, items in of.items() for item in items)
+    assert not {reviews[item] for item in of["train"]} & {reviews[item] for item in of["valid"]}
+
+    words = Counter(word for item in of["train"] for word in imdb.tokenise(reviews[item].decode()))
+    assert task.vocabulary[:2] == ("<pad>", "<unk>") and len(task.vocabulary) == 32
+    counts = [words[word] for word in task.vocabulary[2:]]
+    assert counts == sorted(words.values(), reverse=True)[:30]
+    for split in task.splits.values():
+        for n, item in enumerate(split.items):
+            last = imdb.tokenise(reviews[f"{item}.txt"].decode())[-20:]
+            expected = [word if word in task.vocabulary else "<unk>" for word in last]
+            assert [task.vocabulary[token] for token in split.x[n, : split.lengths[n]]] == expected
+            assert not split.x[n, split.lengths[n] :].any()
+            assert split.labels[n] == ("pos" in item)
+    assert task.num_features == task.recipe.embedding_size
+
+
+def test_imdb_takes_the_upstream_folders_too(imdb_folder, reviews):
+    packed, before = tasks.load("imdb"), tasks.digest("imdb")
+    for name in imdb.FILES:
+        (imdb_folder / name).unlink()
+    for root in (imdb_folder / "aclImdb", imdb_folder):
+        for name, text in reviews.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(text)
+        plain = tasks.load("imdb")
+        assert plain.digest == before == packed.digest
+        for part, split in plain.splits.items():
+            assert split.items == packed.splits[part].items
+            np.testing.assert_array_equal(split.x, packed.splits[part].x)
+        changed = root / "train" / "neg" / "3_3.txt"
+        changed.write_text("another")
+        with pytest.raises(ValueError, match="the 160 reviews in .* are not the published ones"):
+            tasks.digest("imdb")
+        shutil.rmtree(root / "train")
+
+
+@pytest.mark.parametrize(("name", "file"), [("imdb", "test.jsonl.xz"), ("ptb", "ptb.valid.txt")])
+def test_text_files_are_checked_and_missed(name, file, tmp_path, monkeypatch):
+    module = tasks.TASKS[name]
+    monkeypatch.setattr("workbench.tasks.task.data_folders", lambda name: [tmp_path / name])
+    monkeypatch.setattr(imdb, "data_folders", lambda name: [tmp_path / name])
+    with pytest.raises(FileNotFoundError, match=rf"{name}: found neither .*{file}.* https://.*WORKBENCH_DATA .* holds {name}"):
+        tasks.load(name)
+    (tmp_path / name).mkdir()
+    for other in module.FILES:
+        (tmp_path / name / other).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{name}: .*train.* is not the published file: SHA-256 e3b0c442"):
+        tasks.digest(name)
+    with pytest.raises(ValueError, match=f"{name} knows only split=\"official\", got 'speaker:1'"):
+        tasks.load(name, split="speaker:1")
+
+
+def test_ptb_words_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path))
+    (tmp_path / "ptb").mkdir()
+    texts = {"train": " a b \n b <unk> \n", "valid": " b a \n", "test": " <unk> \n"}
+    monkeypatch.setattr(ptb, "FILES", {f"ptb.{part}.txt": sha256(text.encode()) for part, text in texts.items()})
+    for part, text in texts.items():
+        (tmp_path / "ptb" / f"ptb.{part}.txt").write_text(text)
+    task = tasks.load("ptb")
+    assert task.vocabulary == ("a", "b", "<eos>", "<unk>")
+    assert {part: tokens.tolist() for part, tokens in task.splits.items()} == {
+        "train": [0, 1, 2, 1, 3, 2], "valid": [1, 0, 2], "test": [3, 2],
+    }  # fmt: skip
+    assert task.digest == tasks.digest("ptb")
+
+
+def real(name):
+    if not any((folder / file).exists() for folder in data_folders(name) for file in (*tasks.TASKS[name].FILES, "train")):
+        pytest.skip(f"the files of {name} are neither in $WORKBENCH_DATA nor in data/")
+    return tasks.load(name)
+
+
+def test_real_imdb():
+    task = real("imdb")
+    assert {part: split.x.shape for part, split in task.splits.items()} == {
+        "train": (22_500, 250), "valid": (2_500, 250), "test": (25_000, 250),
+    }  # fmt: skip
+    assert all(split.labels.mean() == 0.5 for split in task.splits.values())
+    assert len(task.vocabulary) == 10_002 and task.vocabulary[2] == "the"
+    assert max(np.mean(split.x == imdb.UNKNOWN) for split in task.splits.values()) < 0.05
+
+
+def test_real_ptb():
+    task = real("ptb")
+    assert {part: len(tokens) for part, tokens in task.splits.items()} == {"train": 929_589, "valid": 73_760, "test": 82_430}
+    assert len(task.vocabulary) == 10_000
+    end = task.vocabulary.index("<eos>")
+    assert {part: int((tokens == end).sum()) for part, tokens in task.splits.items()} == {
+        "train": 42_068, "valid": 3_370, "test": 3_761,
+    }  # fmt: skip

@@ -14,12 +14,15 @@ _NAMES = {
     for module, names in {
         "allocation": "allocate",
         "constrain": "attach bake compress pack",
+        "emulation": "emulate mismatch_rate",
         "fixedpoint": "QFormat",
         "methods": "METHODS BankBalanced BlockCirculant BlockSparse Dense RowBalanced Structured TopK"
         " method_from_label",
         "models": "LanguageModel SequenceClassifier build_classifier build_language_model",
         "packed": "PackedModel load",
         "plan": "Plan uniform",
+        "precision": "Arithmetic Tuning anatomy check_precision measure_precision mix_precision one_signal_at_a_time"
+        " quantised_training table_errors train_baselines",
         "quantise": "calibrate observe weight_format",
         "report": "show",
         "sensitivity": "Strength check_sensitivity class_stability classify hybrid_plan method_agreement rank_blocks"
@@ -29,15 +32,16 @@ _NAMES = {
         "study": "array_layers check_study check_tradeoff compare sensitivity_over_seeds tradeoff train_dense variants",
         "runs": "record run",
         "tables": "accuracy_table assumption_table count_table energy_note energy_table hardware_table layout_table"
-        " plan_table present price_table published_table ranking_table record_sensitivity record_study record_tradeoff"
-        " sensitivity_summary sensitivity_verdict signal_table"
-        " spec_table split_table stability_table task_table tradeoff_table tradeoff_verdict unreachable_table verdict",
+        " mixture_table plan_table precision_published precision_table precision_verdict present price_table"
+        " published_table ranking_table record_precision record_sensitivity record_study record_tradeoff"
+        " sensitivity_summary sensitivity_verdict signal_table spec_table split_table stability_table task_table"
+        " tradeoff_table tradeoff_verdict unreachable_table verdict",
         "train": "baseline evaluate fit load_checkpoint paired_interval save_checkpoint",
     }.items()
     for name in names.split()
 }
 _SUBMODULES = (
-    "allocation", "array", "budget", "constrain", "container", "engine", "fixedpoint", "gates", "index", "methods",
+    "allocation", "array", "budget", "constrain", "container", "emulation", "engine", "fixedpoint", "gates", "index", "methods",
     "models", "packed", "pareto", "plan", "plots", "precision", "published", "quantise", "report", "runs", "sensitivity",
     "signals", "study", "sweep", "tables", "tasks", "train",
 )  # fmt: skip

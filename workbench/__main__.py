@@ -228,7 +228,7 @@ def train_command(task, cell, hidden_size, num_layers, seed, epochs, device, che
         click.echo(f"epoch {row['epoch']:3}: lr {row['lr']:.3g}, train loss {row['train_loss']:.4f}, "
                    f"validation {quality(row['valid_loss'], row['valid_accuracy'])}, {row['seconds']:.1f} s")
 
-    hidden_size = hidden_size or loaded.recipe.hidden_size
+    hidden_size = loaded.recipe.hidden_size if hidden_size is None else hidden_size
     try:
         model, history = train.baseline(loaded, cell=cell, hidden_size=hidden_size, num_layers=num_layers, seed=seed,
                                         epochs=epochs, device=device, checkpoints=checkpoints.resolve(), on_epoch=tell)

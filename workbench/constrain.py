@@ -50,6 +50,8 @@ def bake(model: nn.Module) -> nn.Module:
             for name in names:
                 parametrize.remove_parametrizations(rnn, name, leave_parametrized=True)
             rnn._init_flat_weights()
+        if hasattr(rnn, "unquantise"):  # of an emulated model
+            rnn.unquantise()
     return model
 
 
@@ -65,13 +67,18 @@ def compress(model: nn.Module, plan) -> nn.Module:
     check_supported(model)
     model = bake(model)
     plan.check(model)
+    constrain_weights(model, plan)
+    return model
+
+
+def constrain_weights(model: nn.Module, plan: Plan) -> None:
+    """Register the plan's constraints on a model with plain weights, in place."""
     gates = {}  # (module path, parameter) -> one constrained module per gate
     for name, block in blocks(model).items():
         constrained = plan.blocks[name].method.constrain(weight(model, name), plan.blocks[name].format)
         gates.setdefault((block.rnn, block.parameter), []).append(constrained)
     for (path, parameter), modules in gates.items():
         parametrize.register_parametrization(model.get_submodule(path), parameter, _GateWeights(modules))
-    return model
 
 
 def pack(model: nn.Module, plan) -> PackedModel:

@@ -5,6 +5,7 @@ array's execution shares it.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -169,15 +170,17 @@ class StackEngine:
     def __init__(self, stack):
         self.engines = [tuple(map(LayerEngine, directions)) for directions in stack]
 
-    def run(self, x, h=None, c=None, lengths=None) -> StackResult:
+    def run(self, x, h=None, c=None, lengths=None, trace=None) -> StackResult:
         """x: (T, B, input_size); h, c: (layers * directions, B, ...) integers or None; lengths as LayerEngine.run. A reverse
-        direction begins at the last step of each sequence."""
+        direction begins at the last step of each sequence. trace: as of LayerEngine.run, with the number of the layer and
+        direction, in torch's order, in front."""
         results, place = [], 0
         for directions in self.engines:
             outputs = []
             for reverse, engine in enumerate(directions):
                 states = (None if state is None else state[place] for state in (h, c))
-                result = engine.run(reversed_steps(x, lengths) if reverse else x, *states, lengths)
+                result = engine.run(reversed_steps(x, lengths) if reverse else x, *states, lengths,
+                                    partial(trace, place) if trace else None)
                 outputs.append(reversed_steps(result.output, lengths) if reverse else result.output)
                 results.append(result)
                 place += 1

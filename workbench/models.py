@@ -54,7 +54,8 @@ class SequenceClassifier(nn.Module):
         self.pooling, self.cell, self.bidirectional = pooling, cell, bidirectional
         self.embedding = None if vocab_size is None else _embedding(vocab_size, num_features, padding_idx=0)
         rnn = CELLS[cell](num_features, hidden_size, num_layers, batch_first=True, bidirectional=bidirectional,
-                          dropout=dropout if num_layers > 1 else 0.0, proj_size=proj_size)  # fmt: skip
+                          dropout=dropout if num_layers > 1 else 0.0,
+                          **({"proj_size": proj_size} if cell == "LSTM" else {}))  # nn.GRU refuses even a 0 # fmt: skip
         self.add_module(cell.lower(), rnn)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear((proj_size or hidden_size) * (1 + bidirectional), num_classes)

@@ -301,3 +301,115 @@ def tradeoff_figure(results: pd.DataFrame, summary: pd.DataFrame, published: pd.
     axis.grid(alpha=0.3)
     figure.legend(handles=handles, loc="outside right upper", fontsize="small", frameon=False)
     return figure
+
+
+def precision_figure(summary: pd.DataFrame, quality: str, published: pd.DataFrame) -> Figure:
+    """Bytes of the recurrent matrices against test quality, a panel a cell: a line per width of the signals through the widths
+    of the weights, stars for what was trained inside its widths, the float model across, and published points where there are
+    some. summary: of Precision; published: precision_published."""
+    cells = list(summary["cell"].unique())
+    figure = Figure(figsize=(5.2 * len(cells), 4.8), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(cells), sharey=True))
+    handles = {}
+    for axis, cell in zip(axes, cells, strict=True):
+        mine = summary[summary["cell"] == cell]
+        after, trained = mine[mine["when"] == "after training"], mine[mine["when"] == "in training"]
+        widths = sorted({*summary.loc[summary["when"] != "float", "activation_bits"]}, reverse=True)
+        for n, bits in enumerate(widths):
+            colour, marker = METHOD_COLOURS[n % len(METHOD_COLOURS)], METHOD_MARKERS[n % len(METHOD_MARKERS)]
+            line = after[after["activation_bits"] == bits].sort_values("rnn_bytes")
+            if len(line):
+                handles[f"{bits}-bit signals"] = axis.errorbar(
+                    line["rnn_bytes"] / 1000, line["test"], yerr=line["test std"].fillna(0), color=colour, marker=marker,
+                    markersize=5, linewidth=1.2, capsize=2)
+            for row in trained[trained["activation_bits"] == bits].itertuples():
+                axis.plot(row.rnn_bytes / 1000, row.test, "*", color=colour, markersize=15, markeredgecolor="black", zorder=5)
+                axis.annotate(f"{row.weight_bits}/{row.activation_bits}", (row.rnn_bytes / 1000, row.test), fontsize=8,
+                              xytext=(7, 5), textcoords="offset points")
+        floats = mine[(mine["when"] == "float") & (mine["method"] == "as trained")]["test"]
+        handles["float"] = axis.axhline(floats.iloc[0], color="black", linestyle="--", linewidth=1)
+        for row in published[published["cell"] == cell].itertuples():
+            axis.plot(row.kilobytes, row.perplexity, "o", markerfacecolor="white", color="grey", markersize=7, zorder=4)
+            axis.annotate(f"{row.work} {row.weight_bits}/{row.activation_bits}", (row.kilobytes, row.perplexity), fontsize=7,
+                          color="dimgrey", xytext=(5, -9), textcoords="offset points")
+        axis.set(title=cell, xlabel="recurrent matrices (kB)", xscale="log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(f"test {quality}")
+    if quality == "perplexity":
+        best = summary.loc[summary["when"] == "float", "test"].min()
+        axes[0].set_ylim(0.95 * min(best, published["perplexity"].min() if len(published) else best), 1.6 * best)
+    if (summary["when"] == "in training").any():
+        handles["trained inside (weights/signals)"] = Line2D([], [], marker="*", color="white", markeredgecolor="black",
+                                                             markerfacecolor="grey", markersize=12)
+    if len(published):
+        handles["published"] = Line2D([], [], marker="o", linestyle="none", color="grey", markerfacecolor="white")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    return figure
+
+
+def bits_figure(summary: pd.DataFrame, lost: str) -> Figure:
+    """What post-training quantisation costs: a map a cell, widths of the weights across, of the signals down."""
+    after = summary[summary["when"] == "after training"]
+    cells = list(after["cell"].unique())
+    maps = {cell: after[after["cell"] == cell].pivot(index="activation_bits", columns="weight_bits", values="lost")
+            for cell in cells}
+    rows, columns = next(iter(maps.values())).shape
+    figure = Figure(figsize=(1.6 + len(cells) * (1.4 + 0.6 * columns), 1.8 + 0.42 * rows), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(cells)))
+    norm = SymLogNorm(linthresh=1, vmin=-100, vmax=100)
+    for axis, (cell, values) in zip(axes, maps.items(), strict=True):
+        image = _numbered_map(axis, values.sort_index(ascending=False), norm, "RdBu_r", "{:.2f}")
+        axis.set(title=cell, xlabel="bits of a weight", ylabel="bits of a signal")
+        axis.tick_params(axis="x", labelrotation=0)
+    figure.colorbar(image, ax=list(axes), label=lost, shrink=0.9)
+    return figure
+
+
+def signal_noise_figure(errors: pd.DataFrame) -> Figure:
+    """Signal-to-quantisation-noise ratio of every signal over the time steps: a panel a layer and direction."""
+    names = list(errors["layer"].unique())
+    figure = Figure(figsize=(9, 3.4 * len(names)), layout="constrained")
+    for axis, name in zip(np.atleast_1d(figure.subplots(len(names), 1)), names, strict=True):
+        for n, (signal, rows) in enumerate(errors[errors["layer"] == name].groupby("signal", sort=False)):
+            axis.plot(rows["step"], rows["sqnr_db"], label=signal, color=METHOD_COLOURS[n], marker=METHOD_MARKERS[n],
+                      markersize=4, markevery=max(1, len(rows) // 20), linewidth=1.2)
+        axis.set(title=name, xlabel="time step", ylabel="signal to quantisation noise (dB)")
+        axis.grid(alpha=0.3)
+        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", frameon=False)
+    return figure
+
+
+def one_signal_figure(rows: pd.DataFrame) -> Figure:
+    """Excess validation loss with one signal alone at few bits: every seed a point, the mean a bar, a panel a cell."""
+    cells = list(rows["cell"].unique())
+    figure = Figure(figsize=(4.6 * len(cells), 3.4), layout="constrained")
+    for axis, cell in zip(np.atleast_1d(figure.subplots(1, len(cells), sharey=True)), cells, strict=True):
+        mine = rows[rows["cell"] == cell]
+        signals = list(mine["signal"].unique())
+        means = [mine.loc[mine["signal"] == signal, "excess_loss"].mean() for signal in signals]
+        axis.bar(range(len(signals)), means, color="#56B4E9")
+        axis.plot(mine["signal"].map(signals.index), mine["excess_loss"], "o", color="#0072B2", markersize=4)
+        axis.set_xticks(range(len(signals)), [signal.replace("_", "\n") for signal in signals], fontsize="small")
+        axis.set(title=f"{cell}, one signal at {mine['bits'].iloc[0]} bits", ylabel="excess validation loss (nats)")
+        axis.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def mixture_figure(results: pd.DataFrame, lost: str) -> Figure:
+    """Loss against the ratio that was reached, mixed and uniform widths: means over the seeds joined, every seed a point."""
+    cells = list(results["cell"].unique())
+    figure = Figure(figsize=(4.8 * len(cells), 3.8), layout="constrained")
+    for axis, cell in zip(np.atleast_1d(figure.subplots(1, len(cells), sharey=True)), cells, strict=True):
+        for kind, colour, marker in (("mixed", "#0072B2", "o"), ("uniform", "#D55E00", "s")):
+            mine = results[(results["cell"] == cell) & (results["kind"] == kind)]
+            axis.plot(mine["cr_disk"], mine["lost"], marker, color=colour, alpha=0.4, markersize=5)
+            means = mine.groupby("target_cr_disk")[["cr_disk", "lost"]].mean()
+            axis.plot(means["cr_disk"], means["lost"], color=colour, marker=marker, label=kind)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(title=cell, xlabel="cr_disk", ylabel=lost)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    return figure

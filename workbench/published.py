@@ -23,3 +23,36 @@ PUBLISHED = (
     Published("Ji 2025", 32.8, 1.896, "Ji Chen, Jiang Lin, Li Yuancheng, Zhang Yixin: Journal of Guangxi University 50(6), "
               "1290-1303, DOI 10.13624/j.cnki.issn.1001-7445.2025.1290"),
 )
+
+
+@dataclass(frozen=True)
+class PublishedPerplexity:
+    """Penn Treebank, one layer of 300 units: float and quantised test perplexity as table 3 of the source gives them.
+
+    Of how the widths are applied, and of the trainings, the table says no more than "in training" or not.
+    """
+
+    work: str
+    cell: str
+    weight_bits: int
+    activation_bits: int
+    float_perplexity: float
+    perplexity: float
+    in_training: bool
+
+
+PERPLEXITY_SOURCE = (
+    "Table 3 of Rapuano, Pacini, Fanucci: Computational Intelligence and Neuroscience 2022, 9485933 (PMC9117057), which the "
+    "publisher retracted in 2023 in a batch; the method is reproduced here, its figures stand for comparison only. [n] are "
+    "references of that article"
+)
+PUBLISHED_PERPLEXITIES = (
+    PublishedPerplexity("Rapuano 2022 (retracted)", "LSTM", 11, 10, 92.8, 93.7, False),
+    PublishedPerplexity("Rapuano 2022 (retracted)", "GRU", 8, 3, 91.3, 90.6, False),
+    PublishedPerplexity("[13]", "LSTM", 3, 3, 89.8, 87.9, True),
+    PublishedPerplexity("[13]", "GRU", 3, 3, 92.5, 92.9, True),
+    PublishedPerplexity("[1]", "LSTM", 4, 4, 109.0, 114.0, True),
+    PublishedPerplexity("[1]", "GRU", 4, 4, 100.0, 102.0, True),
+    PublishedPerplexity("[41]", "LSTM", 4, 4, 97.0, 100.0, True),
+    PublishedPerplexity("[42] HitNet", "LSTM", 2, 2, 97.2, 110.3, True),
+)

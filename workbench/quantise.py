@@ -50,10 +50,12 @@ class _Magnitudes:
     """
 
     def __init__(self):
-        self.largest, self.counts, self.sums = 0.0, np.zeros((2, BINS), dtype=np.int64), np.zeros((2, BINS))
+        self.largest, self.values = 0.0, 0
+        self.counts, self.sums = np.zeros((2, BINS), dtype=np.int64), np.zeros((2, BINS))
 
     def add(self, values: torch.Tensor) -> None:
         values = values.detach().flatten().double()
+        self.values += values.numel()
         values = values[values != 0]
         if not values.numel():
             return
@@ -63,6 +65,11 @@ class _Magnitudes:
         bins = ((octave + MOST_OCTAVES) * BINS_PER_OCTAVE).long() + BINS * (values < 0)
         self.counts += torch.bincount(bins, minlength=2 * BINS).view(2, BINS).cpu().numpy()
         self.sums += torch.bincount(bins, magnitudes, minlength=2 * BINS).view(2, BINS).cpu().numpy()
+
+    def share_beyond(self, fmt: QFormat) -> float:
+        """Share of the values that lie beyond the ends of a format, as far as the bins tell."""
+        ends = fmt.dequantise([[fmt.max], [-fmt.min]])
+        return float(self.counts[self.sums / np.maximum(self.counts, 1) > ends].sum() / max(self.values, 1))
 
     def format(self, bits: int, clip: str, signed: bool, finest: int, most: float) -> QFormat:
         """The format of that width, with at most `finest` fraction bits, that the rule chooses; "max" looks at magnitudes up
@@ -155,6 +162,18 @@ class Observation:
             if layer.index:  # nothing is rounded between layers
                 mine["input"] = formats[Layer(layer.rnn, layer.index - 1, False).name]["hidden"]
         return formats
+
+    def explain(self, formats: dict[str, dict[str, QFormat]]) -> list[dict]:
+        """One row per layer and signal: format and range, beside the largest magnitude seen and the share beyond the range."""
+        rows = []
+        for layer in self.cells:
+            for name, fmt in formats[layer.name].items():
+                seen = self.magnitudes[_group(layer, name)]
+                rows.append({"layer": layer.name, "signal": name, "bits": fmt.bits, "fraction bits": fmt.frac,
+                             "signed": fmt.signed, "smallest": float(fmt.dequantise(fmt.min)),
+                             "largest": float(fmt.dequantise(fmt.max)), "largest seen": seen.largest,
+                             "beyond the range %": 100 * seen.share_beyond(fmt)})
+        return rows
 
 
 def _signal_format(projected, name, widths, clip, magnitudes) -> QFormat:

@@ -5,6 +5,7 @@ how much accuracy comes back and how fast. Everything here looks at the validati
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,19 +18,33 @@ from workbench.gates import blocks, dense_weights, weight
 from workbench.methods import BlockCirculant, Dense, Method, TopK, method_label
 from workbench.plan import Plan, pack_block, plan_block, uniform
 from workbench.quantise import calibrate
-from workbench.tasks import Task
+from workbench.tasks import LanguageTask, Task
 from workbench.train import evaluate, fit
 
+CALIBRATION_STEPS = 200_000  # time steps that are enough to see how large signals become
+PIECE = 100  # words of a text that are read from a fresh state
 LOSSLESS_BITS = 16  # width of the blocks that a measurement leaves alone
 RECOVERED = 0.9  # a block has recovered when this share of the lost validation loss is back
 
 
-def calibration_batches(task: Task, size: int = 256):
-    """The training split as (x (B, T, F), lengths (B,)) batches."""
+def calibration_batches(task: Task | LanguageTask, size: int = 256):
+    """The model's arguments on the training split, at most about CALIBRATION_STEPS time steps, spread over the whole split:
+    (x (B, T, F) or tokens (B, T), lengths (B,)), or of a language task (tokens (T, B),)."""
     split = task.splits["train"]
-    x, lengths = torch.from_numpy(split.x), torch.from_numpy(split.lengths)
+    if isinstance(task, LanguageTask):
+        pieces = torch.from_numpy(split)[: len(split) // PIECE * PIECE].view(-1, PIECE)  # (pieces, PIECE)
+        chosen = _spread(len(pieces), CALIBRATION_STEPS / PIECE)
+        yield from ((batch.T,) for batch in pieces[chosen].split(size))
+        return
+    chosen = _spread(len(split.lengths), CALIBRATION_STEPS / split.lengths.mean())
+    x, lengths = torch.from_numpy(split.x[chosen]), torch.from_numpy(split.lengths[chosen])
     for batch in lengths.argsort(stable=True).split(size):
         yield x[batch, : lengths[batch].max()], lengths[batch]
+
+
+def _spread(count, most):
+    """At most `most` of the numbers from 0 to count - 1, at equal distances."""
+    return np.arange(0, count, max(1, math.ceil(count / most)))
 
 
 def check_sensitivity(model: torch.nn.Module, methods: list[Method], bits: int | list[int], epochs: int) -> None:

@@ -10,11 +10,12 @@ import pandas as pd
 from workbench.array import ASSUMPTIONS, ArraySpec, Schedule
 from workbench.array.cost import ENERGY_NOTE, PJ_PER_EVENT, STATIC_POWER, compare, energy
 from workbench.array.schedule import EVENTS, SPLIT
-from workbench.published import PUBLISHED
+from workbench.precision import AFTER, FLOAT, IN, Mixture, Precision, is_language, lost_name, quality_name
+from workbench.published import PERPLEXITY_SOURCE, PUBLISHED, PUBLISHED_PERPLEXITIES
 from workbench.runs import listed, record
 from workbench.sensitivity import class_stability, method_agreement, rank_blocks, seed_agreement
 from workbench.study import HYBRID, SMALL, Comparison, Tradeoff
-from workbench.tasks import Task
+from workbench.tasks import LanguageTask, Task
 from workbench.train import evaluate
 
 # Spearman's correlation within the matrices: between two seeds, gates in random order reach it in 32 of 576 cases (two
@@ -45,8 +46,11 @@ def _cell(value):
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
 
 
-def task_table(task: Task) -> pd.DataFrame:
-    """One row a split: sequences, frames (shortest, mean, longest) and features."""
+def task_table(task: Task | LanguageTask) -> pd.DataFrame:
+    """One row a split: sequences, frames (shortest, mean, longest) and features; of a language task its words."""
+    if isinstance(task, LanguageTask):
+        return pd.DataFrame([{"split": name, "words": len(words), "vocabulary": len(task.vocabulary)}
+                             for name, words in task.splits.items()])
     return pd.DataFrame([
         {"split": name, "sequences": len(split.labels), "classes": task.num_classes, "features": task.num_features,
          "shortest (frames)": int(split.lengths.min()), "mean (frames)": float(split.lengths.mean()),
@@ -366,3 +370,71 @@ def record_tradeoff(tradeoff: Tradeoff) -> dict:
 def _plain(frame):
     """None for what one seed cannot tell: metrics hold no NaN."""
     return frame.astype(object).where(frame.notna(), None)
+
+
+def precision_table(precision: Precision) -> pd.DataFrame:
+    """One row a point: means over the seeds with their standard deviations, and of accuracies the 95 % interval of the loss."""
+    quality, lost = quality_name(precision.task), lost_name(precision.task)
+    rows = precision.summary.to_dict("records")
+    for row in rows:
+        row["95 % interval"] = _bounds(row.get("low", np.nan), row.get("high", np.nan))
+    names = {"cell": "cell", "when": "quantised", "method": "method", "weight_bits": "weight bits",
+             "activation_bits": "signal bits", "cr_disk": "cr_disk", "cr_model": "cr_model", "rnn_bytes": "RNN bytes",
+             "valid": f"validation {quality}", "test": f"test {quality}", "test std": "std", "lost": lost, "lost std": "lost std",
+             "95 % interval": "95 % interval", "seeds": "seeds"}
+    table = pd.DataFrame(rows)[list(names)].rename(columns=names)
+    return table.drop(columns="95 % interval") if is_language(precision.task) else table
+
+
+def precision_published(precision: Precision, hidden_size: int) -> pd.DataFrame:
+    """Published points of the task, empty for all but Penn Treebank with 300 units. kilobytes: of the recurrent matrices of such
+    a layer at the stated width, derived here."""
+    columns = ["work", "cell", "weight_bits", "activation_bits", "float_perplexity", "perplexity", "in_training", "kilobytes"]
+    if precision.task.name != "ptb" or hidden_size != 300:
+        return pd.DataFrame(columns=columns)
+    gates = {"LSTM": 4, "GRU": 3}
+    return pd.DataFrame([{field.name: getattr(p, field.name) for field in fields(p)}
+                         | {"kilobytes": gates[p.cell] * hidden_size * 2 * hidden_size * p.weight_bits / 8000}
+                         for p in PUBLISHED_PERPLEXITIES], columns=columns)
+
+
+def precision_verdict(precision: Precision, published: pd.DataFrame, tolerance: float):
+    """What the figures say of every cell, in paragraphs: which widths stay within `tolerance` (points of accuracy, percent of
+    perplexity) on the validation split, and what the test split then says of them."""
+    from IPython.display import Markdown
+
+    task, summary = precision.task, precision.summary
+    quality, unit = quality_name(task).removesuffix(" %"), "%" if is_language(task) else "points"
+    paragraphs = []
+    for cell, mine in summary.groupby("cell", sort=False):
+        control = mine[(mine["when"] == FLOAT)].iloc[0]
+        text = [f"**{cell}.** In float, test {quality} {control['test']:.2f}."]
+        for when in (AFTER, IN):
+            rows = mine[mine["when"] == when]
+            if not len(rows):
+                continue
+            worse = (100 * (rows["valid"] / control["valid"] - 1) if is_language(task) else control["valid"] - rows["valid"])
+            within = rows[worse <= tolerance].sort_values(["rnn_bytes", "activation_bits"])
+            if not len(within):
+                text.append(f"Quantised {when}, no pair of widths stays within {tolerance:g} {unit} on the validation split.")
+                continue
+            row = within.iloc[0]
+            text.append(f"Quantised {when}, the smallest matrices within {tolerance:g} {unit} on the validation split have "
+                        f"{row['weight_bits']}-bit weights with {row['activation_bits']}-bit signals: test {quality} "
+                        f"{row['test']:.2f}, lost {row['lost']:.2f} {unit} at cr_disk {row['cr_disk']:.1f}.")
+        paragraphs.append(" ".join(text))
+    if len(published):
+        paragraphs.append(f"Published points: {PERPLEXITY_SOURCE}.")
+    return Markdown("\n\n".join(paragraphs))
+
+
+def mixture_table(mixture: Mixture) -> pd.DataFrame:
+    """One row per cell, target and kind: means over the seeds."""
+    grouped = mixture.results.groupby(["cell", "target_cr_disk", "kind"], sort=False)
+    return grouped[["bits", "cr_disk", "valid", "test", "lost"]].mean().join(grouped.size().rename("seeds")).reset_index()
+
+
+def record_precision(precision: Precision, signals: pd.DataFrame, mixture: Mixture) -> dict:
+    """Hand the figures over to the run: every point's summary and seeds, the signals one at a time, mixed precision."""
+    return record(quality=quality_name(precision.task), lost=lost_name(precision.task), summary=_plain(precision.summary),
+                  results=_plain(precision.results), signals=_plain(signals), mixture=_plain(mixture.results))

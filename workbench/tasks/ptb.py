@@ -32,8 +32,8 @@ def load(split: str) -> LanguageTask:
         description="next word of Wall Street Journal sentences, 10,000 words",
         source="Marcus, Santorini, Marcinkiewicz 1993; preprocessed by Mikolov et al. 2010",
         licence="no open licence: text of the Penn Treebank (LDC99T42)",
-        recipe=Recipe(epochs=40, lr=20.0, batch_size=20, weight_decay=0.0, dropout=0.5, feature_noise=0.0, select_after=0.0,
-                      optimizer="sgd", max_gradient_norm=0.25, hidden_size=300),
+        # Chosen on the validation part among plain SGD (lr 20, annealed) and AdamW, by the perplexity after the same time.
+        recipe=Recipe(epochs=20, lr=4e-3, batch_size=40, weight_decay=1e-5, dropout=0.5, feature_noise=0.0, hidden_size=300),
     )
 
 

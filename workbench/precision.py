@@ -1,0 +1,391 @@
+"""Studies of fixed point: bits of weights and signals against quality, after training and in training, over cells and seeds.
+
+Quality is accuracy in percent, of a language model perplexity; both are read on the integer engine. Losses are against the
+float model of the same cell and seed: points of accuracy, or percent of its perplexity.
+"""
+
+import copy
+import hashlib
+import itertools
+import json
+import math
+import operator
+import os
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from workbench.allocation import Allocation, allocate
+from workbench.budget import WIDTHS, uniform_plan
+from workbench.constrain import attach, pack
+from workbench.emulation import emulate, mismatch_rate
+from workbench.fixedpoint import MAX_EXACT_BITS, TABLES
+from workbench.gates import blocks, dense_weights
+from workbench.methods import method_from_label
+from workbench.packed import PackedModel, signals_of, table_uses
+from workbench.plan import Plan, uniform
+from workbench.quantise import CLIPPINGS, observe
+from workbench.sensitivity import LOSSLESS_BITS, calibration_batches, sensitivity_table
+from workbench.signals import signal_errors
+from workbench.study import check_seeds, parallel
+from workbench.tasks import LanguageTask, Task
+from workbench.train import baseline, evaluate, fit, paired_interval
+
+FLOAT, AFTER, IN = "float", "after training", "in training"
+AS_TRAINED, TRAINED_ON = "as trained", "trained on"  # the float models: once, and for the epochs of those trained in integers
+CELLS = ("LSTM", "GRU")
+SWEEP_WIDTHS = range(2, 17)  # bits of weights and signals
+POINT = ("cell", "when", "method", "weight_bits", "activation_bits")  # what tells points apart
+COLUMNS = ["cell", "seed", "when", "method", "weight_bits", "activation_bits", "cr_disk", "cr_model", "rnn_bytes", "valid",
+           "test", "valid_loss", "test_loss", "lost", "refused"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What all points of a study share. method: label of the weights' method ("Dense", "Structured 4"); clip: how the formats
+    of the signals follow from their magnitudes; activation: kind of the activation tables."""
+
+    method: str = "Dense"
+    clip: str = "mse"
+    activation: str = "linear"
+
+    def __post_init__(self):
+        method_from_label(self.method)
+        for name, value, known in (("clip", self.clip, CLIPPINGS), ("activation", self.activation, TABLES)):
+            if value not in known:
+                raise ValueError(f"a study of fixed point knows as {name} {', '.join(known)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Training inside the number formats. epochs: 0 trains nothing; lr: peak of the one-cycle schedule."""
+
+    epochs: int
+    lr: float
+    device: str = "cpu"
+    checkpoints: str = "checkpoints"
+
+
+def check_precision(task: Task | LanguageTask, *, cells: list[str], hidden_size: int, seeds: list[int], epochs: int | None,
+                    weight_bits: list[int], activation_bits: list[int], trained: list[str], arithmetic: Arithmetic,
+                    tuning: Tuning, workers: int) -> None:
+    """Refuse the bad values of a study of fixed point before any training."""
+    check_seeds(seeds)
+    if not cells or len(set(cells)) != len(cells) or not set(cells) <= set(CELLS):
+        raise ValueError(f"a study of fixed point needs different cells of {', '.join(CELLS)}, got {cells}")
+    for name, widths in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+        if not widths or len(set(widths)) != len(widths) or not set(widths) <= set(SWEEP_WIDTHS):
+            raise ValueError(f"a study of fixed point needs different {name} from {SWEEP_WIDTHS[0]} to {SWEEP_WIDTHS[-1]}, "
+                             f"got {widths}")
+    for pair in trained:
+        widths_of(pair)
+    for name, value in (("hidden_size", hidden_size), ("workers", workers)):
+        if value < 1:
+            raise ValueError(f"a study of fixed point needs {name} of at least 1, got {value}")
+    if epochs is not None:
+        replace(task.recipe, epochs=epochs)
+    if tuning.epochs:
+        replace(task.recipe, epochs=tuning.epochs, lr=tuning.lr)
+
+
+def widths_of(pair: str) -> tuple[int, int]:
+    """ "4/6" -> 4-bit weights with 6-bit signals."""
+    found = re.fullmatch(r"(\d+)/(\d+)", pair) if isinstance(pair, str) else None
+    if not found or not {int(found[1]), int(found[2])} <= set(SWEEP_WIDTHS):
+        raise ValueError(f'a study of fixed point names pairs of widths like "4/6", weights/signals, from {SWEEP_WIDTHS[0]} to '
+                         f"{SWEEP_WIDTHS[-1]} bits, got {pair!r}")
+    return int(found[1]), int(found[2])
+
+
+def train_baselines(task: Task | LanguageTask, cells: list[str], hidden_size: int, seeds: list[int], *, epochs: int | None,
+                    device: str, checkpoints: str, workers: int) -> dict[tuple[str, int], torch.nn.Module]:
+    """(cell, seed) -> trained float model; epochs None takes the task's recipe. Finished ones in `checkpoints` are loaded."""
+    jobs = [(task, cell, hidden_size, seed, epochs, device, checkpoints) for cell in cells for seed in seeds]
+    return dict(zip(((cell, seed) for cell in cells for seed in seeds), parallel(_baseline, jobs, workers, "float models"),
+                    strict=True))
+
+
+def _baseline(task, cell, hidden_size, seed, epochs, device, checkpoints):
+    return baseline(task, cell=cell, hidden_size=hidden_size, seed=seed, epochs=epochs, device=device, checkpoints=checkpoints,
+                    progress=False)[0]
+
+
+def is_language(task) -> bool:
+    return isinstance(task, LanguageTask)
+
+
+def quality_name(task) -> str:
+    """What is measured, with its unit."""
+    return "perplexity" if is_language(task) else "accuracy %"
+
+
+def lost_name(task) -> str:
+    """In what losses are given."""
+    return "perplexity above float %" if is_language(task) else "accuracy lost (points)"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """results: one row per point and seed (COLUMNS), the float models first; refused says why a point has no integers.
+    correct: point (POINT) -> seed -> (test items,) bool."""
+
+    task: Task | LanguageTask
+    results: pd.DataFrame
+    correct: dict[tuple, dict[int, np.ndarray]]
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """One row a point: mean and standard deviation over the seeds; of accuracies the loss with its 95 % interval, paired
+        by seed and test item."""
+        rows, reached = [], self.results[self.results["refused"].isna()]
+        for key, group in reached.groupby(list(POINT), sort=False):
+            row = dict(zip(POINT, key, strict=True))
+            row |= {name: group[name].mean() for name in ("cr_disk", "cr_model", "rnn_bytes", "valid", "test", "lost")}
+            row |= {"test std": group["test"].std(ddof=1), "lost std": group["lost"].std(ddof=1), "seeds": len(group)}
+            if not is_language(self.task) and row["when"] != FLOAT and len(group) > 1:
+                control = self.correct[row["cell"], FLOAT, _control(row["when"]), 32, 32]
+                pairs = [(control[seed], self.correct[key][seed]) for seed in group["seed"]]
+                row["low"], _, row["high"] = paired_interval(*map(np.array, zip(*pairs, strict=True)), seed=0)
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def refused(self) -> pd.DataFrame:
+        """The points without integers, and why."""
+        rows = self.results[self.results["refused"].notna()]
+        return rows[["cell", "seed", "weight_bits", "activation_bits", "refused"]]
+
+
+def measure_precision(task: Task | LanguageTask, models: dict[tuple[str, int], torch.nn.Module], weight_bits: list[int],
+                      activation_bits: list[int], trained: list[str], *, arithmetic: Arithmetic, tuning: Tuning,
+                      workers: int) -> Precision:
+    """Every pair of widths after training, and those of `trained` ("3/4") also after training inside them; and the float models, once
+    as they are and once trained on for the same epochs. The test split is read once per point and decides nothing."""
+    jobs = [(_float_point, task, cell, seed, model, arithmetic, tuning if further else None)
+            for (cell, seed), model in models.items() for further in ((False, True) if tuning.epochs and trained else (False,))]
+    jobs += [(_trained_point, task, cell, seed, model, arithmetic, tuning, *widths_of(pair))
+             for pair in trained for (cell, seed), model in models.items() if tuning.epochs]
+    jobs += [(_after_points, task, cell, seed, model, arithmetic, weight_bits, bits)
+             for (cell, seed), model in models.items() for bits in activation_bits]
+    rows = [row for job in parallel(operator.call, jobs, workers, "points") for row in job]
+    controls = {(row["cell"], row["seed"], row["method"]): row for row in rows if row["when"] == FLOAT}
+    correct = {}
+    for row in rows:
+        if (found := row.pop("correct", None)) is not None:
+            correct.setdefault(tuple(row[name] for name in POINT), {})[row["seed"]] = found
+            row["lost"] = _lost(task, controls[row["cell"], row["seed"], _control(row["when"])], row)
+    return Precision(task, pd.DataFrame(rows, columns=COLUMNS), correct)
+
+
+def _control(when) -> str:
+    """The float model that a point is compared with: nothing is won by an undertrained one."""
+    return TRAINED_ON if when == IN else AS_TRAINED
+
+
+def _lost(task, control, row):
+    return 100 * (row["test"] / control["test"] - 1) if is_language(task) else control["test"] - row["test"]
+
+
+def _quality(task, evaluation):
+    return math.exp(evaluation.loss) if is_language(task) else evaluation.accuracy
+
+
+def _measured(task, model) -> dict:
+    """The only place of this study that reads the test split."""
+    valid, test = evaluate(model, task, "valid"), evaluate(model, task, "test")
+    return {"valid": _quality(task, valid), "test": _quality(task, test), "valid_loss": valid.loss, "test_loss": test.loss,
+            "correct": test.correct}
+
+
+def _float_point(task, cell, seed, model, arithmetic, tuning) -> list[dict]:
+    """The float model as it was trained, or trained on as long as the quantised ones."""
+    if tuning is not None:
+        model = _tuned(task, copy.deepcopy(model), tuning, seed, f"{cell} float")
+    row = {"cell": cell, "seed": seed, "when": FLOAT, "method": AS_TRAINED if tuning is None else TRAINED_ON, "cr_disk": 1.0,
+           "cr_model": 1.0, "rnn_bytes": 4 * dense_weights(blocks(model)), "weight_bits": 32, "activation_bits": 32}
+    return [row | _measured(task, model)]
+
+
+def _after_points(task, cell, seed, model, arithmetic, weight_bits, activation_bits) -> list[dict]:
+    """Post-training quantisation: one row for each width of the weights."""
+    signals = observe(model, calibration_batches(task)).formats(activation_bits, arithmetic.clip)
+    rows = []
+    for bits in weight_bits:
+        row = _place(cell, seed, AFTER, arithmetic, bits, activation_bits)
+        try:
+            packed = pack(model, _plan(model, arithmetic, bits, signals))
+        except ValueError as error:
+            rows.append(row | {"refused": str(error)})
+            continue
+        rows.append(row | _sizes(packed) | _measured(task, attach(model, packed)))
+    return rows
+
+
+def _trained_point(task, cell, seed, model, arithmetic, tuning, weight_bits, activation_bits) -> list[dict]:
+    """Quantisation-aware training of weights and every internal signal, inside formats that do not change any more."""
+    row = _place(cell, seed, IN, arithmetic, weight_bits, activation_bits)
+    try:
+        trained, plan = quantised_training(task, model, weight_bits, activation_bits, arithmetic=arithmetic, tuning=tuning,
+                                           seed=seed, name=cell)
+        packed = pack(trained, plan)
+    except ValueError as error:
+        return [row | {"refused": str(error)}]
+    return [row | _sizes(packed) | _measured(task, attach(trained, packed))]
+
+
+def quantised_training(task: Task | LanguageTask, model: torch.nn.Module, weight_bits: int, activation_bits: int, *,
+                       arithmetic: Arithmetic, tuning: Tuning, seed: int, name: str) -> tuple[torch.nn.Module, Plan]:
+    """The model trained inside its plan: the emulated model, and the plan, with which `pack` gives its integers.
+
+    name: tells models of one task and seed apart, for example the cell. A plan that an earlier call with the same arguments
+    left among the checkpoints is used again, and so is its training.
+    """
+    key = f"{name} {arithmetic.method} {weight_bits}-{activation_bits} {arithmetic.clip} {arithmetic.activation}"
+    file = _checkpoint(task, tuning, seed, key).with_suffix(".plan.json")
+    if file.is_file():
+        plan = Plan.read(json.loads(file.read_text()))
+    else:
+        signals = observe(model, calibration_batches(task)).formats(activation_bits, arithmetic.clip)
+        plan = _plan(model, arithmetic, weight_bits, signals)
+        file.write_text(json.dumps(plan.to_json()))
+    return _tuned(task, emulate(model, plan), tuning, seed, key), plan
+
+
+def _tuned(task, model, tuning, seed, key):
+    fit(model, task, seed=seed, epochs=tuning.epochs, lr=tuning.lr, optimizer="adamw", device=tuning.device, progress=False,
+        checkpoint=_checkpoint(task, tuning, seed, key))
+    return model
+
+
+def _checkpoint(task, tuning, seed, key) -> Path:
+    """File of a training inside the checkpoints, named after what decides it but for the weights that it starts from; those
+    are written into it, and `fit` refuses a file of others."""
+    about = f"{task.digest} {task.split} {task.recipe} {seed} {key} {tuning.epochs} {tuning.lr}"
+    folder = Path(os.environ.get("WB_RESULTS", "results")) / tuning.checkpoints
+    folder.mkdir(parents=True, exist_ok=True)
+    words = re.sub(r"[^\w.]+", "-", key)
+    return folder / f"{task.name}-{words}-seed{seed}-{hashlib.sha256(about.encode()).hexdigest()[:8]}.safetensors"
+
+
+def _plan(model, arithmetic, bits, signals) -> Plan:
+    plan = uniform(model, method_from_label(arithmetic.method), bits, signals)
+    return replace(plan, activation=arithmetic.activation)
+
+
+def _place(cell, seed, when, arithmetic, weight_bits, activation_bits) -> dict:
+    return {"cell": cell, "seed": seed, "when": when, "method": arithmetic.method, "weight_bits": weight_bits,
+            "activation_bits": activation_bits}
+
+
+def _sizes(packed: PackedModel) -> dict:
+    return {"cr_disk": packed.cr_disk, "cr_model": packed.cr_model, "rnn_bytes": packed.storage_bits // 8}
+
+
+def one_signal_at_a_time(task: Task | LanguageTask, models: dict[tuple[str, int], torch.nn.Module], *, low_bits: int,
+                         arithmetic: Arithmetic, workers: int) -> pd.DataFrame:
+    """Which signal needs its bits: every signal alone at low_bits, all others and the weights at 16 bits.
+
+    One row per cell, seed and signal: valid_loss, and excess_loss, above that of the model with 16 bits everywhere (nats).
+    """
+    jobs = [(task, cell, seed, model, signal, low_bits, arithmetic) for (cell, seed), model in models.items()
+            for signal in (None, *signals_of(cell))]
+    rows = pd.DataFrame(parallel(_one_signal, jobs, workers, "signals"))
+    reference = rows[rows["signal"].isna()].set_index(["cell", "seed"])["valid_loss"]
+    rows = rows[rows["signal"].notna()]
+    places = pd.MultiIndex.from_frame(rows[["cell", "seed"]])
+    return rows.assign(excess_loss=rows["valid_loss"].to_numpy() - reference.loc[places].to_numpy()).reset_index(drop=True)
+
+
+def _one_signal(task, cell, seed, model, signal, low_bits, arithmetic) -> dict:
+    bits = dict.fromkeys(signals_of(cell), LOSSLESS_BITS) | ({signal: low_bits} if signal else {})
+    signals = observe(model, calibration_batches(task)).formats(bits, arithmetic.clip)
+    packed = pack(model, replace(_plan(model, Arithmetic(), LOSSLESS_BITS, signals), activation=arithmetic.activation))
+    return {"cell": cell, "seed": seed, "signal": signal, "bits": low_bits,
+            "valid_loss": evaluate(attach(model, packed), task, "valid").loss}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """results: a row per cell, seed, target and kind ("mixed", "uniform"); allocations: (cell, seed, target) -> Allocation."""
+
+    results: pd.DataFrame
+    allocations: dict[tuple, Allocation]
+
+    def table(self, cell: str, seed: int, target_cr_disk: float) -> pd.DataFrame:
+        """What one allocation chose and by what, a row a block."""
+        return self.allocations[cell, seed, target_cr_disk].chosen
+
+
+def mix_precision(task: Task | LanguageTask, models: dict[tuple[str, int], torch.nn.Module], target_cr_disks: list[float],
+                  activation_bits: int, *, arithmetic: Arithmetic, workers: int) -> Mixture:
+    """Mixed precision after training: one width for each block, allocated by a one-shot sensitivity table of every width from 2
+    to 8 bits, beside the widest uniform width of the same budget. Columns: cell, seed, target_cr_disk, kind, bits (of a weight,
+    mean), cr_disk, valid and test quality, lost."""
+    jobs = [(task, cell, seed, model, target_cr_disks, activation_bits, arithmetic) for (cell, seed), model in models.items()]
+    done = parallel(_mixed_points, jobs, workers, "mixed precision")
+    return Mixture(pd.DataFrame([row for rows, _ in done for row in rows]),
+                   {key: found for _, allocations in done for key, found in allocations.items()})
+
+
+def _mixed_points(task, cell, seed, model, target_cr_disks, activation_bits, arithmetic):
+    method = method_from_label(arithmetic.method)
+    table = sensitivity_table(model, task, [method], bits=list(WIDTHS), seed=seed)
+    signals = observe(model, calibration_batches(task)).formats(activation_bits, arithmetic.clip)
+    control, rows, allocations = _measured(task, model), [], {}
+    for target in target_cr_disks:
+        allocations[cell, seed, target] = found = allocate(model, table, target, signals)
+        plans = {"mixed": found.plan, "uniform": uniform_plan(model, type(method), WIDTHS[-1], target, signals)}
+        for kind, plan in plans.items():
+            packed = pack(model, replace(plan, activation=arithmetic.activation))
+            measured = _measured(task, attach(model, packed))
+            rows.append({"cell": cell, "seed": seed, "target_cr_disk": target, "kind": kind,
+                         "bits": packed.value_bits / sum(block.stored_values for block in packed.blocks.values()),
+                         "cr_disk": packed.cr_disk, "valid": measured["valid"], "test": measured["test"],
+                         "lost": _lost(task, control, measured)})
+    return rows, allocations
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """One model turned into integers after training, looked into. formats: of every signal, and why (Observation.explain);
+    blocks: of every block; errors: see signal_errors; mismatches: see mismatch_rate, in float32 and in float64; tables: see
+    table_errors."""
+
+    packed: PackedModel
+    formats: pd.DataFrame
+    blocks: pd.DataFrame
+    errors: pd.DataFrame
+    mismatches: pd.DataFrame
+    tables: pd.DataFrame
+
+
+def anatomy(task: Task | LanguageTask, model: torch.nn.Module, pair: str, *, arithmetic: Arithmetic) -> Anatomy:
+    """Where the error of one pair of widths ("4/6") arises, on the first batch of the calibration data."""
+    weight_bits, activation_bits = widths_of(pair)
+    observation, batch = observe(model, calibration_batches(task)), list(itertools.islice(calibration_batches(task), 1))
+    signals = observation.formats(activation_bits, arithmetic.clip)
+    plan = _plan(model, arithmetic, weight_bits, signals)
+    packed = pack(model, plan)
+    emulated = emulate(model, plan)
+    mismatches = [{"emulation": name} | row for name, cast in (("float32", emulated.float), ("float64", emulated.double))
+                  for row in mismatch_rate(cast(), packed, batch)]
+    return Anatomy(packed, pd.DataFrame(observation.explain(signals)), pd.DataFrame(plan.table(packed)),
+                   signal_errors(model, packed, batch), pd.DataFrame(mismatches), table_errors(packed))
+
+
+def table_errors(packed: PackedModel) -> pd.DataFrame:
+    """Largest error of every kind of activation table, over every input code, in units in the last place of what it writes; the
+    row of the kind that the model has is marked."""
+    rows = []
+    for name, layer in packed.layers.items():
+        for function, uses in table_uses(layer.cell, layer.signals).items():
+            for kind, table in TABLES.items():
+                for use in uses:
+                    error = table.build(function, [use]).max_error_ulp(*use) if use[0].bits <= MAX_EXACT_BITS else None
+                    rows.append({"layer": name, "function": function, "kind": kind, "from": str(use[0]), "to": str(use[1]),
+                                 "largest error (last places)": error, "used": kind == layer.table_kind})
+    return pd.DataFrame(rows)
