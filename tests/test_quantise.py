@@ -440,6 +440,24 @@ def test_mse_of_the_signals_inside(kind):
         assert errors[fmt.frac] <= 1.005 * min(errors.values()), (layer, name)
 
 
+def test_explain_by_hand():
+    """-2 lies within QFormat(4, 2), 2 does not; zeros count among the values."""
+    values = torch.zeros(10, 1000, 1, dtype=torch.float64)
+    values.view(-1)[:5000] = 0.5
+    values.view(-1)[:20] = torch.tensor([100.0] + [-2.0] * 9 + [2.0] * 10)
+    seen = observe(rnn_of("GRU", input_size=1, bidirectional=True), [values])
+    formats = seen.formats(4)
+    formats["l0_reverse"]["input"] = QFormat(4, 2)
+    rows = seen.explain(formats)
+    assert [(row["layer"], row["signal"]) for row in rows] == [
+        (layer, signal) for layer in ("l0", "l0_reverse") for signal in signals_of("GRU")]  # fmt: skip
+    first, second = (row for row in rows if row["signal"] == "input")
+    assert second == {"layer": "l0_reverse", "signal": "input", "bits": 4, "fraction bits": 2, "signed": True, "smallest": -2.0,
+                      "largest": 1.75, "largest seen": 100.0, "beyond the range %": pytest.approx(0.11)}
+    assert (first["fraction bits"], first["largest"], first["beyond the range %"]) == (-5, 224.0, 0.0)
+    assert not next(row for row in rows if row["signal"] == "sigmoid")["signed"]
+
+
 # --- what cannot be calibrated
 
 
