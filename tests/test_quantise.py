@@ -289,12 +289,13 @@ def test_the_model_is_left_as_it_was(lstm):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize(("scale", "bits"), [(4, 16), (1, 8)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stack_shares_hidden_formats_and_holds_what_torch_computes(kind):
+def test_a_stack_shares_hidden_formats_and_holds_what_torch_computes(kind, scale, bits):
     """The ranges of a layer are those of a module that is this layer alone, run by torch on the outputs of the one below."""
-    rnn, x = rnn_of(kind, scale=4, num_layers=2, bidirectional=True), 3 * torch.randn(9, 5, 3, dtype=torch.float64)
+    rnn, x = rnn_of(kind, scale=scale, num_layers=2, bidirectional=True), 3 * torch.randn(9, 5, 3, dtype=torch.float64)
     packed = pack_padded_sequence(x, torch.tensor([9, 2, 5, 9, 1]), enforce_sorted=False)
-    formats = calibrate(rnn, [packed])
+    formats = calibrate(rnn, [packed], bits)
     assert list(formats) == ["l0", "l0_reverse", "l1", "l1_reverse"]
     for signals in formats.values():
         assert tuple(signals) == signals_of("GRU" if kind == "GRU" else "LSTM", kind == "projected")
@@ -307,11 +308,12 @@ def test_a_stack_shares_hidden_formats_and_holds_what_torch_computes(kind):
     outputs = [first(packed)[0].data.abs().max().item(), rnn(packed)[0].data.abs().max().item()]
     for index, largest in enumerate(outputs):
         hidden = formats[f"l{index}"]["hidden"]
-        assert hidden == (holding(largest) if kind == "projected" else QFormat(16, 15))
+        assert hidden == (holding(largest, bits) if kind == "projected" else QFormat(bits, bits - 1))
     if kind == "projected":
-        assert min(outputs) > 1  # h of a projection is no longer bounded by 1, o * tanh(c) is
-        assert formats["l1"]["unprojected"] == QFormat(16, 15)
-    assert formats["l0"]["input"] == formats["l0_reverse"]["input"] == holding(packed.data.abs().max().item())
+        # Its h is bounded by no 1, o * tanh(c) is.
+        assert min(outputs) > 1 if scale > 1 else max(outputs) < 1
+        assert formats["l1"]["unprojected"] == QFormat(bits, bits - 1)
+    assert formats["l0"]["input"] == formats["l0_reverse"]["input"] == holding(packed.data.abs().max().item(), bits)
 
 
 @pytest.mark.parametrize("kind", KINDS)
