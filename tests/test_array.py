@@ -10,18 +10,41 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.array import PRESETS, ArraySpec, Layout, Region, execute_layer, map_block, map_layer, preset, schedule_layer
+from workbench.array import (
+    PRESETS,
+    ArraySpec,
+    Layout,
+    Region,
+    execute_layer,
+    execute_stack,
+    map_block,
+    map_layer,
+    preset,
+    schedule_layer,
+)
 from workbench.array.interpreter import interpret
 from workbench.array.mapping import candidate_layouts, fitting_mappings, least_cycles, place_units, tile_unit
 from workbench.array.schedule import _period, schedule_mapping
-from workbench.engine import run_layer
-from workbench.fixedpoint import LinearTable, QFormat
+from workbench.engine import StackEngine, run_layer
+from workbench.fixedpoint import TABLES, QFormat
 from workbench.methods import BankBalanced, BlockSparse, RowBalanced, Structured
-from workbench.packed import PackedCirculant, PackedDense, PackedLayer, PackedSparse
+from workbench.packed import (
+    GATES,
+    PackedCirculant,
+    PackedDense,
+    PackedLayer,
+    PackedSparse,
+    signals_of,
+    table_uses,
+)
 
 SIGNALS = {"input": QFormat(16, 12), "pre": QFormat(16, 12), "sigmoid": QFormat(16, 16, signed=False), "tanh": QFormat(16, 15),
-           "cell": QFormat(16, 12), "hidden": QFormat(16, 12)}
-TABLES = {name: LinearTable.build(name) for name in ("sigmoid", "tanh")}
+           "cell": QFormat(16, 12), "hidden": QFormat(16, 12), "hidden_product": QFormat(16, 11),
+           "unprojected": QFormat(16, 14)}
+# Fractions so short that a GRU's r * s is shifted to join W_in x, and the other way about with SIGNALS.
+COARSE = SIGNALS | {"sigmoid": QFormat(7, 7, signed=False), "hidden_product": QFormat(10, 5), "tanh": QFormat(8, 7),
+                    "unprojected": QFormat(12, 11), "cell": QFormat(12, 9), "pre": QFormat(12, 14)}
+KINDS = {"LSTM": {}, "projected": {"proj": 4}, "GRU": {"cell": "GRU"}}  # of layers
 SMALL = preset("group4x4").with_(config_cycles=0)
 
 
@@ -43,21 +66,28 @@ def pruned(method, shape, rng, frac=7):
     return method.pack(w, QFormat(8, frac))
 
 
-def layer_of(make, hidden, inputs, seed=0):
-    """make(part, gate, shape, rng) -> packed block."""
-    rng = np.random.default_rng(seed)
-    blocks = {f"lstm.weight_{part}_l0.{gate}": make(part, gate, (hidden, columns), rng)
-              for part, columns in (("ih", inputs), ("hh", hidden)) for gate in "ifgo"}
-    return PackedLayer("LSTM", blocks, {gate: rng.integers(-5000, 5000, hidden) for gate in "ifgo"}, SIGNALS, TABLES)
+def layer_of(make, hidden, inputs, seed=0, cell="LSTM", proj=0, signals=SIGNALS, tables="linear"):
+    """make(part, gate, shape, rng) -> packed block; proj: outputs of a projection; tables: their kind."""
+    rng, gates = np.random.default_rng(seed), GATES[cell]
+    blocks = {f"rnn.weight_{part}_l0.{gate}": make(part, gate, (hidden, columns), rng)
+              for part, columns in (("ih", inputs), ("hh", proj or hidden)) for gate in gates}
+    if proj:
+        blocks["rnn.weight_hr_l0.p"] = make("hr", "p", (proj, hidden), rng)
+    signals = {name: signals[name] for name in signals_of(cell, bool(proj))}
+    built = {name: TABLES[tables].build(name, uses) for name, uses in table_uses(cell, signals).items()}
+    biases = [*gates, "hn"] if cell == "GRU" else gates
+    return PackedLayer(cell, blocks, {bias: rng.integers(-5000, 5000, hidden) for bias in biases}, signals, built)
 
 
-def dense_layer(hidden=8, inputs=4, bits=8, hidden_frac=7):
-    return layer_of(lambda part, gate, shape, rng: dense(shape, rng, bits, hidden_frac if part == "hh" else 7), hidden, inputs)
+def dense_layer(hidden=8, inputs=4, bits=8, hidden_frac=7, **kind):
+    return layer_of(lambda part, gate, shape, rng: dense(shape, rng, bits, hidden_frac if part == "hh" else 7), hidden, inputs,
+                    **kind)
 
 
-def hybrid_layer(hidden=16, inputs=6, block=4):
-    return layer_of(lambda part, gate, shape, rng: sparse(shape, rng) if gate in "if" else circulant(shape, rng, block),
-                    hidden, inputs)
+def hybrid_layer(hidden=16, inputs=6, block=4, **kind):
+    """Sparse: i and f, r and z, the projection."""
+    return layer_of(lambda part, gate, shape, rng: sparse(shape, rng) if gate in "ifrzp" else circulant(shape, rng, block),
+                    hidden, inputs, **kind)
 
 
 def one_region(spec):
@@ -191,12 +221,65 @@ def test_one_step_by_hand():
         "multiply": 16, "stall": 8, "drain": 10, "activation": 28, "multicast": 12, "load": 0, "config": 0}
 
 
+def test_one_gru_step_by_hand():
+    """n's inputs are drained apart, as W_hn h is rounded first. z waits on the units behind n, for 2 cycles here."""
+    schedule = schedule_layer(dense_layer(hidden=8, inputs=4, cell="GRU"), SMALL, 1)
+    assert spans(schedule) == {
+        "mac n ih": (4, 10), "drain n ih": (10, 15),  # x is there at 4; 2 rows x 1 column, 4 of pipeline; 2 rows, 3 hops
+        "mac r ih": (6, 12), "mac z ih": (8, 14),
+        "mac r hh": (10, 18), "drain r ih+hh": (18, 23), "act r": (23, 29),  # 2 rows x 2 columns; 8 values on 4 units
+        "mac n hh": (15, 23), "drain n hh": (23, 28),  # in the bank of n's inputs, which are drained at 15
+        "s": (28, 34), "r*s": (34, 40), "act n": (40, 46),  # each 2 cycles, then 4 of latency
+        "mac z hh": (23, 31), "drain z ih+hh": (31, 36), "act z": (42, 48),  # in the bank of r; the units are busy with n
+        "h": (48, 56), "h to PEs": (56, 64),  # two products an element; one word per cycle
+    }
+    assert schedule.cycles == schedule.first_step_latency == 64
+    # Back from the end: h to PEs 8, h 8, act z 6, act n 2 (act z waited for the units), r*s 6, s 6, drain of W_hn h 5,
+    # W_hn h 4 + 4 of pipeline, drain of n's inputs 5, W_in x 2 + 4 of pipeline, x 4.
+    assert schedule.split() == {
+        "multiply": 6, "stall": 8, "drain": 10, "activation": 28, "multicast": 12, "load": 0, "config": 0}
+
+
+def test_one_projected_step_by_hand():
+    """8 units, 4 outputs: W_hh has one column per PE, W_hr one row and two columns."""
+    schedule = schedule_layer(dense_layer(hidden=8, inputs=4, proj=4), SMALL, 1)
+    assert spans(schedule) == {
+        "mac i ih": (4, 10), "mac f ih": (6, 12), "mac g ih": (8, 14), "mac o ih": (10, 16),
+        "mac i hh": (12, 18), "mac f hh": (14, 20),  # 2 rows x 1 column
+        "drain i ih+hh": (18, 23), "drain f ih+hh": (20, 25),
+        "mac g hh": (23, 29), "mac o hh": (25, 31),  # behind the drains of i and f in the same banks
+        "drain g ih+hh": (29, 34), "drain o ih+hh": (31, 36),
+        "act i": (23, 29), "act f": (25, 31), "act g": (34, 40), "cell": (40, 48), "tanh c": (48, 54), "act o": (50, 56),
+        "m": (56, 62), "m to PEs": (62, 70),  # 8 words
+        "mac p hr": (70, 76), "drain p hr": (76, 80),  # 1 row x 2 columns; 1 row, 3 hops
+        "h": (80, 85), "h to PEs": (85, 89),  # 4 values on 4 units: 1 cycle, then 4 of latency; 4 words
+    }
+    assert schedule.cycles == 89
+    # Back from the end: h to PEs 4, h 5, drain p 4, W_hr 2 + 4, m to PEs 8, m 6, act o 6, tanh c 2, cell 8, act g 6,
+    # drain g 5, W_hh of g 2 + 4, drain i 5, W_hh of i 2 + 4, four W_ih of 2 each, x 4.
+    assert schedule.split() == {
+        "multiply": 14, "stall": 12, "drain": 14, "activation": 33, "multicast": 16, "load": 0, "config": 0}
+
+
+@pytest.mark.parametrize(("kind", "per_step"), [
+    # 6 blocks, and n's two sums are drained apart: 4 drains of 8 rows. Look-ups: r, n, z; products: r*s, two for h.
+    ("GRU", {"macs": 288, "acc_reads": 16 * 2 * 6 + 128, "link_words": 128, "activation_lookups": 24,
+             "elementwise_multiplies": 24, "roundings": 8, "multicast_words": 12, "data_writes": 48}),
+    # 8 blocks of 8 x 4 and one of 4 x 8; m goes to the PEs, too.
+    ("projected", {"macs": 288, "acc_reads": 16 * (2 * 8 + 1) + 144, "link_words": 144, "activation_lookups": 40,
+                   "elementwise_multiplies": 24, "roundings": 4, "multicast_words": 16, "data_writes": 16 + 32 + 16})])
+def test_events_of_other_cells_by_hand(kind, per_step):
+    counts = schedule_layer(dense_layer(hidden=8, inputs=4, **KINDS[kind]), SMALL, 3).counts()
+    assert {event: counts[event] for event in per_step} == {event: 3 * count for event, count in per_step.items()}
+
+
 def test_events_by_hand():
     counts = schedule_layer(dense_layer(hidden=8, inputs=4), SMALL, 3).counts()
     # A PE turns to 2 rows in each of 8 blocks, and 8 rows of 4 gates are drained over 4 PE columns.
     per_step = {"macs": 384, "padding_macs": 0, "weight_reads": 384, "data_reads": 384, "acc_reads": 16 * 2 * 8 + 128,
                 "acc_writes": 16 * 2 * 8, "link_words": 128, "activation_lookups": 40, "elementwise_multiplies": 24,
-                "multicast_words": 12, "data_writes": 4 * 4 + 8 * 4, "loaded_bits": 0, "weight_writes": 0}
+                    "roundings": 0, "multicast_words": 12, "data_writes": 4 * 4 + 8 * 4,
+                "loaded_bits": 0, "weight_writes": 0}
     assert counts == {event: 3 * count for event, count in per_step.items()}
 
 
@@ -280,8 +363,9 @@ def test_padding_and_slow_multiplication_are_told_apart():
     assert [op.multiply for op in two.timed] == [2 * op.multiply for op in one.timed]
 
 
-def test_regions_run_side_by_side_and_the_best_layout_wins():
-    layer, spec = hybrid_layer(32, 8, 8), ArraySpec(rows=8, cols=8, h_words_per_cycle=2, act_units=8)
+@pytest.mark.parametrize("kind", KINDS)
+def test_regions_run_side_by_side_and_the_best_layout_wins(kind):
+    layer, spec = hybrid_layer(32, 8, 8, **KINDS[kind]), ArraySpec(rows=8, cols=8, h_words_per_cycle=2, act_units=8)
     best = schedule_layer(layer, spec, 6)
     every = [schedule_mapping(m, 6) for layout in candidate_layouts(layer, spec) for m in fitting_mappings(layer, spec, layout)]
     assert len(every) == 6
@@ -297,9 +381,10 @@ def test_regions_run_side_by_side_and_the_best_layout_wins():
     assert any(a.region != b.region and a.start < b.end and b.start < a.end for a in macs for b in macs)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [1, 2, 7, 40])
-def test_split_utilisation_and_ends_add_up(steps):
-    schedule = schedule_layer(hybrid_layer(), PRESETS["array16x16"], steps)
+def test_split_utilisation_and_ends_add_up(steps, kind):
+    schedule = schedule_layer(hybrid_layer(**KINDS[kind]), PRESETS["array16x16"], steps)
     assert sum(schedule.split().values()) == schedule.cycles == max(op.end for op in schedule.operations)
     assert round(schedule.utilisation().sum() * schedule.cycles) == schedule.counts()["macs"]
     assert all(schedule.operations[n].end <= op.start for op in schedule.operations for n in op.after)
@@ -331,8 +416,8 @@ def check_against_interpreter(mapping, steps, seed):
     literal, schedule = interpret(mapping, x[:, 0]), schedule_mapping(mapping, steps)
     engine, executed = run_layer(layer, x), execute_layer(layer, mapping.spec, x, mapping.layout)
     np.testing.assert_array_equal(np.array(literal.output), engine.output[:, 0])
-    np.testing.assert_array_equal(np.array(literal.c), engine.c[0])
     np.testing.assert_array_equal(executed.output, engine.output)
+    assert literal.c == (None if engine.c is None else engine.c[0].tolist())
     assert literal.cycles == schedule.cycles == executed.schedule.cycles
     assert len(literal.spans) == steps * len(mapping.program)
     for (step, n), span in literal.spans.items():
@@ -358,7 +443,8 @@ def tiny_cases(draw):
         return draw(st.sampled_from(values))
 
     seed = draw(st.integers(0, 1000))
-    layer = layer_of(block, hidden, inputs, seed)
+    kind = choose({}, {"proj": 2}, {"proj": 3}, {"proj": 4}, {"cell": "GRU"}, {"cell": "GRU"})
+    layer = layer_of(block, hidden, inputs, seed, signals=choose(SIGNALS, COARSE), tables=choose(*TABLES), **kind)
     spec = ArraySpec(
         rows=choose(4, 8), cols=choose(4, 8), mac_latency=choose(0, 1, 4), mac_ii=choose(1, 2), acc_depth=choose(4, 6, 64),
         acc_banks=choose(1, 2, 3), link_cycles=choose(1, 2, 3), h_words_per_cycle=choose(1, 3), act_units=choose(1, 3, 4),
@@ -369,25 +455,27 @@ def tiny_cases(draw):
     return mapping, draw(st.sampled_from([1, 2, 4])), seed
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(tiny_cases())
 def test_schedule_equals_the_literal_interpreter(case):
     check_against_interpreter(*case)
 
 
 @pytest.mark.parametrize("method", [RowBalanced(0.3), BankBalanced(0.3, 4), BlockSparse(0.3, 4), Structured(4)], ids=str)
-@pytest.mark.parametrize("frac", [7, 6])
-def test_pruned_layers_equal_the_literal_interpreter(method, frac):
-    layer = layer_of(lambda part, gate, shape, rng: pruned(method, shape, rng, frac if part == "hh" else 7), 16, 5)
+@pytest.mark.parametrize(("frac", "kind"), [(7, "LSTM"), (6, "LSTM"), (7, "projected"), (6, "GRU")])
+def test_pruned_layers_equal_the_literal_interpreter(method, frac, kind):
+    layer = layer_of(lambda part, gate, shape, rng: pruned(method, shape, rng, frac if part == "hh" else 7), 16, 5,
+                     **KINDS[kind])
     for layout in candidate_layouts(layer, SMALL):
         for mapping in fitting_mappings(layer, SMALL, layout):
             check_against_interpreter(mapping, 3, seed=1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"weight_words": 24, "load_bits_per_cycle": 5}, {"acc_depth": 4, "acc_banks": 1}])
-def test_interpreter_agrees_beyond_the_transient(changes):
+@pytest.mark.parametrize("kind", KINDS)
+def test_interpreter_agrees_beyond_the_transient(changes, kind):
     spec = SMALL.with_(**changes)
-    for layer in (dense_layer(), hybrid_layer(8, 3)):
+    for layer in (dense_layer(**KINDS[kind]), hybrid_layer(8, 3, **KINDS[kind])):
         mapping = schedule_layer(layer, spec, 1).mapping
         check_against_interpreter(mapping, 12, seed=3)
 
@@ -398,14 +486,32 @@ def test_passes_keep_whole_pieces():
     check_against_interpreter(mapping, 2, seed=0)
 
 
-@pytest.mark.parametrize("layer", [dense_layer(32, 12, bits=16), hybrid_layer(32, 12)], ids=["dense", "hybrid"])
-@pytest.mark.parametrize("name", PRESETS)
-def test_execution_equals_the_engine(layer, name):
+@pytest.mark.parametrize("make", [dense_layer, hybrid_layer])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "tables", "signals"), [
+    ("group4x4", "linear", SIGNALS), ("array16x16", "exact", COARSE), ("vu440", "hard", SIGNALS)])
+def test_execution_equals_the_engine(make, kind, name, tables, signals):
+    layer = make(32, 12, tables=tables, signals=signals, **KINDS[kind])
     x = np.random.default_rng(1).integers(-9000, 9000, (10, 1, 12))
     executed, engine = execute_layer(layer, preset(name), x), run_layer(layer, x)
     np.testing.assert_array_equal(executed.output, engine.output)
     np.testing.assert_array_equal(executed.h, engine.h)
     np.testing.assert_array_equal(executed.c, engine.c)
+    assert np.unique(engine.output).size > 8
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_stacks_run_layer_by_layer(kind, directions):
+    width = 4 if kind == "projected" else 8
+    stack = [tuple(hybrid_layer(8, inputs, seed=2 * index + reverse, **KINDS[kind]) for reverse in range(directions))
+             for index, inputs in enumerate((3, directions * width, directions * width))]
+    x = np.random.default_rng(1).integers(-9000, 9000, (5, 1, 3))
+    executed, engine = execute_stack(stack, SMALL, x), StackEngine(stack).run(x)
+    np.testing.assert_array_equal(executed.output, engine.output)
+    np.testing.assert_array_equal([run.h for layer in executed.layers for run in layer], engine.h)
+    for runs, layers in zip(executed.layers, stack, strict=True):
+        assert [run.schedule.cycles for run in runs] == [schedule_layer(layer, SMALL, 5).cycles for layer in layers]
 
 
 # Bad input.
@@ -439,6 +545,11 @@ def test_schedule_refuses_what_does_not_fit(changes, message):
     with pytest.raises(ValueError) as error:
         schedule_layer(dense_layer(), SMALL.with_(**changes), 3)
     assert message in str(error.value)
+
+
+def test_the_projection_takes_data_words():
+    with pytest.raises(ValueError, match=r"needs 5 data words \(x twice, h once, o \* tanh\(c\) once\), the array has 4"):
+        schedule_layer(dense_layer(proj=4), SMALL.with_(data_words=4), 3)
 
 
 def test_weights_that_do_not_fit_a_layout_without_streaming():

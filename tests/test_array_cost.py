@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from test_array import PRESETS, SMALL, dense_layer, hybrid_layer
+from test_array import KINDS, PRESETS, SIGNALS, SMALL, dense_layer, hybrid_layer
 
 from workbench.array import ASSUMPTIONS, schedule_layer, schedule_layers
 from workbench.array.cost import DEVICES, ENERGY_NOTE, PJ_PER_EVENT, Memory, compare, energy, resources
 from workbench.array.schedule import EVENTS
+from workbench.fixedpoint import QFormat
 
 
 def test_energy_by_hand():
@@ -19,8 +20,9 @@ def test_energy_by_hand():
 
 def test_the_note_names_what_has_no_price():
     counted = energy(schedule_layer(dense_layer(), SMALL, 1).counts()).without_source
-    assert set(counted) == {"padding_macs", "link_words", "activation_lookups", "multicast_words"}  # padding is in macs
-    assert "links" in ENERGY_NOTE and "multicast" in ENERGY_NOTE and "activation" in ENERGY_NOTE
+    assert set(counted) == {"padding_macs", "link_words", "activation_lookups", "roundings",
+                            "multicast_words"}  # padding is in macs
+    assert "links" in ENERGY_NOTE and "multicast" in ENERGY_NOTE and "activation" in ENERGY_NOTE and "roundings" in ENERGY_NOTE
 
 
 def test_every_price_has_a_source_an_event_and_an_interval():
@@ -59,6 +61,15 @@ def test_resources_by_hand():
     assert share["dsp"] == 272 / DEVICES["vu440"]["dsp"] and not share["verified"]
     with pytest.raises(ValueError, match="share knows the devices vu440, got 'zu9'"):
         used.share("zu9")
+
+
+@pytest.mark.parametrize(("kind", "depth", "bits"), [("LSTM", 2 + 2, 9), ("GRU", 2 + 2, 9), ("projected", 2 + 1 + 2, 12)])
+def test_data_memory_holds_what_weights_multiply(kind, depth, bits):
+    """8 units, 4 inputs on 4 x 4 PEs: x twice, h (projected: 4 values), and 8 values of 12 bits before a projection."""
+    signals = SIGNALS | {"input": QFormat(8, 6), "hidden": QFormat(9, 8), "unprojected": QFormat(12, 11)}
+    schedule = schedule_layer(dense_layer(signals=signals, **KINDS[kind]), SMALL, 1)
+    assert resources(schedule.mapping).data == Memory(depth, bits)
+    assert sum(energy(schedule.counts()).without_source.values()) > 0
 
 
 def test_streamed_weights_in_lut_ram_need_two_ports():

@@ -1,5 +1,6 @@
-"""The integer engine: a literal reference in Python integers, hand numbers, torch's LSTM, messages."""
+"""The integer engine: a literal reference in Python integers, planted roundings, hand numbers, torch's layers, messages."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -8,19 +9,24 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from workbench.engine import LayerEngine, cell_update, gate_values, run_layer
-from workbench.fixedpoint import LinearTable, QFormat
-from workbench.packed import PackedCirculant, PackedDense, PackedLayer, PackedSparse
+from workbench import engine
+from workbench.engine import LayerEngine, StackEngine, candidate, cell_update, gate_values, gru_update, run_layer
+from workbench.fixedpoint import TABLES, QFormat, requantise
+from workbench.packed import FORMS, GATES, PackedCirculant, PackedDense, PackedLayer, PackedSparse, signals_of, table_uses
 
 SIGNALS = {"input": QFormat(16, 12), "pre": QFormat(16, 12), "sigmoid": QFormat(16, 16, signed=False), "tanh": QFormat(16, 15),
-           "cell": QFormat(16, 12), "hidden": QFormat(16, 15)}
-TABLES = {name: LinearTable.build(name) for name in ("sigmoid", "tanh")}
+           "cell": QFormat(16, 12), "hidden": QFormat(16, 15), "unprojected": QFormat(16, 14),
+           "hidden_product": QFormat(16, 13)}
+COARSE = {"input": QFormat(8, 5), "pre": QFormat(8, 4), "sigmoid": QFormat(8, 8, signed=False), "tanh": QFormat(8, 7),
+          "cell": QFormat(8, 5), "hidden": QFormat(8, 7), "unprojected": QFormat(8, 6), "hidden_product": QFormat(8, 4)}
+CELLS = {"LSTM": ("LSTM", 0), "projected": ("LSTM", 2), "GRU": ("GRU", 0)}  # label -> cell, projection
 
 
-# The literal reference: Python's own integers and fractions, one element at a time. It shares no code with the package.
+# The literal reference: Python's own integers and fractions, one element at a time. It shares no code with the package and
+# reads nothing of it but what is stored: integers, formats, tables.
 
 
 def rounded(value, fmt):
@@ -33,12 +39,18 @@ def scale(frac):
 
 
 def table_value(table, q, in_fmt, out_fmt):
-    position = min(abs(q) / scale(in_fmt.frac) * 32, Fraction(256))  # 32 segments per unit, up to 8
-    segment = min(math.floor(position), 255)
-    start, end = int(table.knots[segment]), int(table.knots[segment + 1])
-    value = (start + (end - start) * (position - segment)) / scale(15)
-    if q < 0:
-        value = -value if table.function == "tanh" else 1 - value
+    x, tanh = q / scale(in_fmt.frac), table.function == "tanh"
+    if type(table).__name__ == "ExactTable":
+        return int(table.entries[in_fmt, out_fmt][q - in_fmt.min])
+    if type(table).__name__ == "HardTable":
+        value = min(max(x, -1), 1) if tanh else min(max(x / 4 + Fraction(1, 2), 0), 1)
+    else:
+        position = min(abs(x) * 32, Fraction(256))  # 32 segments per unit, up to 8
+        segment = min(math.floor(position), 255)
+        start, end = int(table.knots[segment]), int(table.knots[segment + 1])
+        value = (start + (end - start) * (position - segment)) / scale(15)
+        if q < 0:
+            value = -value if tanh else 1 - value
     return rounded(value * scale(out_fmt.frac), out_fmt)
 
 
@@ -52,48 +64,87 @@ def weight(block, i, j):
     return int(block.vectors[i // k, j // k, (i - j) % k])
 
 
-def reference_step(layer, weights, x, h, c):
-    """One sequence, one step: lists of integers in, (h, c) out."""
-    s, gates = layer.signals, {}
-    for gate in "ifgo":
-        formats = layer.blocks[f"lstm.weight_ih_l0.{gate}"].fmt, layer.blocks[f"lstm.weight_hh_l0.{gate}"].fmt
-        fracs = formats[0].frac + s["input"].frac, formats[1].frac + s["hidden"].frac
-        values = []
-        for n in range(len(h)):
-            from_input = sum(w * v for w, v in zip(weights["ih", gate][n], x, strict=True)) / scale(fracs[0])
-            from_hidden = sum(w * v for w, v in zip(weights["hh", gate][n], h, strict=True)) / scale(fracs[1])
-            total = from_input + from_hidden + int(layer.bias[gate][n]) / scale(max(fracs))
-            pre = rounded(total * scale(s["pre"].frac), s["pre"])
-            function = "tanh" if gate == "g" else "sigmoid"
-            values.append(table_value(layer.tables[function], pre, s["pre"], s[function]))
-        gates[gate] = values
-    new_h, new_c = [], []
-    for i, f, g, o, old in zip(*(gates[gate] for gate in "ifgo"), c, strict=True):
-        kept = f / scale(s["sigmoid"].frac) * old / scale(s["cell"].frac)
-        new = i / scale(s["sigmoid"].frac) * g / scale(s["tanh"].frac)
-        new_c.append(rounded((kept + new) * scale(s["cell"].frac), s["cell"]))
-        tanh_c = table_value(layer.tables["tanh"], new_c[-1], s["cell"], s["tanh"])
-        new_h.append(rounded(o * tanh_c * scale(s["hidden"].frac - s["sigmoid"].frac - s["tanh"].frac), s["hidden"]))
-    return new_h, new_c
+class Reference:
+    """One layer and direction, one sequence at a time."""
+
+    def __init__(self, layer):
+        self.s, self.bias, self.tables, self.cell = layer.signals, layer.bias, layer.tables, layer.cell
+        self.weights, self.fracs = {}, {}  # (part, gate) -> rows of integers, fraction bits
+        for name, block in layer.blocks.items():
+            key = name.split("_")[-2 - name.count("_reverse")], name[-1]
+            self.weights[key] = [[weight(block, i, j) for j in range(block.shape[1])] for i in range(block.shape[0])]
+            self.fracs[key] = block.fmt.frac
+        self.size = len(self.weights["hh", layer.gates[0]])
+
+    def sums(self, part, gate, values, signal):
+        """Exact sums of a block, as fractions."""
+        unit = scale(self.fracs[part, gate] + self.s[signal].frac)
+        return [sum(w * v for w, v in zip(row, values, strict=True)) / unit for row in self.weights[part, gate]]
+
+    def look_up(self, function, value, in_name, out_name):
+        """The value is rounded to a format, the stored code goes through the table."""
+        fmt = self.s[in_name]
+        return table_value(self.tables[function], rounded(value * scale(fmt.frac), fmt), fmt, self.s[out_name])
+
+    def gate(self, gate, x, h):
+        frac = max(self.fracs["ih", gate] + self.s["input"].frac, self.fracs["hh", gate] + self.s["hidden"].frac)
+        function = "tanh" if gate == "g" else "sigmoid"
+        return [self.look_up(function, a + b + int(bias) / scale(frac), "pre", function) for a, b, bias in zip(
+            self.sums("ih", gate, x, "input"), self.sums("hh", gate, h, "hidden"), self.bias[gate], strict=True)]
+
+    def lstm(self, x, h, c):
+        s, new_c, m = self.s, [], []
+        target = s.get("unprojected", s["hidden"])
+        for i, f, g, o, old in zip(*(self.gate(gate, x, h) for gate in "ifgo"), c, strict=True):
+            kept = f / scale(s["sigmoid"].frac) * old / scale(s["cell"].frac)
+            added = i / scale(s["sigmoid"].frac) * g / scale(s["tanh"].frac)
+            new_c.append(rounded((kept + added) * scale(s["cell"].frac), s["cell"]))
+            tanh_c = table_value(self.tables["tanh"], new_c[-1], s["cell"], s["tanh"])
+            m.append(rounded(o * tanh_c * scale(target.frac - s["sigmoid"].frac - s["tanh"].frac), target))
+        if "unprojected" not in s:
+            return m, new_c
+        return [rounded(v * scale(s["hidden"].frac), s["hidden"]) for v in self.sums("hr", "p", m, "unprojected")], new_c
+
+    def gru(self, x, h, c):
+        s, one, new_h = self.s, scale(self.s["sigmoid"].frac), []
+        b_in = max(self.fracs["ih", "n"] + s["input"].frac, s["sigmoid"].frac + s["hidden_product"].frac)
+        b_hn = self.fracs["hh", "n"] + s["hidden"].frac
+        from_input, from_hidden = self.sums("ih", "n", x, "input"), self.sums("hh", "n", h, "hidden")
+        for k, (r, z) in enumerate(zip(self.gate("r", x, h), self.gate("z", x, h), strict=True)):
+            product = from_hidden[k] + int(self.bias["hn"][k]) / scale(b_hn)
+            product = rounded(product * scale(s["hidden_product"].frac), s["hidden_product"]) / scale(s["hidden_product"].frac)
+            n = self.look_up("tanh", from_input[k] + int(self.bias["n"][k]) / scale(b_in) + r / one * product, "pre", "hidden")
+            new_h.append(rounded((1 - z / one) * n + z / one * h[k], s["hidden"]))
+        return new_h, c
+
+    def run(self, x, h, c):
+        """Lists of integers, one step after another: ([h of each step], c)."""
+        output = []
+        for step in x:
+            h, c = self.lstm(step, h, c) if self.cell == "LSTM" else self.gru(step, h, c)
+            output.append(h)
+        return output, c
 
 
-def reference(layer, x, h=None, c=None, lengths=None):
-    """(T, B, I) -> output (T, B, H), h and c (B, H) as nested lists."""
-    steps, batch, _ = x.shape
-    hidden = layer.hidden_size
-    weights = {(part, gate): [[weight(block, i, j) for j in range(block.shape[1])] for i in range(block.shape[0])]
-               for part in ("ih", "hh") for gate in "ifgo" for block in [layer.blocks[f"lstm.weight_{part}_l0.{gate}"]]}
-    output = [[[0] * hidden for _ in range(batch)] for _ in range(steps)]
+def reference(layer, x, h=None, c=None, lengths=None, reverse=False):
+    """(T, B, I) -> output (T, B, width), h and c as nested lists; c None for a GRU."""
+    model = Reference(layer)
+    width = len(model.weights["hh", layer.gates[0]][0])
+    output = [[[0] * width for _ in range(x.shape[1])] for _ in range(x.shape[0])]
     last_h, last_c = [], []
-    for b in range(batch):
-        h_b = [0] * hidden if h is None else h[b].tolist()
-        c_b = [0] * hidden if c is None else c[b].tolist()
-        for t in range(steps if lengths is None else lengths[b]):
-            h_b, c_b = reference_step(layer, weights, x[t, b].tolist(), h_b, c_b)
-            output[t][b] = h_b
-        last_h.append(h_b)
-        last_c.append(c_b)
-    return output, last_h, last_c
+    for b in range(x.shape[1]):
+        steps = list(range(x.shape[0] if lengths is None else lengths[b]))[:: -1 if reverse else 1]
+        first_h = [0] * width if h is None else h[b].tolist()
+        first_c = [0] * model.size if c is None else c[b].tolist()
+        outputs, end_c = model.run([x[t, b].tolist() for t in steps], first_h, first_c)
+        for t, values in zip(steps, outputs, strict=True):
+            output[t][b] = values
+        last_h.append(outputs[-1] if outputs else first_h)
+        last_c.append(end_c)
+    return output, last_h, None if layer.cell == "GRU" else last_c
+
+
+# Random layers.
 
 
 def codes(fmt, shape, rng):
@@ -108,81 +159,351 @@ def make_block(form, shape, rng, fmt, block=2):
     return PackedCirculant(shape, fmt, block, codes(fmt, (shape[0] // block, -(-shape[1] // block), block), rng))
 
 
-def random_layer(rng, forms, hidden=4, inputs=3, signals=SIGNALS, fmt=None, block=2):
-    """forms: cycled over the eight blocks; fmt: of every block, or one drawn per block."""
-    blocks = {}
-    for n, (part, gate) in enumerate((p, g) for p in ("ih", "hh") for g in "ifgo"):
-        chosen = fmt or QFormat(int(rng.integers(2, 13)), int(rng.integers(3, 10)))
-        shape = (hidden, inputs if part == "ih" else hidden)
-        blocks[f"lstm.weight_{part}_l0.{gate}"] = make_block(forms[n % len(forms)], shape, rng, chosen, block)
-    bias = {gate: rng.integers(-(2**17), 2**17, hidden) for gate in "ifgo"}
-    return PackedLayer("LSTM", blocks, bias, signals, TABLES)
+def random_layer(rng, forms, label="LSTM", hidden=4, inputs=3, signals=SIGNALS, fmt=None, block=2, kind="linear", bias=2**17,
+                 suffix="l0"):
+    """forms: cycled over the blocks; fmt: of every block, or one drawn per block; bias: its largest integer."""
+    cell, projection = CELLS[label]
+    gates, width, blocks = GATES[cell], projection or hidden, {}
+    shapes = {("ih", gate): (hidden, inputs) for gate in gates} | {("hh", gate): (hidden, width) for gate in gates}
+    shapes |= {("hr", "p"): (projection, hidden)} if projection else {}
+    for form, ((part, gate), shape) in zip(itertools.cycle(forms), shapes.items(), strict=False):
+        bits = int(rng.integers(2, 13))
+        chosen = fmt or QFormat(bits, bits + int(rng.integers(-3, 4)))
+        blocks[f"lstm.weight_{part}_{suffix}.{gate}"] = make_block(form, shape, rng, chosen, block)
+    biases = {gate: rng.integers(-bias, bias, hidden) for gate in (*gates, *["hn"] * (cell == "GRU"))}
+    signals = {name: signals[name] for name in signals_of(cell, bool(projection))}
+    tables = {name: TABLES[kind].build(name, uses) for name, uses in table_uses(cell, signals).items()}
+    return PackedLayer(cell, blocks, biases, signals, tables)
 
 
-def assert_equal_to_reference(layer, x, h=None, c=None, lengths=None):
-    result = run_layer(layer, x, h, c, lengths)
-    output, last_h, last_c = reference(layer, x, h, c, lengths)
-    assert result.output.dtype == result.h.dtype == result.c.dtype == np.int64
-    assert result.output.tolist() == output and result.h.tolist() == last_h and result.c.tolist() == last_c
+def random_states(layer, rng, steps=3, batch=3, fill=codes):
+    """x, h, c that may take every code of their formats; c None for a GRU."""
+    shapes = {"input": (steps, batch, layer.input_size), "hidden": (batch, layer.output_size),
+              "cell": (batch, layer.hidden_size)}
+    return [fill(layer.signals[name], shape, rng) if name in layer.signals else None for name, shape in shapes.items()]
+
+
+def result_lists(result):
+    return result.output.tolist(), result.h.tolist(), None if result.c is None else result.c.tolist()
+
+
+def assert_equal_to_reference(layer, *arguments):
+    """The engine as it runs, and its definition in int64 (which a traced run takes)."""
+    expected, runner = reference(layer, *arguments), LayerEngine(layer)
+    result = runner.run(*arguments)
+    assert {array.dtype for array in vars(result).values() if array is not None} == {np.dtype(np.int64)}
+    assert result_lists(result) == expected
+    assert result_lists(runner.run(*arguments, trace=lambda *_: None)) == expected
     return result
 
 
-@pytest.mark.parametrize("forms", [["dense"], ["sparse"], ["circulant"], ["dense", "sparse", "circulant"]], ids="-".join)
-@pytest.mark.parametrize("seed", range(3))
-def test_equal_to_the_reference(forms, seed):
-    rng = np.random.default_rng(seed)
-    layer = random_layer(rng, forms)
-    assert len({layer.alignment(gate) for gate in "ifgo"}) > 1  # unequal product fracs
-    result = assert_equal_to_reference(layer, codes(SIGNALS["input"], (4, 2, 3), rng))
-    assert np.unique(result.output).size > 8
+@pytest.mark.parametrize("label", CELLS)
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("forms", [["dense"], ["sparse"], ["circulant"], list(FORMS)], ids="-".join)
+def test_equal_to_the_reference(label, kind, forms):
+    rng = np.random.default_rng(0)
+    layer = random_layer(rng, forms, label, kind=kind)
+    assert len({layer.alignment(gate) for gate in layer.gates}) > 1  # unequal product fracs
+    x, h, c = random_states(layer, rng)
+    result = assert_equal_to_reference(layer, x, h, c, np.array([3, 1, 2]))
+    assert np.unique(result.output).size > 5  # more than extremes
 
 
-def test_equal_to_the_reference_with_states_and_lengths():
+@pytest.mark.parametrize("label", CELLS)
+def test_lengths(label):
     rng = np.random.default_rng(7)
-    layer = random_layer(rng, ["sparse", "circulant"], hidden=6, inputs=4, block=3)
-    x, h, c = (codes(SIGNALS[name], shape, rng) for name, shape in (("input", (5, 4, 4)), ("hidden", (4, 6)), ("cell", (4, 6))))
-    assert_equal_to_reference(layer, x, h, c)
-    result = assert_equal_to_reference(layer, x, h, c, np.array([5, 0, 1, 3]))
-    assert np.array_equal(result.h[1], h[1]) and np.array_equal(result.c[1], c[1])
+    layer = random_layer(rng, ["sparse", "circulant"], label, hidden=6, inputs=4, block=2)
+    x, h, c = random_states(layer, rng, steps=4, batch=4)
+    result = assert_equal_to_reference(layer, x, h, c, np.array([4, 0, 1, 3]))
+    assert np.array_equal(result.h[1], h[1]) and (c is None or np.array_equal(result.c[1], c[1]))
     assert not result.output[:, 1].any() and not result.output[3:, 3].any()
+    x[1:, 2] = rng.permutation(x[1:, 2])  # what lies beyond a sequence's end means nothing
+    assert result_lists(run_layer(layer, x, h, c, [4, 0, 1, 3])) == result_lists(result)
+    assert_equal_to_reference(layer, x)
 
 
 @st.composite
 def signal_formats(draw):
+    bits = st.integers(3, draw(st.sampled_from([8, 16, 18])))
+
     def fmt(low, high, signed=True):
-        bits = draw(st.integers(3, 12))
-        return QFormat(bits, draw(st.integers(low, high)), signed)
+        return QFormat(draw(bits), draw(st.integers(low, high)), signed)
 
-    return {"input": fmt(0, 14), "pre": fmt(-2, 12), "sigmoid": fmt(2, 14, draw(st.booleans())), "tanh": fmt(1, 13),
-            "cell": fmt(-4, 12), "hidden": fmt(1, 13)}
+    return {"input": fmt(0, 14), "pre": fmt(-2, 12), "sigmoid": fmt(2, 17, draw(st.booleans())), "tanh": fmt(1, 17),
+            "cell": fmt(-4, 14), "hidden": fmt(-1, 17), "unprojected": fmt(-1, 17), "hidden_product": fmt(-4, 14)}
 
 
-@settings(max_examples=60, deadline=None)
-@given(signal_formats(), st.integers(0, 2**32))
-def test_equal_to_the_reference_in_any_formats(signals, seed):
+def drawn_layer(label, signals, kind, seed, **sizes):
+    """A layer of all forms; formats that PackedLayer refuses are not drawn."""
+    assume(kind != "exact" or max(fmt.bits for fmt in signals.values()) <= 16)
     rng = np.random.default_rng(seed)
-    layer = random_layer(rng, ["dense", "circulant", "sparse"], hidden=2, inputs=2, signals=signals)
-    x, h, c = (codes(signals[name], shape, rng) for name, shape in (("input", (2, 2, 2)), ("hidden", (2, 2)), ("cell", (2, 2))))
-    assert_equal_to_reference(layer, x, h, c)
+    try:
+        bias = 2 ** int(rng.integers(1, 18))
+        return rng, random_layer(rng, list(FORMS), label, signals=signals, kind=kind, bias=bias, **sizes)
+    except ValueError as error:
+        assert any(words in str(error) for words in ("needs an accumulator under", "operands of 18 x 27"))
+        assume(False)
 
 
-@pytest.mark.parametrize(("bits", "dtype"), [(2, np.float32), (12, np.float64)])
-def test_equal_to_the_reference_in_both_float_types(bits, dtype):
-    signals = SIGNALS | {"input": QFormat(16, 12), "hidden": QFormat(16, 15)}
-    layer = random_layer(np.random.default_rng(3), ["dense"], hidden=8, inputs=8, signals=signals, fmt=QFormat(bits, bits - 1))
-    # The shifts of the alignment, 3 bits for W_ih, are part of the bound.
-    assert LayerEngine(layer).products["ih"].dtype == dtype
-    assert_equal_to_reference(layer, codes(signals["input"], (3, 2, 8), np.random.default_rng(4)))
+@pytest.mark.parametrize("label", CELLS)
+@settings(max_examples=40, deadline=None)
+@given(signal_formats(), st.sampled_from(list(TABLES)), st.integers(0, 2**32))
+def test_equal_to_the_reference_in_any_formats(label, signals, kind, seed):
+    rng, layer = drawn_layer(label, signals, kind, seed, hidden=2, inputs=2)
+    assert_equal_to_reference(layer, *random_states(layer, rng, steps=2, batch=2))
 
 
-def unit(weights, bias=(0, 0, 0, 0), signals=SIGNALS):
-    """One input, one unit: weights: gate -> (w_ih, w_hh) in QFormat(8, 6)."""
+@pytest.mark.parametrize("label", CELLS)
+@settings(max_examples=60, deadline=None)
+@given(signal_formats(), st.sampled_from(list(TABLES)), st.integers(0, 2**32), st.integers(1, 3))
+def test_floats_give_the_integers_of_the_definition(label, signals, kind, seed, batch):
+    rng, layer = drawn_layer(label, signals, kind, seed, hidden=16, inputs=12)
+
+    def extremes(fmt, shape, rng):
+        return rng.choice([fmt.min, fmt.max, 0, *codes(fmt, 3, rng)], shape)
+
+    for fill in (codes, extremes):
+        states = random_states(layer, rng, 6, batch, fill)
+        fast, traced = (LayerEngine(layer).run(*states, trace=trace) for trace in (None, lambda *_: None))
+        assert result_lists(fast) == result_lists(traced)
+
+
+@pytest.mark.parametrize("label", CELLS)
+@pytest.mark.parametrize(("signals", "bits", "weights", "others"), [
+    (COARSE, 2, np.float32, np.float32),
+    (COARSE | {"cell": QFormat(16, 12), "hidden_product": QFormat(16, 12)}, 8, np.float32, np.float64),
+    (SIGNALS, 12, np.float64, np.float64),
+])
+def test_the_float_types_are_chosen_by_what_may_occur(label, signals, bits, weights, others):
+    rng = np.random.default_rng(3)
+    layer = random_layer(rng, ["dense"], label, hidden=8, inputs=8, signals=signals, fmt=QFormat(bits, 6), bias=100)
+    chosen = LayerEngine(layer).steps.types
+    assert chosen["ih"] == chosen["hh"] == weights and chosen["cell"] == others
+    assert_equal_to_reference(layer, *random_states(layer, rng))
+
+
+@pytest.mark.parametrize(("bias", "dtype"), [(0, np.float32), (1, np.float64)])
+def test_sums_are_exact_at_the_very_bound_of_float32(bias, dtype):
+    # Sums and `pre` have no fraction bits, so that 1/2 is the unit: row bound and offset, 2**15 + 1/2, make 2**24 - 1 halves.
+    signals = COARSE | {"input": QFormat(8, 0), "hidden": QFormat(8, 0), "pre": QFormat(16, 0)}
+    bound = ((1 << 24) - 1 - (2 * (1 << 15) + 1)) // 2
+    ih, rest = divmod(bound - 128, 128)  # |x| and |h| reach 128; the recurrent weight is 1
+    blocks = {f"lstm.weight_{part}_l0.{gate}": PackedDense(np.array([[ih if part == "ih" else 1]]), QFormat(18, 0))
+              for part in ("ih", "hh") for gate in "ifgo"}
+    signals = {name: signals[name] for name in signals_of("LSTM")}
+    tables = {name: TABLES["linear"].build(name) for name in ("sigmoid", "tanh")}
+    layer = PackedLayer("LSTM", blocks, {gate: np.array([rest + bias]) for gate in "ifgo"}, signals, tables)
+    runner = LayerEngine(layer)
+    assert set(layer.row_bounds().values()) == {bound + bias}
+    assert runner.steps.types["sums"] == dtype
+    x = np.array([[[-128], [-1], [0], [127]]])
+    assert_equal_to_reference(layer, x, np.array([[-128], [127], [-1], [0]]), np.array([[5], [6], [7], [8]]))
+
+
+@pytest.mark.parametrize("label", CELLS)
+def test_what_floats_cannot_hold_runs_in_integers(label):
+    rng = np.random.default_rng(0)
+    wide = random_layer(rng, ["dense"], label, signals=SIGNALS | {"pre": QFormat(17, 12)})
+    assert isinstance(LayerEngine(wide).steps, engine._Integers)
+    assert_equal_to_reference(wide, *random_states(wide, rng))
+    assert isinstance(LayerEngine(random_layer(rng, ["dense"], label)).steps, engine._Floats)
+
+
+@pytest.mark.parametrize("label", CELLS)
+def test_the_weights_are_held_once(label):
+    """At most 2.5 times the bytes of float32 weights."""
+    layer = random_layer(np.random.default_rng(0), ["dense"], label, hidden=32, inputs=16)
+    arrays = LayerEngine(layer).steps.weights.values()
+    assert sum(array.nbytes for array in arrays) <= 8 * sum(block.dense().size for block in layer.blocks.values())
+
+
+@pytest.mark.parametrize("label", CELLS)
+def test_long_inputs_are_taken_in_pieces(label, monkeypatch):
+    rng = np.random.default_rng(1)
+    layer = random_layer(rng, ["dense"], label)
+    x, h, c = random_states(layer, rng, steps=7)
+    whole = [result_lists(LayerEngine(layer).run(x, h, c, [7, 2, 3], trace=trace)) for trace in (None, lambda *_: None)]
+    monkeypatch.setattr(engine, "CHUNK_VALUES", 2 * 3 * 4 * len(layer.gates))  # two steps
+    pieces = [result_lists(LayerEngine(layer).run(x, h, c, [7, 2, 3], trace=trace)) for trace in (None, lambda *_: None)]
+    assert pieces == whole
+
+
+@pytest.mark.parametrize("label", CELLS)
+def test_steps_may_be_split(label):
+    rng = np.random.default_rng(1)
+    layer = random_layer(rng, ["dense"], label)
+    x, h, c = random_states(layer, rng, steps=6)
+    whole, first = run_layer(layer, x, h, c), run_layer(layer, x[:2], h, c)
+    rest = run_layer(layer, x[2:], first.h, first.c)
+    assert np.array_equal(whole.output, np.concatenate([first.output, rest.output]))
+    assert result_lists(rest)[1:] == result_lists(whole)[1:]
+    assert result_lists(run_layer(layer, x, h, c, [2, 2, 2]))[1:] == result_lists(first)[1:]
+
+
+@pytest.mark.parametrize("label", CELLS)
+def test_no_steps_and_no_sequences(label):
+    rng = np.random.default_rng(1)
+    layer = random_layer(rng, ["dense"], label)
+    x, h, c = random_states(layer, rng, steps=0)
+    result = run_layer(layer, x, h, c)
+    assert result.output.shape == (0, 3, layer.output_size) and result_lists(result)[1:] == (
+        h.tolist(), None if c is None else c.tolist())
+    assert run_layer(layer, *random_states(layer, rng, batch=0)).output.shape == (3, 0, layer.output_size)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint64])
+@pytest.mark.parametrize("signals", [COARSE, COARSE | {"cell": QFormat(17, 12)}], ids=["floats", "integers"])
+def test_any_integer_type_is_taken(dtype, signals):
+    rng = np.random.default_rng(1)
+    layer = random_layer(rng, ["dense"], signals=signals)
+    states = [np.abs(values) % 128 for values in random_states(layer, rng)]
+    assert result_lists(run_layer(layer, *(v.astype(dtype) for v in states))) == result_lists(run_layer(layer, *states))
+
+
+def test_a_trace_shows_what_each_step_stores():
+    for label, names in (("LSTM", "i f g o cell hidden"), ("projected", "i f g o cell unprojected hidden"),
+                         ("GRU", "r z hidden_product n hidden")):
+        rng, seen = np.random.default_rng(1), {}
+        layer = random_layer(rng, ["dense"], label)
+        x, h, c = random_states(layer, rng, steps=2)
+        result = LayerEngine(layer).run(x, h, c, trace=lambda t, name, values, seen=seen: seen.update({(t, name): values}))
+        assert list(seen) == [(t, name) for t in range(2) for name in names.split()]
+        assert np.array_equal(seen[1, "hidden"], result.h) and np.array_equal(seen[0, "hidden"], result.output[0])
+        assert label == "GRU" or np.array_equal(seen[1, "cell"], result.c)
+
+
+# Stacks: several layers, both directions.
+
+
+def random_stack(rng, label, directions, depth=2):
+    """Layers of which the upper ones take what the lower ones give."""
+    stack, inputs = [], 3
+    for index in range(depth):
+        signals = SIGNALS | ({"input": SIGNALS["hidden"]} if index else {})
+        stack.append(tuple(random_layer(rng, list(FORMS), label, inputs=inputs, signals=signals, suffix=f"l{index}{end}")
+                           for end in ("", "_reverse")[:directions]))
+        inputs = sum(layer.output_size for layer in stack[-1])
+    return stack
+
+
+@pytest.mark.parametrize("label", CELLS)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("lengths", [None, [3, 1, 2]])
+def test_a_stack_equals_the_reference(label, directions, lengths):
+    rng = np.random.default_rng(5)
+    stack = random_stack(rng, label, directions)
+    layers = [layer for row in stack for layer in row]
+    x = codes(SIGNALS["input"], (3, 3, 3), rng)
+    h = np.stack([codes(layer.signals["hidden"], (3, layer.output_size), rng) for layer in layers])
+    c = None if label == "GRU" else np.stack([codes(layer.signals["cell"], (3, layer.hidden_size), rng) for layer in layers])
+    result, values, last = StackEngine(stack).run(x, h, c, lengths), x, []
+    for row in stack:
+        outputs = []
+        for reverse, layer in enumerate(row):
+            place = len(last)
+            output, *states = reference(layer, values, h[place], None if c is None else c[place], lengths, bool(reverse))
+            outputs.append(np.array(output))
+            last.append(states)
+        values = np.concatenate(outputs, axis=-1)
+    assert result.output.tolist() == values.tolist() and result.h.tolist() == [states[0] for states in last]
+    assert result.c is None if label == "GRU" else result.c.tolist() == [states[1] for states in last]
+
+
+# Planted faults: a rounding more, less or elsewhere must not go unnoticed.
+
+
+def twice(q, frac, fmt):
+    """A rounding three bits before the right one."""
+    return requantise(requantise(q, frac, QFormat(32, fmt.frac + 3)), fmt.frac + 3, fmt)
+
+
+def gate_rounded_twice(layer, gate, acc):
+    pre = twice(acc, layer.alignment(gate)[0], layer.signals["pre"])
+    function = "tanh" if gate == "g" else "sigmoid"
+    return layer.tables[function].lookup(pre, layer.signals["pre"], layer.signals[function])
+
+
+def gate_rounded_down(layer, gate, acc):
+    return gate_values(layer, gate, acc - (1 << (layer.alignment(gate)[0] - layer.signals["pre"].frac - 1)))
+
+
+def wrong_cell(products_rounded=False, tanh_of_the_sum=False, output_truncated=False):
+    def update(layer, i, f, g, o, c):
+        s = layer.signals
+        one, target = s["sigmoid"].frac, s["unprojected" if layer.projected else "hidden"]
+        if products_rounded:
+            new_c = np.clip(requantise(f * c, one + s["cell"].frac, s["cell"])
+                            + requantise(i * g, one + s["tanh"].frac, s["cell"]), s["cell"].min, s["cell"].max)
+            frac, total = s["cell"].frac, new_c
+        else:
+            frac = one + s["tanh"].frac
+            total = ((f * c) << (s["tanh"].frac - s["cell"].frac)) + i * g
+            new_c = requantise(total, frac, s["cell"])
+        read = QFormat(26, s["cell"].frac + 8) if tanh_of_the_sum else s["cell"]
+        tanh_c = layer.tables["tanh"].lookup(requantise(total, frac, read), read, s["tanh"])
+        product = o * tanh_c - ((1 << (one + s["tanh"].frac - target.frac - 1)) if output_truncated else 0)
+        return requantise(product, one + s["tanh"].frac, target), new_c
+
+    return update
+
+
+def candidate_with_rounded_product(layer, r, s, acc):
+    frac, _, shift = layer.alignment("n")
+    pre = layer.signals["pre"]
+    product = requantise((r * s) << shift, frac, pre) << (frac - pre.frac)
+    return layer.tables["tanh"].lookup(requantise(acc + product, frac, pre), pre, layer.signals["hidden"])
+
+
+def gru_with_rounded_products(layer, z, n, h):
+    frac, fmt = layer.signals["sigmoid"].frac + layer.signals["hidden"].frac, layer.signals["hidden"]
+    return np.clip(requantise((layer.one - z) * n, frac, fmt) + requantise(z * h, frac, fmt), fmt.min, fmt.max)
+
+
+FAULTS = [
+    ("LSTM", "gate_values", gate_rounded_twice),
+    ("LSTM", "gate_values", gate_rounded_down),
+    ("GRU", "gate_values", gate_rounded_twice),
+    ("LSTM", "cell_update", wrong_cell(products_rounded=True)),
+    ("LSTM", "cell_update", wrong_cell(tanh_of_the_sum=True)),
+    ("LSTM", "cell_update", wrong_cell(output_truncated=True)),
+    ("projected", "cell_update", wrong_cell(products_rounded=True)),
+    ("projected", "project", lambda layer, acc: twice(acc, layer.product_frac("hr", "p"), layer.signals["hidden"])),
+    ("GRU", "hidden_product", lambda layer, acc: twice(acc, layer.product_frac("hh", "n"), layer.signals["hidden_product"])),
+    ("GRU", "candidate", candidate_with_rounded_product),
+    ("GRU", "gru_update", gru_with_rounded_products),
+    *((label, "_offset", lambda fmt: -fmt.min) for label in CELLS),  # of the floats: no half, so everything rounds down
+    *((label, "_offset", lambda fmt: 0.5 - fmt.min + 2**-6) for label in CELLS),
+]
+
+
+@pytest.mark.parametrize(("label", "name", "fault"), FAULTS)
+def test_planted_roundings_are_noticed(label, name, fault, monkeypatch):
+    rng = np.random.default_rng(2)
+    layer = random_layer(rng, ["dense"], label, hidden=6, inputs=4, fmt=QFormat(8, 10))  # small: little saturates
+    states = random_states(layer, rng, steps=6)
+    expected = reference(layer, *states)
+    monkeypatch.setattr(engine, name, fault)
+    trace = None if name == "_offset" else lambda *_: None
+    assert result_lists(LayerEngine(layer).run(*states, trace=trace)) != expected
+
+
+# By hand.
+
+
+def unit(weights, bias=0, **signals):
+    """One input, one unit, weights gate -> (w_ih, w_hh) in QFormat(8, 6): an LSTM, or with the gates r z n a GRU."""
+    cell = "LSTM" if "i" in weights else "GRU"
     blocks = {f"lstm.weight_{part}_l0.{gate}": PackedDense(np.array([[weights[gate][n]]]), QFormat(8, 6))
-              for n, part in enumerate(("ih", "hh")) for gate in "ifgo"}
-    return PackedLayer("LSTM", blocks, {gate: np.array([b]) for gate, b in zip("ifgo", bias, strict=True)}, signals, TABLES)
+              for n, part in enumerate(("ih", "hh")) for gate in GATES[cell]}
+    biases = {gate: np.array([bias]) for gate in (*GATES[cell], *["hn"] * (cell == "GRU"))}
+    signals = {name: (SIGNALS | signals)[name] for name in signals_of(cell)}
+    return PackedLayer(cell, blocks, biases, signals, LINEAR)
 
 
-def test_one_unit_by_hand():
+LINEAR = {name: TABLES["linear"].build(name) for name in ("sigmoid", "tanh")}
+
+
+def test_one_lstm_unit_by_hand():
     # Product fracs: 6 + 12 = 18 (W_ih) and 6 + 15 = 21 (W_hh): F = 21, the W_ih sum moves left by 3.
     # x = 1.0 = 4096. Gate i: w 1.0; f: w 0, bias 0; g: w 0.5; o: w -1.0.
     layer = unit({"i": (64, 64), "f": (0, 0), "g": (32, 0), "o": (-64, 0)})
@@ -191,18 +512,48 @@ def test_one_unit_by_hand():
     # o = sigmoid(-1) = 1 - 23955 / 2**15 = 8813 / 2**15 -> 17626 / 2**16. f = 0.5.
     # c = 47910 * 15143 / 2**31 * 2**12 = 1383.77... -> 1384 (0.33789); tanh(c): 1384 / 128 = segment 10, remainder 104:
     # 9919 + (10840 - 9919) * 104 / 128 = 10667.3 -> 10667; h = 17626 * 10667 / 2**16 = 2868.9 -> 2869.
-    assert [int(TABLES["sigmoid"].knots[32]), int(TABLES["tanh"].knots[16])] == [23955, 15143]
-    assert TABLES["tanh"].knots[10:12].tolist() == [9919, 10840]
+    assert [int(LINEAR["sigmoid"].knots[32]), int(LINEAR["tanh"].knots[16])] == [23955, 15143]
+    assert LINEAR["tanh"].knots[10:12].tolist() == [9919, 10840]
     first = run_layer(layer, [[[4096]]])
     assert (first.c.item(), first.h.item(), first.output.tolist()) == (1384, 2869, [[[2869]]])
     # Step 2, x = 0: only W_hh of gate i: h = 2869 / 2**15 -> pre = 2869 * 64 / 2**21 * 2**12 = 358.6 -> 359;
     # g = tanh(0) = 0, f = 0.5: c = 692; tanh(c): segment 5, remainder 52: 5079 + (6073 - 5079) * 52 / 128 = 5482.8 -> 5483;
     # o = 0.5: h = 2741.5 -> 2742.
-    assert TABLES["tanh"].knots[5:7].tolist() == [5079, 6073]
+    assert LINEAR["tanh"].knots[5:7].tolist() == [5079, 6073]
     second = run_layer(layer, [[[4096]], [[0]]])
     assert (second.c.item(), second.h.item(), second.output.ravel().tolist()) == (692, 2742, [2869, 2742])
     acc = np.array([[2869 * 64]])
-    assert gate_values(layer, "i", acc) == TABLES["sigmoid"].lookup(359, SIGNALS["pre"], SIGNALS["sigmoid"])
+    assert gate_values(layer, "i", acc) == LINEAR["sigmoid"].lookup(359, SIGNALS["pre"], SIGNALS["sigmoid"])
+
+
+def test_one_gru_unit_by_hand():
+    # r: w 1.0; z: w -1.0; n: w_ih 0.5, w_hh 1.0. x = 1.0 = 4096, h = 0.25 = 8192.
+    layer = unit({"r": (64, 0), "z": (-64, 0), "n": (32, 64)})
+    # r = sigmoid(1) = 47910 / 2**16, z = sigmoid(-1) = 17626 / 2**16. s = 64 * 8192 / 2**21 = 0.25 -> 2048 / 2**13.
+    # r * s has 16 + 13 = 29 fraction bits, W_in x = 32 * 4096 = 2**17 has 18, so that it moves left by 11:
+    # 2**28 + 47910 * 2048 = 366555136; / 2**17 = 2796.6 -> pre = 2797 (0.68286).
+    assert layer.alignment("n") == (29, 11, 0)
+    # tanh: 2797 / 128 = segment 21, remainder 109.
+    start, end = LINEAR["tanh"].knots[21:23].tolist()
+    n = math.floor(start + (end - start) * 109 / 128 + 0.5)
+    assert n == pytest.approx(math.tanh(2797 / 4096) * 2**15, abs=5)
+    # h' = (65536 - 17626) * n + 17626 * 8192, over 2**16.
+    expected = math.floor((47910 * n + 17626 * 8192) / 2**16 + 0.5)
+    assert run_layer(layer, [[[4096]]], [[8192]]).h.item() == expected
+
+
+def test_one_projected_unit_by_hand():
+    # i, f and o are 0.5, g = tanh(0.5) = 15143 / 2**15: c = 946.4 -> 946 / 2**12; tanh(c): segment 7, remainder 50.
+    blocks = {f"lstm.weight_{part}_l0.{gate}": PackedDense(np.array([[32 * (gate == "g" and part == "ih")]]), QFormat(8, 6))
+              for part in ("ih", "hh") for gate in "ifgo"}
+    blocks["lstm.weight_hr_l0.p"] = PackedDense(np.array([[-3]]), QFormat(3, 2))
+    signals = {name: SIGNALS[name] for name in signals_of("LSTM", True)}
+    layer = PackedLayer("LSTM", blocks, {gate: np.array([0]) for gate in "ifgo"}, signals, LINEAR)
+    start, end = LINEAR["tanh"].knots[7:9].tolist()
+    tanh_c = math.floor(start + (end - start) * 50 / 128 + 0.5)
+    m = math.floor(tanh_c / 4 + 0.5)  # times 0.5, from 15 to 14 fraction bits
+    result = run_layer(layer, [[[4096]]])
+    assert (result.c.item(), result.h.item()) == (946, math.floor(-3 * m / 2 + 0.5))  # from 16 to 15 fraction bits
 
 
 def test_pre_activations_are_rounded_once():
@@ -210,7 +561,7 @@ def test_pre_activations_are_rounded_once():
     half = 1 << 8  # F - pre.frac = 9 bits are dropped: 256 is half of a last place
     assert gate_values(layer, "g", np.array([half - 1, half, -half, -half - 1])).tolist() == [0, 8, 0, -8]
     # tanh(2**-12) is 8 / 2**15: the first segment rises by 1024 over 128 places.
-    assert TABLES["tanh"].knots[1] == 1024
+    assert LINEAR["tanh"].knots[1] == 1024
 
 
 def test_the_cell_is_rounded_once_and_tanh_reads_what_is_stored():
@@ -225,50 +576,86 @@ def test_the_cell_is_rounded_once_and_tanh_reads_what_is_stored():
     assert (c, h) == (0, 0)
 
 
+def test_a_gru_rounds_n_and_h_once():
+    layer = unit(dict.fromkeys("rzn", (0, 0)))
+    # r * s = 0.5 * 2**-13 is a quarter of pre's last place; with another quarter from the input it makes the tie, which rises.
+    quarter = 1 << 15  # of 2**17
+    r, s = np.array([1 << 15] * 2), np.array([1, 1])
+    assert candidate(layer, r, s, np.array([quarter, quarter - 1])).tolist() == [8, 0]
+    # Half a last place from n and half from h, together one.
+    z = np.array([1 << 15] * 2)
+    assert gru_update(layer, z, np.array([1, 1]), np.array([1, 0])).tolist() == [1, 1]
+    assert gru_update(layer, z - 1, np.array([0, 0]), np.array([1, -1])).tolist() == [0, 0]
+    assert gru_update(layer, np.array([0, 65535]), np.array([7, 7]), np.array([-9, -9])).tolist() == [7, -9]
+
+
 def test_signals_saturate():
-    layer = unit({"i": (127, 0), "f": (127, 0), "g": (127, 0), "o": (127, 0)}, signals=SIGNALS | {"cell": QFormat(16, 15)})
+    layer = unit(dict.fromkeys("ifgo", (127, 0)), cell=QFormat(16, 15))
     result = run_layer(layer, np.full((40, 1, 1), 32767))  # the true cell grows by 1 a step; the stored one stops below 1
     assert result.c == 32767
     assert result.h.item() == pytest.approx(math.tanh(1) * 2**15, abs=40)
 
 
-def test_sequences_of_no_steps_keep_the_states():
-    layer = unit(dict.fromkeys("ifgo", (1, 1)))
-    result = run_layer(layer, np.zeros((0, 2, 1), dtype=np.int64), [[5], [6]], [[7], [8]])
-    assert result.output.shape == (0, 2, 1) and result.h.tolist() == [[5], [6]] and result.c.tolist() == [[7], [8]]
+# Torch's own layers, in formats so wide that little is lost.
 
 
-def test_lengths_and_steps_may_be_split():
-    rng = np.random.default_rng(1)
-    layer = random_layer(rng, ["dense"])
-    x = codes(SIGNALS["input"], (6, 3, 3), rng)
-    whole = run_layer(layer, x)
-    first = run_layer(layer, x[:2])
-    rest = run_layer(layer, x[2:], first.h, first.c)
-    assert np.array_equal(whole.output, np.concatenate([first.output, rest.output])) and np.array_equal(whole.c, rest.c)
-    assert np.array_equal(run_layer(layer, x, lengths=[2, 2, 2]).c, first.c)
+def stack_of(module, fmt):
+    """The packed layers of a torch module; weights and signals nowhere saturate."""
+    cell, size = type(module).__name__, module.hidden_size
+    tensors = {name: value.detach().numpy() for name, value in module.named_parameters()}
+    stack = []
+    for index in range(module.num_layers):
+        signals = SIGNALS | ({"input": SIGNALS["hidden"]} if index else {})
+        signals = {name: signals[name] for name in signals_of(cell, bool(module.proj_size))}
+        row = []
+        for end in ("", "_reverse")[: 1 + module.bidirectional]:
+            suffix, blocks = f"l{index}{end}", {}
+            for part, gates in (("ih", GATES[cell]), ("hh", GATES[cell]), ("hr", "p" if module.proj_size else "")):
+                for n, gate in enumerate(gates):
+                    w = tensors[f"weight_{part}_{suffix}"]
+                    blocks[f"lstm.weight_{part}_{suffix}.{gate}"] = PackedDense(
+                        fmt.quantise(w[n * size : (n + 1) * size] if part != "hr" else w), fmt)
+            b_ih, b_hh = (tensors[f"bias_{part}_{suffix}"].reshape(-1, size) for part in ("ih", "hh"))
+            bias = dict(zip(GATES[cell], b_ih + b_hh, strict=True))
+            bias |= {"n": b_ih[2], "hn": b_hh[2]} if cell == "GRU" else {}
+            row.append(PackedLayer.from_float_bias(cell, blocks, bias, signals, LINEAR))
+        stack.append(tuple(row))
+    return stack
 
 
-def test_close_to_torch():
+@pytest.mark.filterwarnings("ignore:.*(proj_size|LSTM with projections).*:UserWarning")
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("make", "projection"), [(torch.nn.LSTM, 0), (torch.nn.LSTM, 6), (torch.nn.GRU, 0)])
+def test_close_to_torch(make, projection, bidirectional):
     torch.manual_seed(0)
-    lstm = torch.nn.LSTM(10, 16).double()
-    fmt = QFormat(16, 15)
-    gates = {name: dict(zip("ifgo", getattr(lstm, name).detach().numpy().reshape(4, 16, *extra), strict=True))
-             for name, extra in (("weight_ih_l0", (10,)), ("weight_hh_l0", (16,)))}
-    blocks = {f"lstm.{name}.{gate}": PackedDense(fmt.quantise(w), fmt) for name, ws in gates.items() for gate, w in ws.items()}
-    bias = (lstm.bias_ih_l0 + lstm.bias_hh_l0).detach().numpy().reshape(4, 16)
-    layer = PackedLayer.from_float_bias("LSTM", blocks, dict(zip("ifgo", bias, strict=True)), SIGNALS, TABLES)
-    x = np.random.default_rng(0).normal(size=(20, 4, 10))
-    expected, (_, cell) = lstm(torch.from_numpy(x))
-    result = run_layer(layer, SIGNALS["input"].quantise(x))
+    options = {"proj_size": projection} if projection else {}
+    module = make(10, 16, num_layers=2, bidirectional=bidirectional, **options).double()
+    rng, directions = np.random.default_rng(0), 1 + bidirectional
+    lengths, x = [20, 3, 11, 1], rng.normal(size=(20, 4, 10))
+    h, c = (rng.uniform(-0.9, 0.9, (2 * directions, 4, size)) for size in (projection or 16, 16))
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.from_numpy(x), lengths, enforce_sorted=False)
+    states = torch.from_numpy(h), torch.from_numpy(c)
+    expected, last = module(packed, states if make is torch.nn.LSTM else states[0])
+    expected, _ = torch.nn.utils.rnn.pad_packed_sequence(expected)
+    h, c, hidden = SIGNALS["hidden"].quantise(h), SIGNALS["cell"].quantise(c), SIGNALS["hidden"]
+    result = StackEngine(stack_of(module, QFormat(16, 15))).run(
+        SIGNALS["input"].quantise(x), h, c if make is torch.nn.LSTM else None, lengths)
+    last_h, last_c = last if make is torch.nn.LSTM else (last, None)
     # Inputs and pre-activations are known to 2**-13, the tables to 2**-13 (tanh): a few of them add up.
-    assert np.abs(SIGNALS["hidden"].dequantise(result.output) - expected.detach().numpy()).max() < 2**-10
-    assert np.abs(SIGNALS["cell"].dequantise(result.c) - cell[0].detach().numpy()).max() < 2**-10
+    assert np.abs(hidden.dequantise(result.output) - expected.detach().numpy()).max() < 2**-10
+    assert np.abs(hidden.dequantise(result.h) - last_h.detach().numpy()).max() < 2**-10
+    if last_c is not None:
+        assert np.abs(SIGNALS["cell"].dequantise(result.c) - last_c.detach().numpy()).max() < 2**-10
 
 
 def test_the_engine_loads_without_torch():
     code = "import sys, workbench.engine; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# Messages.
+
+ZEROS = np.zeros((2, 2, 3), dtype=np.int64)
 
 
 @pytest.mark.parametrize(
@@ -277,16 +664,33 @@ def test_the_engine_loads_without_torch():
         (np.zeros((2, 3), dtype=np.int64), {}, "the engine needs x of shape (T, B, 3), got (2, 3)"),
         (np.zeros((2, 2, 4), dtype=np.int64), {}, "the engine needs x of shape (T, B, 3), got (2, 2, 4)"),
         (np.zeros((2, 2, 3)), {}, "the engine needs integers as x, got float64"),
+        (np.full((2, 2, 3), np.nan), {}, "the engine needs integers as x, got float64"),
+        (ZEROS == 0, {}, "the engine needs integers as x, got bool"),
         (np.full((2, 2, 3), 32768), {}, "the engine needs x in QFormat(bits=16, frac=12, signed=True), got 32768 to 32768"),
-        (np.zeros((2, 2, 3), dtype=np.int64), {"h0": np.zeros((1, 4), dtype=np.int64)},
-         "the engine needs h of shape (2, 4), got (1, 4)"),
-        (np.zeros((2, 2, 3), dtype=np.int64), {"c0": np.zeros(4, dtype=np.int64)},
-         "the engine needs c of shape (2, 4), got (4,)"),
-        (np.zeros((2, 2, 3), dtype=np.int64), {"c0": np.full((2, 4), -32769)}, "the engine needs c in QFormat"),
-        (np.zeros((2, 2, 3), dtype=np.int64), {"lengths": [1]}, "the engine needs lengths of shape (2,), got (1,)"),
+        (ZEROS, {"h": np.zeros((1, 4), dtype=np.int64)}, "the engine needs h of shape (2, 4), got (1, 4)"),
+        (ZEROS, {"h": np.full((2, 4), np.nan)}, "the engine needs integers as h, got float64"),
+        (ZEROS, {"c": np.zeros(4, dtype=np.int64)}, "the engine needs c of shape (2, 4), got (4,)"),
+        (ZEROS, {"c": np.full((2, 4), -32769)}, "the engine needs c in QFormat"),
+        (ZEROS, {"lengths": [1]}, "the engine needs lengths of shape (2,), got (1,)"),
+        (ZEROS, {"lengths": [1.0, 2.0]}, "the engine needs integers as lengths, got float64"),
+        (ZEROS, {"lengths": [1, 3]}, "the engine needs lengths from 0 to the 2 steps of x, got 1 to 3"),
+        (ZEROS, {"lengths": [-1, 2]}, "the engine needs lengths from 0 to the 2 steps of x, got -1 to 2"),
     ],
 )
 def test_messages(x, states, message):
     with pytest.raises(ValueError) as caught:
-        run_layer(random_layer(np.random.default_rng(0), ["dense"]), x, **states)
+        LayerEngine(random_layer(np.random.default_rng(0), ["dense"])).run(x, **states)
     assert message in str(caught.value)
+
+
+def test_messages_of_cells_and_stacks():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="the engine needs no c for a GRU, got one"):
+        run_layer(random_layer(rng, ["dense"], "GRU"), ZEROS, c=np.zeros((2, 4), dtype=np.int64))
+    stack = StackEngine(random_stack(rng, "LSTM", 2))
+    for name in "hc":
+        with pytest.raises(ValueError, match=f"the engine needs {name} for 4 layers and directions, got 2"):
+            stack.run(ZEROS, **{name: np.zeros((2, 2, 4), dtype=np.int64)})
+    for lengths in ([1], [0, 3], [1.5, 2]):
+        with pytest.raises(ValueError, match="the engine needs .*lengths"):
+            stack.run(ZEROS, lengths=lengths)

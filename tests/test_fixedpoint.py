@@ -5,13 +5,15 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from apytypes import APyFixed, OverflowMode, QuantizationMode
+from apytypes import APyFixedArray, OverflowMode, QuantizationMode
+from fxpmath import Fxp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import expit
 
-from workbench.fixedpoint import FUNCTIONS, LinearTable, ExactMatrix, QFormat, requantise
+from workbench.fixedpoint import FUNCTIONS, TABLES, ExactMatrix, ExactTable, HardTable, LinearTable, QFormat, requantise
 
-TABLES = {name: LinearTable.build(name) for name in FUNCTIONS}
+LINEAR = {name: LinearTable.build(name) for name in FUNCTIONS}
 
 
 def nearest(value: Fraction, fmt: QFormat) -> int:
@@ -82,13 +84,72 @@ def test_quantise_against_exact_fractions(fmt, value, halves):
         assert fmt.quantise(x) == nearest(Fraction(x) * Fraction(2) ** fmt.frac, fmt)
 
 
-@given(st.integers(2, 32), st.integers(-20, 30), st.integers(-(2**40), 2**40), st.integers(0, 25))
-def test_quantise_against_apytypes(bits, frac, numerator, denominator_log2):
-    x = math.ldexp(numerator, -denominator_log2 - frac + 2)  # few bits beyond the format: many ties
-    exact = APyFixed.from_float(x, int_bits=110, frac_bits=64)
-    oracle = exact.cast(int_bits=bits - frac, frac_bits=frac, quantization=QuantizationMode.TIES_POS, overflow=OverflowMode.SAT)
-    assert float(exact) == x
-    assert Fraction(int(QFormat(bits, frac).quantise(x))) / Fraction(2) ** frac == Fraction(float(oracle))
+# Independent libraries, over all formats: apytypes (exact), and as a second opinion fxpmath (floats, rounding down).
+
+
+def numerators(fmt, shift, rng):
+    """Codes of fmt times 2**shift, what lies beside them and ties: near zero, near both ends and beyond, random."""
+    step = 1 << max(shift, 0)
+    near = np.array([fmt.min, 0, fmt.max])[:, None] + np.arange(-2, 3)
+    codes = np.concatenate([near.ravel(), rng.integers(fmt.min, fmt.max + 1, 5), [3 * fmt.min - 7, 3 * fmt.max + 7]])
+    beside = np.array([0, 1, step // 2 - 1, step // 2, step // 2 + 1, step - 1])
+    return (codes[:, None] * step + beside).ravel()
+
+
+def by_apytypes(numerators, frac, fmt):
+    """numerators * 2**-frac -> codes of fmt. apytypes has signed formats only: an unsigned one is the half of one more bit."""
+    bits = fmt.bits + (not fmt.signed)
+    exact = APyFixedArray(numerators.tolist(), int_bits=66 - frac, frac_bits=frac)
+    rounded = exact.cast(int_bits=bits - fmt.frac, frac_bits=fmt.frac, quantization=QuantizationMode.TIES_POS,
+                         overflow=OverflowMode.SAT).to_numpy()
+    return np.maximum(np.ldexp(rounded, fmt.frac), fmt.min)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_format_against_apytypes(signed):
+    """2 to 32 bits, frac -64 to 64: real numbers and accumulators at a random distance, coarser ones included."""
+    rng = np.random.default_rng(0)
+    for bits in range(2, 33):
+        for frac in range(-64, 65):
+            fmt = QFormat(bits, frac, signed)
+            shift = int(rng.integers(1, 18))
+            values = numerators(fmt, shift, rng)  # of less than 53 bits, so that floats hold them
+            expected = by_apytypes(values, frac + shift, fmt)
+            assert np.array_equal(fmt.quantise(np.ldexp(values.astype(float), -frac - shift)), expected), (fmt, shift)
+            assert np.array_equal(requantise(values, frac + shift, fmt), expected), (fmt, shift)
+            shift = int(rng.integers(-12, 26))
+            values = numerators(fmt, shift, rng)
+            assert np.array_equal(requantise(values, frac + shift, fmt), by_apytypes(values, frac + shift, fmt)), (fmt, shift)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("frac", [-20, -1, 0, 7, 33])
+def test_formats_against_fxpmath(signed, frac):
+    rng = np.random.default_rng(0)
+    for bits in range(2, 33):
+        fmt, shift = QFormat(bits, frac, signed), int(rng.integers(1, 12))
+        values = numerators(fmt, shift, rng)
+        x = np.ldexp(values.astype(float), -frac - shift)
+        half_up = Fxp(x + 0.5 * 2.0**-frac, signed, bits, frac, rounding="floor", overflow="saturate")
+        assert np.array_equal(fmt.quantise(x), half_up.raw())
+        assert np.array_equal(requantise(values, frac + shift, fmt), half_up.raw())
+
+
+@pytest.mark.parametrize(("narrow", "wide"), [
+    (QFormat(8, 5), QFormat(16, 12)),
+    (QFormat(4, -2), QFormat(20, 3)),
+    (QFormat(5, 9, signed=False), QFormat(12, 11)),
+    (QFormat(32, 40), QFormat(32, 20)),
+])
+def test_from_one_format_to_another_and_back(narrow, wide):
+    rng = np.random.default_rng(0)
+    codes = rng.integers(wide.min, wide.max + 1, 200)
+    assert np.array_equal(requantise(codes, wide.frac, narrow), narrow.quantise(wide.dequantise(codes)))
+    codes = rng.integers(narrow.min, narrow.max + 1, 200)
+    there = requantise(codes, narrow.frac, wide)
+    assert np.array_equal(there, wide.quantise(narrow.dequantise(codes)))
+    if wide.bits < 32:  # the wide format holds every code
+        assert np.array_equal(requantise(there, wide.frac, narrow), codes)
 
 
 # Accumulators.
@@ -163,7 +224,7 @@ def literal_lookup(table, q: int, in_fmt: QFormat, out_fmt: QFormat) -> int:
 
 def test_knots_are_the_function_in_16_bits():
     for name, exact in (("sigmoid", lambda x: 1 / (1 + math.exp(-x))), ("tanh", math.tanh)):
-        assert TABLES[name].knots.tolist() == [math.floor(exact(n / 32) * 2**15 + 0.5) for n in range(257)]
+        assert LINEAR[name].knots.tolist() == [math.floor(exact(n / 32) * 2**15 + 0.5) for n in range(257)]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +243,7 @@ def test_knots_are_the_function_in_16_bits():
     ],
 )
 def test_lookup_by_hand(function, q, in_fmt, out_fmt, expected):
-    assert TABLES[function].lookup(np.array([[q]]), in_fmt, out_fmt).tolist() == [[expected]]
+    assert LINEAR[function].lookup(np.array([[q]]), in_fmt, out_fmt).tolist() == [[expected]]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -191,29 +252,86 @@ def test_lookup_against_the_literal_definition(function, in_fmt, out_fmt, data):
     codes = st.integers(in_fmt.min, in_fmt.max)
     near_zero = st.integers(max(in_fmt.min, -300), min(in_fmt.max, 300))
     q = data.draw(st.lists(codes | near_zero, min_size=1, max_size=10))
-    table = TABLES[function]
+    table = LINEAR[function]
     assert table.lookup(q, in_fmt, out_fmt).tolist() == [literal_lookup(table, n, in_fmt, out_fmt) for n in q]
 
 
 def test_tables_are_symmetric_about_their_middle():
     in_fmt, q = QFormat(12, 8), np.arange(1, 2048)
     fine = QFormat(32, 30)  # fine enough that nothing is rounded
-    assert np.array_equal(TABLES["tanh"].lookup(-q, in_fmt, fine), -TABLES["tanh"].lookup(q, in_fmt, fine))
-    assert np.array_equal(TABLES["sigmoid"].lookup(-q, in_fmt, fine), 2**30 - TABLES["sigmoid"].lookup(q, in_fmt, fine))
+    assert np.array_equal(LINEAR["tanh"].lookup(-q, in_fmt, fine), -LINEAR["tanh"].lookup(q, in_fmt, fine))
+    assert np.array_equal(LINEAR["sigmoid"].lookup(-q, in_fmt, fine), 2**30 - LINEAR["sigmoid"].lookup(q, in_fmt, fine))
 
 
-def test_error_of_the_tables():
-    in_fmt = QFormat(16, 12)
-    for function, out_fmt in (("sigmoid", QFormat(16, 16, signed=False)), ("tanh", QFormat(16, 15))):
-        q = np.arange(-(2**15), 2**15)
-        exact = FUNCTIONS[function](q / 2**12)
-        error = np.abs(TABLES[function].lookup(q, in_fmt, out_fmt) - exact * 2**out_fmt.frac).max()
-        assert TABLES[function].max_error_ulp(in_fmt, out_fmt) == pytest.approx(error)
-        # Chord over 1/32: |f''| / 8 / 1024, with |f''| under 0.1 (sigmoid) and 0.77 (tanh); knots and result round once each.
-        curvature = {"sigmoid": 0.0963, "tanh": 0.7699}[function]
-        knot = 2.0 ** (out_fmt.frac - 15) / 2
-        tail = (1 - float(FUNCTIONS[function](np.float64(8)))) * 2**out_fmt.frac if function == "sigmoid" else 0.1
-        assert error <= max(curvature / 8 / 1024 * 2**out_fmt.frac, tail) + knot + 0.5
+# Input and output formats: the default ones, coarse and fine ones, unsigned ones, those that saturate at 1.
+USES = [(QFormat(16, 12), QFormat(16, 15)), (QFormat(16, 12), QFormat(16, 16, signed=False)), (QFormat(8, 4), QFormat(8, 7)),
+        (QFormat(8, -3), QFormat(8, 6)), (QFormat(16, 15), QFormat(12, 10)), (QFormat(10, 20), QFormat(16, 15)),
+        (QFormat(9, 5, signed=False), QFormat(3, 3, signed=False)), (QFormat(6, 2), QFormat(4, 9)),
+        (QFormat(12, 8), QFormat(8, -1)), (QFormat(8, 4), QFormat(2, 0))]
+ORACLES = {"sigmoid": expit, "tanh": np.tanh}
+
+
+def every_code(in_fmt):
+    q = np.arange(in_fmt.min, in_fmt.max + 1)
+    return q, np.ldexp(q.astype(float), -in_fmt.frac)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(("in_fmt", "out_fmt"), USES)
+def test_every_code_of_every_table(function, in_fmt, out_fmt):
+    q, x = every_code(in_fmt)
+    exact = np.ldexp(ORACLES[function](x), out_fmt.frac)
+    stored = np.clip(exact, out_fmt.min, out_fmt.max)  # what saturates cannot be nearer
+    # Exact table: the nearest code, to which only the last bits of the oracle's floats matter.
+    table = ExactTable.build(function, [(in_fmt, out_fmt)])
+    assert np.abs(table.lookup(q, in_fmt, out_fmt) - stored).max() <= 0.5 + 1e-9
+    # Linear table: a chord over 1/32 misses |f''| / 8 / 1024, beyond 8 the last knot holds, knots and result round once each.
+    curvature, tail = {"sigmoid": (0.0963, 1 - expit(8)), "tanh": (0.7699, 1 - np.tanh(8))}[function]
+    miss = max(curvature / 8 / 1024, tail if np.abs(x).max() > 8 else 0) + 2.0**-16
+    assert np.abs(LINEAR[function].lookup(q, in_fmt, out_fmt) - stored).max() <= miss * 2.0**out_fmt.frac + 0.5
+    # Without a table: floats hold x / 4 + 1 / 2 and its rounding.
+    hard = np.clip(x, -1, 1) if function == "tanh" else np.clip(x / 4 + 0.5, 0, 1)
+    expected = np.clip(np.floor(np.ldexp(hard, out_fmt.frac) + 0.5), out_fmt.min, out_fmt.max)
+    assert np.array_equal(HardTable(function).lookup(q, in_fmt, out_fmt), expected)
+    for kind in TABLES.values():
+        table = kind.build(function, [(in_fmt, out_fmt)])
+        assert table.function == function
+        error = np.abs(table.lookup(q, in_fmt, out_fmt) - exact).max()
+        assert table.max_error_ulp(in_fmt, out_fmt) == pytest.approx(error, rel=1e-9)
+        again = kind.restore(function, table.arrays, table.describe())
+        assert np.array_equal(again.lookup(q, in_fmt, out_fmt), table.lookup(q, in_fmt, out_fmt))
+
+
+@pytest.mark.parametrize(
+    ("kind", "function", "q", "expected"),
+    [
+        # From 3 to 5 fraction bits: sigmoid(1) * 32 = 23.39, tanh(1) * 32 = 24.37; 1 + 1/8: 24.15 and 25.90.
+        ("exact", "sigmoid", [-8, 0, 8, 9, 31], [9, 16, 23, 24, 31]),
+        ("exact", "tanh", [-8, 0, 8, 9, 31], [-24, 0, 24, 26, 31]),  # tanh(31/8) * 32 = 31.97 saturates
+        ("linear", "sigmoid", [-8, 0, 8, 9, 31], [9, 16, 23, 24, 31]),
+        ("linear", "tanh", [-8, 0, 8, 9, 31], [-24, 0, 24, 26, 31]),
+        # x + 16 = 32 * (x / 32 + 1 / 2): at -2 it ends in 0, at 2 in 1, which saturates.
+        ("hard", "sigmoid", [-17, -16, -15, 0, 1, 15, 16], [0, 0, 1, 16, 17, 31, 31]),
+        ("hard", "tanh", [-9, -8, -7, 1, 7, 8], [-32, -32, -28, 4, 28, 31]),
+    ],
+)
+def test_tables_by_hand(kind, function, q, expected):
+    in_fmt, out_fmt = QFormat(6, 3), QFormat(6, 5)
+    assert TABLES[kind].build(function, [(in_fmt, out_fmt)]).lookup(q, in_fmt, out_fmt).tolist() == expected
+
+
+@pytest.mark.parametrize(("kind", "function", "ulp"), [
+    ("exact", "sigmoid", 0.5),
+    ("exact", "tanh", 1.0),  # near 8 the nearest code would be 1, which the format lacks
+    ("hard", "sigmoid", 0.1192 * 2**15),  # 1 - sigmoid(2)
+    ("hard", "tanh", 0.2384 * 2**15),  # 1 - tanh(1)
+    ("linear", "sigmoid", 0.0963 / 8 / 1024 * 2**15 + 1),  # chord, knots and result
+    ("linear", "tanh", 0.7699 / 8 / 1024 * 2**15 + 1),
+])
+def test_largest_errors_of_the_default_formats(kind, function, ulp):
+    in_fmt, out_fmt = QFormat(16, 12), QFormat(16, 15)
+    error = TABLES[kind].build(function, [(in_fmt, out_fmt)]).max_error_ulp(in_fmt, out_fmt)
+    assert 0.8 * ulp < error <= 1.02 * ulp
 
 
 # Messages.
@@ -234,13 +352,25 @@ def test_error_of_the_tables():
         (lambda: QFormat.from_json({"bits": 8}), ValueError,
          "QFormat needs exactly the keys bits, frac and signed, got {'bits': 8}"),
         (lambda: LinearTable.build("relu"), ValueError, "LinearTable knows sigmoid, tanh, got 'relu'"),
-        (lambda: LinearTable("relu", TABLES["tanh"].knots), ValueError, "LinearTable knows sigmoid, tanh, got 'relu'"),
+        (lambda: LinearTable("relu", LINEAR["tanh"].knots), ValueError, "LinearTable knows sigmoid, tanh, got 'relu'"),
         (lambda: LinearTable("tanh", np.zeros(256, dtype=np.int64)), ValueError,
          "LinearTable needs 257 knots of 16 bits, got shape (256,)"),
-        (lambda: TABLES["tanh"].lookup(1, QFormat(16, 49), QFormat(16, 15)), ValueError,
+        (lambda: LINEAR["tanh"].lookup(1, QFormat(16, 49), QFormat(16, 15)), ValueError,
          "LinearTable needs inputs of at most 48 fraction bits, got QFormat(bits=16, frac=49, signed=True)"),
-        (lambda: TABLES["tanh"].max_error_ulp(QFormat(21, 12), QFormat(16, 15)), ValueError,
+        (lambda: LINEAR["tanh"].max_error_ulp(QFormat(21, 12), QFormat(16, 15)), ValueError,
          "at most 20 bits, got QFormat(bits=21"),
+        (lambda: ExactTable.build("relu"), ValueError, "ExactTable knows sigmoid, tanh, got 'relu'"),
+        (lambda: HardTable.build("relu"), ValueError, "HardTable knows sigmoid, tanh, got 'relu'"),
+        (lambda: ExactTable.build("tanh", [(QFormat(17, 12), QFormat(16, 15))]), ValueError,
+         "ExactTable needs inputs of at most 16 bits, got QFormat(bits=17"),
+        (lambda: ExactTable.build("tanh", [(QFormat(8, 4), QFormat(8, 7))]).lookup(1, QFormat(8, 5), QFormat(8, 7)), ValueError,
+         "ExactTable of tanh has no entries from QFormat(bits=8, frac=5, signed=True) to QFormat(bits=8, frac=7, signed=True)"),
+        (lambda: ExactTable("tanh", {(QFormat(3, 1), QFormat(3, 2)): np.arange(7)}), ValueError,
+         "ExactTable needs 8 codes of QFormat(bits=3, frac=2, signed=True), got shape (7,)"),
+        (lambda: ExactTable("tanh", {(QFormat(3, 1), QFormat(3, 2)): np.arange(8)}), ValueError,
+         "ExactTable needs 8 codes of QFormat(bits=3, frac=2, signed=True)"),
+        (lambda: HardTable("tanh").lookup(1, QFormat(16, 49), QFormat(16, 15)), ValueError,
+         "HardTable needs inputs of at most 48 fraction bits, got QFormat(bits=16, frac=49, signed=True)"),
     ],
 )
 def test_messages(make, error, message):

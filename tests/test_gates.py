@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from workbench.gates import blocks, check_supported, get_block, rnns, weight
+from workbench.gates import Layer, blocks, check_supported, get_block, layers, parameters_of, rnns, weight
 from workbench.packed import GATES
 
 
@@ -16,14 +16,26 @@ def test_names_shapes_and_rows_of_an_lstm():
     found = blocks(Nested(nn.LSTM(3, 5)))
     assert list(found) == [f"encoder.1.weight_{part}_l0.{gate}" for part in ("ih", "hh") for gate in "ifgo"]
     block = found["encoder.1.weight_hh_l0.g"]
-    assert (block.rnn, block.parameter, block.gate, block.rows, block.shape) == (
-        "encoder.1", "weight_hh_l0", "g", slice(10, 15), (5, 5))
+    assert (block.rnn, block.parameter, block.part, block.gate, block.rows, block.shape) == (
+        "encoder.1", "weight_hh_l0", "hh", "g", slice(10, 15), (5, 5))
+    assert block.layer == Layer("encoder.1", 0, False) and block.layer.name == "encoder.1.l0"
     assert found["encoder.1.weight_ih_l0.o"].shape == (5, 3)
 
 
 def test_a_model_that_is_an_rnn_has_names_without_a_prefix():
     assert list(rnns(nn.GRU(3, 5))) == [""]
     assert list(blocks(nn.GRU(3, 5))) == [f"weight_{part}_l0.{gate}" for part in ("ih", "hh") for gate in "rzn"]
+
+
+def test_layers_stand_in_torchs_order():
+    model = nn.ModuleDict({"encoder": nn.LSTM(3, 5, num_layers=2, bidirectional=True), "decoder": nn.GRU(3, 5)})
+    found = layers(model)
+    assert list(found) == ["encoder.l0", "encoder.l0_reverse", "encoder.l1", "encoder.l1_reverse", "decoder.l0"]
+    assert found["encoder.l1_reverse"] == Layer("encoder", 1, True) and found["encoder.l1_reverse"].suffix == "l1_reverse"
+    assert list(layers(nn.GRU(3, 5))) == ["l0"]
+    # torch keeps the parameters of each layer and direction together, in this order.
+    named = [name for name, _ in model["encoder"].named_parameters() if name.startswith("weight_ih")]
+    assert named == [f"weight_ih_{layer.suffix}" for layer in found.values() if layer.rnn == "encoder"]
 
 
 @pytest.mark.filterwarnings("ignore:.*(proj_size|LSTM with projections).*:UserWarning")
@@ -35,7 +47,7 @@ def test_a_model_that_is_an_rnn_has_names_without_a_prefix():
 def test_blocks_cover_every_weight_once_in_torchs_order(rnn):
     found = blocks(rnn)
     matrices = {name: w for name, w in rnn.named_parameters() if name.startswith("weight")}
-    assert list(dict.fromkeys(block.parameter for block in found.values())) == list(matrices)
+    assert list(dict.fromkeys(block.parameter for block in found.values())) == list(matrices) == parameters_of(rnn)
     for parameter, w in matrices.items():
         of_matrix = [name for name, block in found.items() if block.parameter == parameter]
         assert torch.equal(torch.cat([weight(rnn, name) for name in of_matrix]), w)
@@ -70,19 +82,21 @@ def test_unknown_block_lists_the_known_ones():
         get_block(nn.LSTM(3, 4), "weight_hh_l0.z")
 
 
-@pytest.mark.filterwarnings("ignore:.*(proj_size|LSTM with projections).*:UserWarning")
 @pytest.mark.parametrize(("rnn", "message"), [
-    (nn.GRU(3, 4), "GRU 'encoder.1': one-layer nn.LSTM is supported so far, got nn.GRU"),
-    (nn.LSTM(3, 4, num_layers=2), "LSTM 'encoder.1' needs num_layers=1 so far, got num_layers=2"),
-    (nn.LSTM(3, 4, bidirectional=True), "needs bidirectional=False so far, got bidirectional=True"),
-    (nn.LSTM(3, 4, proj_size=2), "needs proj_size=0 so far, got proj_size=2"),
     (nn.RNN(3, 4), "compresses nn.LSTM and nn.GRU, and found neither in Nested"),
     (nn.Linear(3, 4), "found neither in Nested"),
+    (nn.Sequential(nn.LSTM(3, 4), nn.RNN(3, 4)), "'encoder.1.1' is an nn.RNN: the workbench takes nn.LSTM and nn.GRU"),
+    (nn.Sequential(nn.LSTM(3, 4), nn.GRUCell(3, 4)), "'encoder.1.1' is an nn.GRUCell: the workbench takes"),
 ])  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(rnn, message):
     with pytest.raises(ValueError, match=message):
         check_supported(Nested(rnn))
 
 
-def test_what_is_supported_passes():
-    check_supported(Nested(nn.LSTM(3, 4, batch_first=True, bias=False)))
+@pytest.mark.filterwarnings("ignore:.*(proj_size|LSTM with projections).*:UserWarning")
+@pytest.mark.parametrize("rnn", [
+    nn.LSTM(3, 4, num_layers=2, bidirectional=True, batch_first=True, bias=False, proj_size=2),
+    nn.GRU(3, 4, num_layers=2, bidirectional=True, batch_first=True, bias=False),
+])  # fmt: skip
+def test_what_is_supported_passes(rnn):
+    check_supported(Nested(rnn))

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from scipy.linalg import circulant
 
 from workbench.container import read_tensors, write_tensors
-from workbench.fixedpoint import LinearTable, QFormat
+from workbench.fixedpoint import TABLES, ExactTable, LinearTable, QFormat
 from workbench.packed import (
     ENCODINGS,
+    FILE_VERSION,
     FORMS,
+    GATES,
     Banks,
     Bitmap,
     Diagonals,
@@ -28,13 +30,16 @@ from workbench.packed import (
     Relative,
     load,
     pack_bits,
+    signals_of,
+    table_uses,
     tile_encodings,
     unpack_bits,
 )
 
 SIGNALS = {"input": QFormat(16, 12), "pre": QFormat(16, 12), "sigmoid": QFormat(16, 16, signed=False), "tanh": QFormat(16, 15),
            "cell": QFormat(16, 12), "hidden": QFormat(16, 15)}
-TABLES = {name: LinearTable.build(name) for name in ("sigmoid", "tanh")}
+OTHER_SIGNALS = {"unprojected": QFormat(16, 14), "hidden_product": QFormat(16, 13)}
+LINEAR = {name: LinearTable.build(name) for name in ("sigmoid", "tanh")}
 INT4, INT5, INT6, INT8 = QFormat(4, 3), QFormat(5, 4), QFormat(6, 5), QFormat(8, 7)
 
 
@@ -54,15 +59,20 @@ def block_circulant(shape, rng, block=4, fmt=INT5):
 MAKERS = {"dense": dense, "sparse": sparse, "circulant": block_circulant}
 
 
-def layer_of(make=None, hidden=8, inputs=6, seed=0, signals=SIGNALS, acc_bits=48, bias=None):
-    """make(part, gate, shape, rng) -> block; without it the forms alternate over the gates."""
-    rng = np.random.default_rng(seed)
-    forms = dict(zip("ifgo", ("dense", "sparse", "circulant", "sparse"), strict=True))
+def layer_of(make=None, hidden=8, inputs=6, seed=0, signals=None, acc_bits=48, bias=None, cell="LSTM", projection=0,
+             kind="linear", suffix="l0"):
+    """make(part, gate, shape, rng) -> block; without it the forms alternate over the gates. signals: those that differ."""
+    rng, gates, width = np.random.default_rng(seed), GATES[cell], projection or hidden
+    forms = dict(zip("ifgorznp", ("dense", "sparse", "circulant", "sparse") * 2, strict=True))
     make = make or (lambda part, gate, shape, rng: MAKERS[forms[gate]](shape, rng))
-    blocks = {f"lstm.weight_{part}_l0.{gate}": make(part, gate, (hidden, columns), rng)
-              for part, columns in (("ih", inputs), ("hh", hidden)) for gate in "ifgo"}
-    bias = bias or {gate: rng.integers(-5000, 5000, hidden) for gate in "ifgo"}
-    return PackedLayer("LSTM", blocks, bias, signals, TABLES, acc_bits)
+    known = SIGNALS | OTHER_SIGNALS | (signals or {})
+    signals = {name: known[name] for name in signals_of(cell, bool(projection))}
+    shapes = {("ih", gate): (hidden, inputs) for gate in gates} | {("hh", gate): (hidden, width) for gate in gates}
+    shapes |= {("hr", "p"): (projection, hidden)} if projection else {}
+    blocks = {f"lstm.weight_{part}_{suffix}.{gate}": make(part, gate, shape, rng) for (part, gate), shape in shapes.items()}
+    bias = bias or {gate: rng.integers(-5000, 5000, hidden) for gate in (*gates, *["hn"] * (cell == "GRU"))}
+    tables = {name: TABLES[kind].build(name, uses) for name, uses in table_uses(cell, signals).items()}
+    return PackedLayer(cell, blocks, bias, signals, tables, acc_bits)
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +369,26 @@ def test_row_bound_by_hand():
     values = {"ih": np.array([[3, -4]]), "hh": np.array([[-2]])}
     bias = {gate: np.array([-7]) for gate in "ifgo"}
     layer = layer_of(lambda part, gate, shape, rng: PackedDense(values[part], QFormat(8, 7)), 1, 2, bias=bias)
-    assert layer.row_bound("i") == (7 * 2**15 << 3) + 2 * 2**15 + 7  # |-2**15| of a 16-bit signal is the largest
+    # |-2**15| of a 16-bit signal is the largest; the input's frac is 3 less.
+    assert layer.row_bounds() == dict.fromkeys("ifgo", (7 * 2**15 << 3) + 2 * 2**15 + 7)
+
+
+def test_row_bounds_of_a_gru_and_of_a_projection_by_hand():
+    values = {"ih": np.array([[3, -4], [0, 0]]), "hh": np.array([[-2, 1], [1, 1]]), "hr": np.array([[5, -6]])}
+
+    def make(part, gate, shape, rng):
+        return PackedDense(values[part][:, : shape[1]], QFormat(8, 7))
+
+    gru = layer_of(make, 2, 2, cell="GRU", bias={gate: np.array([-7, 9]) for gate in ("r", "z", "n", "hn")})
+    assert [gru.bias_fracs[gate] for gate in ("r", "z", "n", "hn")] == [22, 22, 29, 22]
+    # The product r * s has 16 + 13 fraction bits, W_in x has 7 + 12: the latter moves by 10.
+    assert gru.alignment("n") == (29, 10, 0)
+    assert gru.row_bounds() == {"r": (7 * 2**15 << 3) + 3 * 2**15 + 7, "z": (7 * 2**15 << 3) + 3 * 2**15 + 7,
+                                "hn": 3 * 2**15 + 7, "n": (7 * 2**15 << 10) + 7 + 65535 * 2**15}
+    projected = layer_of(make, 2, 2, projection=1, bias={gate: np.array([-7, 9]) for gate in "ifgo"})
+    assert (projected.hidden_size, projected.output_size, projected.projected) == (2, 1, True)
+    assert projected.row_bounds() == dict.fromkeys("ifgo", (7 * 2**15 << 3) + 2 * 2**15 + 7) | {"p": 11 * 2**15}
+    assert projected.product_frac("hr", "p") == 7 + 14
 
 
 def test_overflow_is_refused_at_the_very_bound():
@@ -378,13 +407,19 @@ def test_float_bias_is_stored_at_the_aligned_fraction_bits():
     rng = np.random.default_rng(0)
     bias = {gate: rng.normal(size=8) for gate in "ifgo"}
     blocks = layer_of().blocks
-    layer = PackedLayer.from_float_bias("LSTM", blocks, bias, SIGNALS, TABLES)
+    layer = PackedLayer.from_float_bias("LSTM", blocks, bias, SIGNALS, LINEAR)
     for gate in "ifgo":
         frac = layer.alignment(gate)[0]
         assert layer.bias[gate].tolist() == [int(np.floor(b * 2**frac + 0.5)) for b in bias[gate]]
     bias["f"][3] = 2.0 ** (31 - layer.alignment("f")[0])
     with pytest.raises(ValueError, match="the bias of gate f needs 32 bits at 20 fraction bits, got 2048.0; fewer"):
-        PackedLayer.from_float_bias("LSTM", blocks, bias, SIGNALS, TABLES)
+        PackedLayer.from_float_bias("LSTM", blocks, bias, SIGNALS, LINEAR)
+    with pytest.raises(ValueError, match="the bias of gate i needs finite values, got 2 that are not"):
+        PackedLayer.from_float_bias("LSTM", blocks, bias | {"i": np.array([0, np.nan, np.inf, *[0] * 5])}, SIGNALS, LINEAR)
+    gru = layer_of(cell="GRU")
+    bias = {gate: rng.normal(size=8) for gate in ("r", "z", "n", "hn")}
+    again = PackedLayer.from_float_bias("GRU", gru.blocks, bias, gru.signals, LINEAR)
+    assert again.bias["hn"].tolist() == np.floor(bias["hn"] * 2**gru.product_frac("hh", "n") + 0.5).tolist()
 
 
 # Ratios.
@@ -426,9 +461,9 @@ def test_the_bytes_of_the_file_are_the_ratio(model, tmp_path):
     weights = sum(size for name, size in sizes.items() if ".weight_" in name)
     assert weights * model.cr_disk == pytest.approx(4 * model.dense_weights, rel=1e-15)
     assert weights * 8 == model.value_bits + model.index_bits
-    # Everything else is biases (32 bits) and tables (16 bits).
+    # Everything else is biases (32 bits) and tables (their knots: 16 bits).
     rest = {name: size for name, size in sizes.items() if ".weight_" not in name}
-    assert rest == {f"lstm.l0.bias/{gate}": 4 * 8 for gate in "ifgo"} | {f"lstm.l0.table/{t}": 2 * 257 for t in TABLES}
+    assert rest == {f"lstm.l0.bias/{gate}": 4 * 8 for gate in "ifgo"} | {f"lstm.l0.table.{t}/knots": 2 * 257 for t in LINEAR}
 
 
 # Files.
@@ -450,6 +485,45 @@ def test_save_and_load_round_trip(model, tmp_path):
     assert (again.rnn_bias_params, again.other_params, again.metadata) == (32, 18, {"task": "tiny"})
     assert (again.cr_params, again.cr_bits, again.cr_disk) == (model.cr_params, model.cr_bits, model.cr_disk)
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def layers_of_every_kind(kind="linear"):
+    """Two directions of a projected LSTM below two plain ones, and a GRU."""
+    below = {f"lstm.l0{end}": layer_of(projection=4, kind=kind, suffix=f"l0{end}") for end in ("", "_reverse")}
+    signals = {"input": SIGNALS["hidden"]}
+    above = {f"lstm.l1{end}": layer_of(kind=kind, suffix=f"l1{end}", inputs=8, signals=signals) for end in ("", "_reverse")}
+    return below | above | {"decoder.gru.l0": layer_of(cell="GRU", kind=kind, signals={"hidden_product": QFormat(14, 9)})}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_every_kind_of_layer_and_table_survives_the_file(kind, tmp_path):
+    model = PackedModel(layers_of_every_kind(kind), 32, 0)
+    again = load(model.save(tmp_path / "model"))
+    assert list(again.layers) == list(model.layers) and again.cr_disk == model.cr_disk
+    for layer, loaded in zip(model.layers.values(), again.layers.values(), strict=True):
+        assert (loaded.cell, loaded.signals, loaded.table_kind) == (layer.cell, layer.signals, kind)
+        assert {name: b.tolist() for name, b in loaded.bias.items()} == {name: b.tolist() for name, b in layer.bias.items()}
+        assert all(np.array_equal(loaded.blocks[name].dense(), block.dense()) for name, block in layer.blocks.items())
+        for function, uses in table_uses(layer.cell, layer.signals).items():
+            for in_fmt, out_fmt in uses:
+                q = np.arange(in_fmt.min, in_fmt.max + 1, 13)
+                assert np.array_equal(*(one.tables[function].lookup(q, in_fmt, out_fmt) for one in (layer, loaded)))
+    assert [[layer.output_size for layer in directions] for directions in again.stack("lstm")] == [[4, 4], [8, 8]]
+    assert again.paths == ["lstm", "decoder.gru"] and len(again.stack("decoder.gru")) == 1
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"lstm.l1": None}, "PackedModel needs every layer and direction of 'lstm', got lstm.l0, lstm.l0_reverse, lstm.l1_reverse"),
+    ({"lstm.l0": None, "lstm.l0_reverse": None}, "PackedModel needs every layer and direction of 'lstm'"),
+    ({"lstm.2": layer_of()}, 'PackedModel needs layer names like "lstm.l0" or "lstm.l1_reverse", got \'lstm.2\''),
+    ({"lstm.l1": layer_of(suffix="l1", inputs=8)}, "PackedModel rounds nothing between the layers of 'lstm'"),
+    ({"lstm.l1": layer_of(suffix="l1", inputs=4, signals={"input": SIGNALS["hidden"]})}, "8 values pass, of 4, 8 taken"),
+])
+def test_stacks_that_do_not_fit_are_refused(change, message):
+    layers = {name: layer for name, layer in (layers_of_every_kind() | change).items() if layer}
+    with pytest.raises(ValueError) as caught:
+        PackedModel(layers, 0, 0)
+    assert message in str(caught.value)
 
 
 def test_a_block_of_zeros_survives_the_file(tmp_path):
@@ -514,11 +588,11 @@ def test_foreign_files_are_refused(model, tmp_path):
         (rewrite(good, tmp_path / "no text", lambda h: h.pop("text")), "load found damage in .*no text"),
         (rewrite(good, tmp_path / "forged", lambda h: h.update(text=h["text"].replace("LSTM", "GRUU"))),
          "load found damage in .*forged"),
-        (write_tensors(tmp_path / "older", {}, who="", what="packed model", version=1, about={}),
-         "load reads version 2 of a packed model, got version 1 in .*older"),
-        (write_tensors(tmp_path / "other", {}, who="", what="checkpoint", version=2, about={}),
+        (write_tensors(tmp_path / "older", {}, who="", what="packed model", version=FILE_VERSION - 1, about={}),
+         "load reads version 3 of a packed model, got version 2 in .*older"),
+        (write_tensors(tmp_path / "other", {}, who="", what="checkpoint", version=FILE_VERSION, about={}),
          "load needs a packed model, got .*other, a checkpoint"),
-        (write_tensors(tmp_path / "broken", {}, who="", what="packed model", version=2, about={"layers": []}),
+        (write_tensors(tmp_path / "broken", {}, who="", what="packed model", version=FILE_VERSION, about={"layers": []}),
          "load found a packed model with a broken manifest in .*broken"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -553,7 +627,7 @@ def test_a_hostile_description_is_refused_or_harmless(encoding, tmp_path):
         return stored_with(encoding, PackedSparse.from_dense(in_pattern(encoding, shape, rng, 0.5), INT4))
 
     manifest, tensors = read_tensors(PackedModel({"lstm.l0": layer_of(make)}, 32, 0).save(tmp_path / "good"), who="",
-                                     what="packed model", version=2)
+                                     what="packed model", version=FILE_VERSION)
     rng, refused = np.random.default_rng(0), 0
     for n in range(150):
         about = json.loads(json.dumps(manifest))
@@ -562,7 +636,7 @@ def test_a_hostile_description_is_refused_or_harmless(encoding, tmp_path):
             hostile(block, rng)
         else:
             block["shape"] = [8, 2**70]
-        path = write_tensors(tmp_path / "bad", tensors, who="", what="packed model", version=2, about=about)
+        path = write_tensors(tmp_path / "bad", tensors, who="", what="packed model", version=FILE_VERSION, about=about)
         try:
             block = load(path).blocks["lstm.weight_hh_l0.f"]
         except ValueError:
@@ -628,16 +702,16 @@ def arrays(*rows):
         (lambda: PackedCirculant((4, 4), INT4, 4, np.zeros((1, 1, 4), dtype=np.int64), "fft"),
          "PackedCirculant has the datapath \"time\" only so far, got 'fft'"),
         (lambda: PackedCirculant((4, 4), INT4, 4, np.full((1, 1, 4), 9)), "PackedCirculant needs integers of"),
-        (lambda: layer_of(signals={k: v for k, v in SIGNALS.items() if k != "cell"}),
+        (lambda: PackedLayer("LSTM", layer_of().blocks, {}, {k: v for k, v in SIGNALS.items() if k != "cell"}, LINEAR),
          "PackedLayer needs the signals input, pre, sigmoid, tanh, cell, hidden, got input, pre, sigmoid, tanh, hidden"),
-        (lambda: layer_of(signals=SIGNALS | {"input": QFormat(28, 12)}),
+        (lambda: layer_of(signals={"input": QFormat(28, 12)}),
          "lstm.weight_ih_l0.i needs operands of 18 x 27 bits (DSP48E2), got QFormat(bits=8"),
         (lambda: layer_of(lambda p, g, shape, rng: dense(shape, rng, QFormat(19, 12)),
-                          signals=SIGNALS | {"hidden": QFormat(19, 12)}),
+                          signals={"hidden": QFormat(19, 12)}),
          "lstm.weight_hh_l0.i needs operands of 18 x 27 bits"),
-        (lambda: layer_of(signals=SIGNALS | {"sigmoid": QFormat(18, 18, signed=False), "tanh": QFormat(19, 18)}),
+        (lambda: layer_of(signals={"sigmoid": QFormat(18, 18, signed=False), "tanh": QFormat(19, 18)}),
          "i*g and o*tanh(c) needs operands of 18 x 27 bits"),
-        (lambda: layer_of(signals=SIGNALS | {"cell": QFormat(16, -8)}),
+        (lambda: layer_of(signals={"cell": QFormat(16, -8)}),
          "f*c + i*g needs an accumulator under 48 bits, but could reach"),
         (lambda: layer_of(lambda p, g, shape, rng: dense((5, 6) if g == "f" else shape, rng)),
          "lstm.weight_ih_l0.f needs shape (8, 6), got (5, 6)"),
@@ -648,7 +722,30 @@ def arrays(*rows):
         (lambda: layer_of(acc_bits=63), "PackedLayer needs whole acc_bits from 2 to 62, got 63"),
         (lambda: layer_of(acc_bits="48"), "PackedLayer needs whole acc_bits from 2 to 62, got '48'"),
         (lambda: layer_of().block("hr", "i"), "none of part 'hr', gate 'i'"),
-        (lambda: PackedLayer("GRU", {}, {}, SIGNALS, TABLES), "PackedLayer holds LSTM layers so far, got 'GRU'"),
+        (lambda: PackedLayer("RNN", {}, {}, SIGNALS, LINEAR), "PackedLayer holds LSTM, GRU layers, got 'RNN'"),
+        (lambda: PackedLayer("GRU", layer_of(projection=4).blocks, {}, SIGNALS, LINEAR),
+         "PackedLayer needs an LSTM for a projection, got 'GRU'"),
+        (lambda: PackedLayer("LSTM", layer_of().blocks | {"lstm.weight_hh_l0.x": dense((8, 8), np.random.default_rng(0))}, {},
+                             SIGNALS, LINEAR), "PackedLayer needs 8 blocks, got lstm.weight_ih_l0.i, "),
+        (lambda: PackedLayer("LSTM", layer_of().blocks, layer_of().bias, SIGNALS, LINEAR | {"tanh": ExactTable.build("tanh")}),
+         "PackedLayer needs tables of sigmoid and tanh, of one kind, got"),
+        (lambda: PackedLayer("LSTM", layer_of().blocks, layer_of().bias, SIGNALS, {"tanh": LINEAR["tanh"]}),
+         "PackedLayer needs tables of sigmoid and tanh, of one kind, got"),
+        (lambda: layer_of(cell="GRU", bias={gate: np.zeros(8, dtype=np.int64) for gate in "rzn"}),
+         "PackedLayer needs the biases r, z, n, hn, got r, z, n"),
+        (lambda: layer_of(cell="GRU", signals={"sigmoid": QFormat(2, -1, signed=False)}),
+         "PackedLayer needs gate outputs of a GRU that hold 1 - z, got QFormat(bits=2, frac=-1, signed=False)"),
+        (lambda: layer_of(cell="GRU", signals={"hidden_product": QFormat(28, 13)}),
+         "r*(W_hn h + b_hn) needs operands of 18 x 27 bits (DSP48E2), got QFormat(bits=16"),
+        (lambda: layer_of(cell="GRU", signals={"sigmoid": QFormat(18, 18, signed=False), "hidden": QFormat(19, 15)},
+                          make=lambda p, g, shape, rng: dense(shape, rng)), "(1 - z)*n and z*h needs operands of 18 x 27 bits"),
+        (lambda: layer_of(cell="GRU", acc_bits=33), "(1 - z)*n + z*h needs an accumulator under 33 bits, but could reach"),
+        (lambda: layer_of(cell="GRU", signals={"hidden_product": QFormat(16, -8), "input": QFormat(16, 22)}),
+         "gate n needs an accumulator under 48 bits"),
+        (lambda: layer_of(projection=4, make=lambda p, g, shape, rng: dense((4, 9) if p == "hr" else shape, rng)),
+         "lstm.weight_hr_l0.p needs shape (4, 8), got (4, 9)"),
+        (lambda: layer_of(projection=4, signals={"unprojected": QFormat(28, 20)}),
+         "lstm.weight_hr_l0.p needs operands of 18 x 27 bits"),
         (lambda: unpack_bits(np.zeros(2, dtype=np.uint8), 4, 5, signed=True), "needs 3 bytes for 5 words of 4 bits, got 2"),
     ],
 )

@@ -4,12 +4,13 @@ Every rounding stands in gate_values, cell_update, project, hidden_product, cand
 array's execution shares it.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from workbench.fixedpoint import ExactMatrix, requantise
+from workbench.fixedpoint import ExactMatrix, exact_float, largest_row_sum, requantise
 from workbench.packed import PARTS, PackedLayer
 
 
@@ -60,6 +61,13 @@ def gru_update(layer: PackedLayer, z, n, h) -> np.ndarray:
     return requantise((layer.one - z) * n + z * h, s["sigmoid"].frac + s["hidden"].frac, s["hidden"])
 
 
+@dataclass(frozen=True)
+class LayerResult:
+    output: np.ndarray  # (T, B, output_size) int64 in the hidden format
+    h: np.ndarray  # (B, output_size) int64
+    c: np.ndarray | None  # (B, hidden_size) int64 in the cell format; None for a GRU
+
+
 def _integers(name, values, shape, fmt):
     values = np.asarray(values)
     # A letter in the expected shape stands for any size.
@@ -69,43 +77,296 @@ def _integers(name, values, shape, fmt):
         raise ValueError(f"the engine needs integers as {name}, got {values.dtype}")
     if values.size and (values.min() < fmt.min or values.max() > fmt.max):
         raise ValueError(f"the engine needs {name} in {fmt}, got {values.min()} to {values.max()}")
-    return values
+    return values.astype(np.int64, copy=False)
 
 
-@dataclass(frozen=True)
-class LayerResult:
-    output: np.ndarray  # (T, B, output_size) int64 in the hidden format
-    h: np.ndarray  # (B, output_size) int64
-    c: np.ndarray | None  # (B, hidden_size) int64 in the cell format; None for a GRU
+def _checked_lengths(lengths, steps, batch):
+    lengths = np.asarray(lengths)
+    if lengths.shape != (batch,):
+        raise ValueError(f"the engine needs lengths of shape ({batch},), got {lengths.shape}")
+    if lengths.dtype.kind not in "iu":
+        raise ValueError(f"the engine needs integers as lengths, got {lengths.dtype}")
+    if batch and (lengths.min() < 0 or lengths.max() > steps):
+        raise ValueError(f"the engine needs lengths from 0 to the {steps} steps of x, got {lengths.min()} to {lengths.max()}")
+    return lengths.astype(np.int64, copy=False)
+
+
+class _Integers:
+    """The steps of a layer in int64, by the functions above: the definition."""
+
+    dtype = np.int64
+
+    def __init__(self, layer: PackedLayer, trace=None):
+        self.layer, self.trace = layer, trace
+        self.products = {(part, gate): ExactMatrix(layer.block(part, gate).dense(), layer.signals[PARTS[part]].magnitude)
+                         for part, gate in layer.products}
+
+    def from_input(self, x):
+        """(T, B, input_size) -> for each step gate -> (B, hidden_size), its aligned sums of input and bias."""
+        layer = self.layer
+        sums = {gate: (self.products["ih", gate](x) << layer.alignment(gate)[1]) + layer.bias[gate] for gate in layer.gates}
+        return [{gate: values[t] for gate, values in sums.items()} for t in range(len(x))]
+
+    def stepper(self, h, c):
+        """A function (what from_input gives for a step, array for the new h) -> the new c."""
+        layer, products, steps = self.layer, self.products, itertools.count()
+
+        def gate(name, from_input):
+            return gate_values(layer, name, from_input[name] + (products["hh", name](h) << layer.alignment(name)[2]))
+
+        def lstm(from_input):
+            gates = {name: gate(name, from_input) for name in layer.gates}
+            new_h, new_c = cell_update(layer, *gates.values(), c)
+            if not layer.projected:
+                return gates | {"cell": new_c, "hidden": new_h}
+            return gates | {"cell": new_c, "unprojected": new_h, "hidden": project(layer, products["hr", "p"](new_h))}
+
+        def gru(from_input):
+            r, z = gate("r", from_input), gate("z", from_input)
+            s = hidden_product(layer, products["hh", "n"](h) + layer.bias["hn"])
+            n = candidate(layer, r, s, from_input["n"])
+            return {"r": r, "z": z, "hidden_product": s, "n": n, "hidden": gru_update(layer, z, n, h)}
+
+        def step(from_input, out):
+            nonlocal h, c
+            signals = lstm(from_input) if layer.cell == "LSTM" else gru(from_input)
+            out[...] = h = signals["hidden"]
+            c = signals.get("cell")
+            t = next(steps)
+            for name, values in signals.items() if self.trace else ():
+                self.trace(t, name, values)
+            return c
+
+        return step
+
+
+MAX_LISTED_BITS = 16  # of the formats to which _Floats rounds: it lists what stands at every code
+
+
+def _float_types(layer: PackedLayer) -> dict[str, type] | None:
+    """The smallest float types in which _Floats computes this layer exactly, or None: of the products of each part, of the
+    `sums` of a gate, of the `cell`.
+
+    All numbers there are integers times powers of two, and powers of two scale a float without rounding it. So a type is exact
+    for a sum, in any order, as long as the largest integer that may occur fits its mantissa.
+    """
+    s, bounds = layer.signals, layer.row_bounds()
+    one, hidden = s["sigmoid"].frac, s["hidden"]
+    inner = s["unprojected"] if layer.projected else hidden
+    # What is rounded: (largest |integer|, its fraction bits, the format that takes it).
+    sums = [(bounds[gate], layer.alignment(gate)[0], s["pre"]) for gate in layer.gates]
+    if layer.cell == "LSTM":
+        frac = max(s["cell"].frac, s["tanh"].frac)
+        terms = sum(s[name].magnitude << (frac - s[name].frac) for name in ("cell", "tanh"))
+        cell = [(s["sigmoid"].magnitude * terms, one + frac, s["cell"]),
+                (s["sigmoid"].magnitude * s["tanh"].magnitude, one + s["tanh"].frac, inner)]
+    else:
+        sums.append((bounds["hn"], layer.product_frac("hh", "n"), s["hidden_product"]))
+        # n + z * (h - n): h - n may be twice as large as h.
+        cell = [sums[2], ((2 * s["sigmoid"].magnitude + layer.one) * hidden.magnitude, one + hidden.frac, hidden)]
+    if layer.projected:
+        sums.append((bounds["p"], layer.product_frac("hr", "p"), hidden))
+    types = {"sums": _type_for(sums), "cell": _type_for(cell)}
+    for part in {part for part, _ in layer.products}:
+        rows = max(largest_row_sum(layer.block(p, gate).dense()) for p, gate in layer.products if p == part)
+        types[part] = exact_float(rows * s[PARTS[part]].magnitude)
+    return None if None in types.values() else types
+
+
+def _type_for(rounded):
+    largest = 0
+    for bound, frac, fmt in rounded:
+        shift = frac - fmt.frac
+        if fmt.bits > MAX_LISTED_BITS or abs(shift) > 60:  # beyond 60 bits float32 could leave its exponents
+            return None
+        # With the offset of the rounding (_offset) added, in units of the finer of the sum's last place and 1/2.
+        fine = max(shift, 1)
+        total = (bound << (fine - shift)) + ((1 - 2 * fmt.min) << (fine - 1))
+        if total >> fine >= 1 << 62:  # it becomes an index
+            return None
+        largest = max(largest, total)
+    return exact_float(largest)
+
+
+def _offset(fmt):
+    """What _Floats adds to a sum in units of fmt's last place. Truncated, the result is the half-up code of the sum, counted
+    from fmt.min: it is positive wherever the sum does not saturate, so that truncating is rounding down. A negative index and
+    one beyond the last code saturate in `take`."""
+    return 0.5 - fmt.min
+
+
+class _Floats:
+    """The same steps on preallocated float arrays of exact numbers; types: what _float_types gives.
+
+    A sum comes in units of the last place of the format that takes it (the weights hold the scale) and becomes the index of a
+    list, which holds for each code what is multiplied next: the value of a table or the code itself. Sums are brought into the
+    order (gates, B, hidden_size), the sigmoids side by side, so that what follows runs through contiguous memory.
+    """
+
+    def __init__(self, layer: PackedLayer, types):
+        self.layer, self.types, self.dtype = layer, types, types["hh"]
+        s, lstm = layer.signals, layer.cell == "LSTM"
+        pre, hidden, inner = s["pre"], s["hidden"], s["unprojected" if layer.projected else "hidden"]
+        self.order = "fiog" if lstm else "rzn"  # f and i lie as the c and g that they multiply
+        taken = dict.fromkeys(self.order, pre)  # gate -> the format that takes its sum
+        self.weights = {"ih": self._matrix("ih", taken),
+                        "hh": self._matrix("hh", taken if lstm else taken | {"n": s["hidden_product"]})}
+        self.bias = np.stack([self._bias(gate, pre) for gate in self.order])  # (gates, hidden_size)
+        self.lists = {"sigmoid": self._table("sigmoid", pre, s["sigmoid"], 0), "hidden": _codes(hidden, types["hh"])}
+        if lstm:
+            self.lists |= {"tanh": self._table("tanh", pre, s["tanh"], s["cell"].frac),
+                           "cell": _codes(s["cell"], types["cell"]),
+                           "tanh_cell": self._table("tanh", s["cell"], s["tanh"], inner.frac)}
+        else:
+            product = s["hidden_product"]
+            self.hidden_bias = self._bias("hn", product)  # (hidden_size,)
+            self.lists |= {"tanh": self._table("tanh", pre, hidden, hidden.frac),
+                           "hidden_product": _codes(product, types["cell"]) * 2.0 ** (pre.frac - product.frac)}
+        if layer.projected:
+            self.weights["hr"] = self._matrix("hr", {"p": hidden})
+            self.lists["unprojected"] = _codes(inner, types["hr"])
+
+    def _matrix(self, part, taken):
+        """(inputs, gates * rows): the blocks side by side, their products in units of the formats that take them."""
+        rows, inputs = self.layer.block(part, next(iter(taken))).shape
+        matrix = np.empty((inputs, len(taken), rows), dtype=self.types[part])
+        for n, (gate, fmt) in enumerate(taken.items()):
+            scale = 2.0 ** (fmt.frac - self.layer.product_frac(part, gate))
+            np.multiply(self.layer.block(part, gate).dense().T, scale, out=matrix[:, n])
+        return matrix.reshape(inputs, -1)
+
+    def _bias(self, name, fmt):
+        scaled = np.ldexp(self.layer.bias[name], fmt.frac - self.layer.bias_fracs[name])
+        return (scaled + _offset(fmt)).astype(self.types["sums"])
+
+    def _table(self, function, in_fmt, out_fmt, frac):
+        """What the table gives for every code of in_fmt, in units of 2**-frac."""
+        values = self.layer.tables[function].lookup(np.arange(in_fmt.min, in_fmt.max + 1), in_fmt, out_fmt)
+        return np.ldexp(values, frac - out_fmt.frac).astype(self.types["cell"])
+
+    def from_input(self, x):
+        """(T, B, input_size) -> (T, gates, B, hidden_size): what input and bias add to each sum, the offset included."""
+        steps, batch, inputs = x.shape
+        products = x.reshape(-1, inputs).astype(self.types["ih"]) @ self.weights["ih"]
+        sums = products.astype(self.types["sums"], copy=False).reshape(steps, batch, *self.bias.shape)
+        sums += self.bias
+        return sums.swapaxes(1, 2)
+
+    def stepper(self, h, c):
+        """A function (what from_input gives for a step, array for the new h) -> the new c.
+
+        A rounding is three moves there: add the offset (and what else is missing) to the sums, cast them to indices, take from
+        a list in the mode "clip".
+        """
+        batch, size, gates = len(h), self.layer.hidden_size, len(self.order)
+        recurrent = np.empty((batch, gates * size), self.types["hh"])
+        by_gate = recurrent.reshape(batch, gates, size).swapaxes(0, 1)  # (gates, B, hidden_size)
+        sums, index = (np.empty(by_gate.shape, dtype) for dtype in (self.types["sums"], np.intp))
+        cell = self._lstm if self.layer.cell == "LSTM" else self._gru
+        return cell(h.astype(self.dtype), c, recurrent, by_gate, sums, index)
+
+    def _lstm(self, h, c, recurrent, by_gate, sums, index):
+        types, weights, signals, projected = self.types, self.weights, self.layer.signals, self.layer.projected
+        take = {name: values.take for name, values in self.lists.items()}
+        sigmoid, tanh, cells, tanh_cell, hidden = (take[name] for name in ("sigmoid", "tanh", "cell", "tanh_cell", "hidden"))
+        fio, state, terms = (np.empty((n, *c.shape), types["cell"]) for n in (3, 2, 2))
+        fi, o, (cell, g), (kept, new) = fio[:2], fio[2], state, terms
+        fio_index, g_index, code = index[:3], index[3], np.empty(c.shape, np.intp)
+        total, tanh_c = (np.empty(c.shape, types["cell"]) for _ in range(2))
+        cell_offset, offset = (np.array(_offset(signals[name]), types["cell"])
+                               for name in ("cell", "unprojected" if projected else "hidden"))
+        cell[...] = c
+        if projected:
+            m, products = np.empty(c.shape, types["hr"]), np.empty(h.shape, types["hr"])
+            h_sums, h_code = np.empty(h.shape, types["sums"]), np.empty(h.shape, np.intp)
+            h_offset = np.array(_offset(signals["hidden"]), types["sums"])
+
+        def step(from_input, out):
+            nonlocal h
+            h.dot(weights["hh"], recurrent)
+            np.add(by_gate, from_input, sums)
+            index[...] = sums
+            sigmoid(fio_index, None, fio, "clip")
+            tanh(g_index, None, g, "clip")
+            np.multiply(fi, state, terms)  # f * c and i * g
+            np.add(kept, new, total)
+            np.add(total, cell_offset, total)
+            code[...] = total
+            cells(code, None, cell, "clip")
+            tanh_cell(code, None, tanh_c, "clip")
+            np.multiply(o, tanh_c, total)
+            np.add(total, offset, total)
+            code[...] = total
+            if projected:
+                take["unprojected"](code, None, m, "clip")
+                m.dot(weights["hr"], products)
+                np.add(products, h_offset, h_sums)
+                h_code[...] = h_sums
+                hidden(h_code, None, out, "clip")
+            else:
+                hidden(code, None, out, "clip")
+            h = out
+            return cell
+
+        return step
+
+    def _gru(self, h, _, recurrent, by_gate, sums, index):
+        types, weights, hidden_bias = self.types, self.weights, self.hidden_bias
+        sigmoid, products, tanh, hidden = (
+            self.lists[name].take for name in ("sigmoid", "hidden_product", "tanh", "hidden"))
+        rz, rz_index, s_index, code = np.empty((2, *h.shape), types["cell"]), index[:2], index[2], np.empty(h.shape, np.intp)
+        (r, z), (rz_products, s_products), (rz_sums, s_sums) = rz, (by_gate[:2], by_gate[2]), (sums[:2], sums[2])
+        s, n, total = (np.empty(h.shape, types["cell"]) for _ in range(3))
+        n_sums = np.empty(h.shape, np.promote_types(types["sums"], types["cell"]))
+        offset = np.array(_offset(self.layer.signals["hidden"]), types["cell"])
+
+        def step(from_input, out):
+            nonlocal h
+            h.dot(weights["hh"], recurrent)
+            np.add(rz_products, from_input[:2], rz_sums)
+            np.add(s_products, hidden_bias, s_sums)
+            index[...] = sums
+            sigmoid(rz_index, None, rz, "clip")
+            products(s_index, None, s, "clip")
+            np.multiply(r, s, total)
+            np.add(total, from_input[2], n_sums)
+            code[...] = n_sums
+            tanh(code, None, n, "clip")
+            np.subtract(h, n, total)  # (1 - z) * n + z * h = n + z * (h - n)
+            np.multiply(z, total, total)
+            np.add(n, total, total)
+            np.add(total, offset, total)
+            code[...] = total
+            hidden(code, None, out, "clip")
+            h = out
+
+        return step
+
+
+def _codes(fmt, dtype):
+    return np.arange(fmt.min, fmt.max + 1).astype(dtype)
+
+
+CHUNK_VALUES = 1 << 18  # sums of the input that are held at a time
 
 
 class LayerEngine:
-    """Runs one packed layer; holds its matrices in the float type in which their products are exact."""
+    """Runs one packed layer: on floats where their arithmetic is provably exact, with the same results in int64 otherwise."""
 
     def __init__(self, layer: PackedLayer):
         self.layer = layer
-        # The alignment shifts are folded into the matrices: exact, and the overflow check of the layer covers them.
-        self.products = {}
-        for part in ("ih", "hh"):
-            rows = [layer.block(part, gate).dense() << self._shift(part, gate) for gate in layer.gates]
-            self.products[part] = ExactMatrix(np.concatenate(rows), layer.signals[PARTS[part]].magnitude)
-        if layer.projected:
-            self.products["hr"] = ExactMatrix(layer.block("hr", "p").dense(), layer.signals["unprojected"].magnitude)
-        self.bias = np.concatenate([layer.bias[gate] for gate in layer.gates])  # (gates * hidden_size,)
-
-    def _shift(self, part, gate):
-        if part == "hh" and gate == "n":
-            return 0  # a GRU's hidden product is rounded before it joins
-        return self.layer.alignment(gate)[1 if part == "ih" else 2]
+        types = _float_types(layer)
+        self.steps = _Floats(layer, types) if types else _Integers(layer)
 
     def run(self, x, h=None, c=None, lengths=None, trace=None) -> LayerResult:
         """x: (T, B, input_size) integers in the input format; h (B, output_size) and, for an LSTM, c (B, hidden_size) in
-        their formats, zero by default; lengths: (B,), the number of steps after which each sequence keeps its state (output
-        0 from there on). trace: called with (step, signal, integers) for every signal that a step stores; gates under their
-        own names. Other shapes, floats and integers outside their format raise ValueError."""
-        layer = self.layer
+        their formats, zero by default; lengths: (B,), 0 to T, the steps after which each sequence keeps its state (output 0
+        from there on). trace: called with (step, signal, integers) for every signal that a step stores, gates under their own
+        names, padding included; such a run takes int64. Other shapes, floats and integers outside their format raise
+        ValueError."""
+        layer, steps = self.layer, _Integers(self.layer, trace) if trace else self.steps
         x = _integers("x", x, ("T", "B", layer.input_size), layer.signals["input"])
-        steps, batch, _ = x.shape
+        length, batch, _ = x.shape
         h = np.zeros((batch, layer.output_size), dtype=np.int64) if h is None else h
         h = _integers("h", h, (batch, layer.output_size), layer.signals["hidden"])
         if layer.cell == "LSTM":
@@ -113,48 +374,29 @@ class LayerEngine:
             c = _integers("c", c, (batch, layer.hidden_size), layer.signals["cell"])
         elif c is not None:
             raise ValueError("the engine needs no c for a GRU, got one")
-        if lengths is not None and np.shape(lengths) != (batch,):
-            raise ValueError(f"the engine needs lengths of shape ({batch},), got {np.shape(lengths)}")
-        from_input = self.products["ih"](x) + self.bias  # (T, B, gates * hidden_size)
-        output = np.zeros((steps, batch, layer.output_size), dtype=np.int64)
-        step = self._lstm_step if layer.cell == "LSTM" else self._gru_step
-        for t in range(steps):
-            new_h, new_c, signals = step(from_input[t], h, c)
-            for name, values in signals.items() if trace else ():
-                trace(t, name, values)
-            if lengths is not None:
-                alive = (t < np.asarray(lengths))[:, None]
-                new_c = None if c is None else np.where(alive, new_c, c)
-                h, output[t] = np.where(alive, new_h, h), np.where(alive, new_h, 0)
-            else:
-                h = output[t] = new_h
-            c = new_c
-        return LayerResult(output, h, c)
-
-    def _lstm_step(self, from_input, h, c):
-        layer = self.layer
-        acc = np.split(from_input + self.products["hh"](h), len(layer.gates), axis=-1)
-        gates = {gate: gate_values(layer, gate, part) for gate, part in zip(layer.gates, acc, strict=True)}
-        h, c = cell_update(layer, *gates.values(), c)
-        signals = gates | {"cell": c, "hidden": h}
-        if layer.projected:
-            signals["unprojected"] = h
-            signals["hidden"] = h = project(layer, self.products["hr"](h))
-        return h, c, signals
-
-    def _gru_step(self, from_input, h, _):
-        layer = self.layer
-        inputs, hidden = (np.split(acc, 3, axis=-1) for acc in (from_input, self.products["hh"](h)))
-        r, z = (gate_values(layer, gate, a + b) for gate, a, b in zip("rz", inputs, hidden, strict=False))
-        s = hidden_product(layer, hidden[2] + layer.bias["hn"])
-        n = candidate(layer, r, s, inputs[2])
-        h = gru_update(layer, z, n, h)
-        return h, None, {"r": r, "z": z, "hidden_product": s, "n": n, "hidden": h}
+        lengths = np.full(batch, length) if lengths is None else _checked_lengths(lengths, length, batch)
+        ends = {end: np.flatnonzero(lengths == end) for end in set(lengths.tolist())}
+        output = np.zeros((length, batch, layer.output_size), dtype=np.int64)
+        last_c = None if c is None else c.copy()
+        step = steps.stepper(h, c)
+        chunk = max(1, CHUNK_VALUES // max(1, batch * len(layer.gates) * layer.hidden_size))
+        for start in range(0, length, chunk):
+            piece = x[start : start + chunk]
+            hidden = np.empty((len(piece), batch, layer.output_size), steps.dtype)
+            for t, from_input, out in zip(itertools.count(start + 1), steps.from_input(piece), hidden, strict=False):
+                new_c = step(from_input, out)
+                if t in ends and c is not None:
+                    last_c[ends[t]] = new_c[ends[t]]
+            output[start : start + chunk] = hidden
+        ran, last_h = np.flatnonzero(lengths), h.copy()
+        last_h[ran] = output[lengths[ran] - 1, ran]
+        output[np.arange(length)[:, None] >= lengths] = 0
+        return LayerResult(output, last_h, last_c)
 
 
-def run_layer(layer: PackedLayer, x, h0=None, c0=None, lengths=None) -> LayerResult:
+def run_layer(layer: PackedLayer, x, h=None, c=None, lengths=None) -> LayerResult:
     """One layer over a batch of integer sequences: LayerEngine.run, for a single call."""
-    return LayerEngine(layer).run(x, h0, c0, lengths)
+    return LayerEngine(layer).run(x, h, c, lengths)
 
 
 @dataclass(frozen=True)
@@ -174,16 +416,20 @@ class StackEngine:
         """x: (T, B, input_size); h, c: (layers * directions, B, ...) integers or None; lengths as LayerEngine.run. A reverse
         direction begins at the last step of each sequence. trace: as of LayerEngine.run, with the number of the layer and
         direction, in torch's order, in front."""
-        results, place = [], 0
+        count = sum(map(len, self.engines))
+        for name, states in (("h", h), ("c", c)):
+            if states is not None and len(states) != count:
+                raise ValueError(f"the engine needs {name} for {count} layers and directions, got {len(states)}")
+        results, x = [], np.asarray(x)
         for directions in self.engines:
             outputs = []
             for reverse, engine in enumerate(directions):
-                states = (None if state is None else state[place] for state in (h, c))
+                place = len(results)
+                states = (None if states is None else states[place] for states in (h, c))
                 result = engine.run(reversed_steps(x, lengths) if reverse else x, *states, lengths,
                                     partial(trace, place) if trace else None)
                 outputs.append(reversed_steps(result.output, lengths) if reverse else result.output)
                 results.append(result)
-                place += 1
             x = np.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
         c = None if results[0].c is None else np.stack([result.c for result in results])
         return StackResult(x, np.stack([result.h for result in results]), c)

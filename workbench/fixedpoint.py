@@ -89,6 +89,16 @@ def requantise(a, frac: int, fmt: QFormat) -> np.ndarray:
     return np.clip(a, fmt.min, fmt.max)
 
 
+def exact_float(bound: int) -> type | None:
+    """The smaller float type that holds every integer of magnitude up to bound, or None."""
+    return np.float32 if bound < 1 << 24 else np.float64 if bound < 1 << 53 else None
+
+
+def largest_row_sum(weights) -> int:
+    """(out, in) int64 -> the largest row sum of |weights|."""
+    return int(np.abs(weights).sum(axis=1).max(initial=0))
+
+
 class ExactMatrix:
     """An integer matrix whose products with bounded integer vectors are exact.
 
@@ -98,10 +108,10 @@ class ExactMatrix:
     """
 
     def __init__(self, weights, magnitude: int):
-        bound = int(np.abs(weights).sum(axis=1).max(initial=0)) * magnitude
+        bound = largest_row_sum(weights) * magnitude
         if bound >= 1 << 63:
             raise ValueError(f"ExactMatrix needs row sums under 2**63, got a bound of {bound}")
-        self.dtype = np.float32 if bound < 1 << 24 else np.float64 if bound < 1 << 53 else np.int64
+        self.dtype = exact_float(bound) or np.int64
         self.transposed = np.ascontiguousarray(weights.T, dtype=self.dtype)  # (in, out)
 
     def __call__(self, x) -> np.ndarray:

@@ -29,7 +29,7 @@ from workbench.gates import blocks, dense_weights
 from workbench.methods import method_from_label
 from workbench.packed import PackedModel, signals_of, table_uses
 from workbench.plan import Plan, uniform
-from workbench.quantise import CLIPPINGS, observe
+from workbench.quantise import CLIPPINGS, Observation, observe
 from workbench.sensitivity import LOSSLESS_BITS, calibration_batches, sensitivity_table
 from workbench.signals import signal_errors
 from workbench.study import check_seeds, parallel
@@ -39,6 +39,7 @@ from workbench.train import baseline, evaluate, fit, paired_interval
 FLOAT, AFTER, IN = "float", "after training", "in training"
 AS_TRAINED, TRAINED_ON = "as trained", "trained on"  # the float models: once, and for the epochs of those trained in integers
 CELLS = ("LSTM", "GRU")
+ALL_SIGNALS = {signal for cell in CELLS for signal in signals_of(cell)}
 SWEEP_WIDTHS = range(2, 17)  # bits of weights and signals
 POINT = ("cell", "when", "method", "weight_bits", "activation_bits")  # what tells points apart
 COLUMNS = ["cell", "seed", "when", "method", "weight_bits", "activation_bits", "cr_disk", "cr_model", "rnn_bytes", "valid",
@@ -48,17 +49,26 @@ COLUMNS = ["cell", "seed", "when", "method", "weight_bits", "activation_bits", "
 @dataclass(frozen=True)
 class Arithmetic:
     """What all points of a study share. method: label of the weights' method ("Dense", "Structured 4"); clip: how the formats
-    of the signals follow from their magnitudes; activation: kind of the activation tables."""
+    of the signals follow from their magnitudes; activation: kind of the activation tables; cell_bits: least width of an LSTM's
+    cell state, whose sum over the steps needs more bits than what is computed from it."""
 
     method: str = "Dense"
     clip: str = "mse"
     activation: str = "linear"
+    cell_bits: int = 8
 
     def __post_init__(self):
         method_from_label(self.method)
         for name, value, known in (("clip", self.clip, CLIPPINGS), ("activation", self.activation, TABLES)):
             if value not in known:
                 raise ValueError(f"a study of fixed point knows as {name} {', '.join(known)}, got {value!r}")
+        if self.cell_bits not in SWEEP_WIDTHS:
+            raise ValueError(f"a study of fixed point needs cell_bits from {SWEEP_WIDTHS[0]} to {SWEEP_WIDTHS[-1]}, got "
+                             f"{self.cell_bits}")
+
+    def signals(self, observation: Observation, bits: int) -> dict:
+        """Formats of all signals at that width, a cell state at cell_bits at least."""
+        return observation.formats(dict.fromkeys(ALL_SIGNALS, bits) | {"cell": max(bits, self.cell_bits)}, self.clip)
 
 
 @dataclass(frozen=True)
@@ -163,8 +173,8 @@ class Precision:
 def measure_precision(task: Task | LanguageTask, models: dict[tuple[str, int], torch.nn.Module], weight_bits: list[int],
                       activation_bits: list[int], trained: list[str], *, arithmetic: Arithmetic, tuning: Tuning,
                       workers: int) -> Precision:
-    """Every pair of widths after training, and those of `trained` ("3/4") also after training inside them; and the float models, once
-    as they are and once trained on for the same epochs. The test split is read once per point and decides nothing."""
+    """Every pair of widths after training, those of `trained` ("3/4") also after training inside them; and the float models,
+    once as they are and once trained on for the same epochs. The test split is read once per point and decides nothing."""
     jobs = [(_float_point, task, cell, seed, model, arithmetic, tuning if further else None)
             for (cell, seed), model in models.items() for further in ((False, True) if tuning.epochs and trained else (False,))]
     jobs += [(_trained_point, task, cell, seed, model, arithmetic, tuning, *widths_of(pair))
@@ -212,7 +222,7 @@ def _float_point(task, cell, seed, model, arithmetic, tuning) -> list[dict]:
 
 def _after_points(task, cell, seed, model, arithmetic, weight_bits, activation_bits) -> list[dict]:
     """Post-training quantisation: one row for each width of the weights."""
-    signals = observe(model, calibration_batches(task)).formats(activation_bits, arithmetic.clip)
+    signals = arithmetic.signals(observe(model, calibration_batches(task)), activation_bits)
     rows = []
     for bits in weight_bits:
         row = _place(cell, seed, AFTER, arithmetic, bits, activation_bits)
@@ -244,12 +254,13 @@ def quantised_training(task: Task | LanguageTask, model: torch.nn.Module, weight
     name: tells models of one task and seed apart, for example the cell. A plan that an earlier call with the same arguments
     left among the checkpoints is used again, and so is its training.
     """
-    key = f"{name} {arithmetic.method} {weight_bits}-{activation_bits} {arithmetic.clip} {arithmetic.activation}"
+    key = (f"{name} {arithmetic.method} {weight_bits}-{activation_bits} {arithmetic.clip} {arithmetic.activation} "
+           f"cell {arithmetic.cell_bits}")
     file = _checkpoint(task, tuning, seed, key).with_suffix(".plan.json")
     if file.is_file():
         plan = Plan.read(json.loads(file.read_text()))
     else:
-        signals = observe(model, calibration_batches(task)).formats(activation_bits, arithmetic.clip)
+        signals = arithmetic.signals(observe(model, calibration_batches(task)), activation_bits)
         plan = _plan(model, arithmetic, weight_bits, signals)
         file.write_text(json.dumps(plan.to_json()))
     return _tuned(task, emulate(model, plan), tuning, seed, key), plan
@@ -334,7 +345,7 @@ def mix_precision(task: Task | LanguageTask, models: dict[tuple[str, int], torch
 def _mixed_points(task, cell, seed, model, target_cr_disks, activation_bits, arithmetic):
     method = method_from_label(arithmetic.method)
     table = sensitivity_table(model, task, [method], bits=list(WIDTHS), seed=seed)
-    signals = observe(model, calibration_batches(task)).formats(activation_bits, arithmetic.clip)
+    signals = arithmetic.signals(observe(model, calibration_batches(task)), activation_bits)
     control, rows, allocations = _measured(task, model), [], {}
     for target in target_cr_disks:
         allocations[cell, seed, target] = found = allocate(model, table, target, signals)
@@ -367,7 +378,7 @@ def anatomy(task: Task | LanguageTask, model: torch.nn.Module, pair: str, *, ari
     """Where the error of one pair of widths ("4/6") arises, on the first batch of the calibration data."""
     weight_bits, activation_bits = widths_of(pair)
     observation, batch = observe(model, calibration_batches(task)), list(itertools.islice(calibration_batches(task), 1))
-    signals = observation.formats(activation_bits, arithmetic.clip)
+    signals = arithmetic.signals(observation, activation_bits)
     plan = _plan(model, arithmetic, weight_bits, signals)
     packed = pack(model, plan)
     emulated = emulate(model, plan)

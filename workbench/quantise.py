@@ -21,6 +21,7 @@ MAX_PRODUCT_FRAC = MAX_WEIGHT_FRAC + MAX_SIGNAL_FRAC
 CLIPPINGS = ("max", "percentile", "mse")
 PERCENTILE = 99.9  # of the magnitudes, where the rule is "percentile"
 BINS_PER_OCTAVE = 16  # of the histogram of magnitudes
+MOST_BINNED = 1 << 20  # values of one signal and batch that go into its histogram
 MOST_OCTAVES = 64  # magnitudes from 2**-64 to 2**64 are told apart
 BINS = 2 * MOST_OCTAVES * BINS_PER_OCTAVE + 1
 TABLE_RANGE = 4.0  # with one bit of headroom pre-activations reach 8, where the linear table ends
@@ -54,13 +55,14 @@ class _Magnitudes:
         self.counts, self.sums = np.zeros((2, BINS), dtype=np.int64), np.zeros((2, BINS))
 
     def add(self, values: torch.Tensor) -> None:
-        values = values.detach().flatten().double()
-        self.values += values.numel()
-        values = values[values != 0]
+        values = values.detach().flatten()
         if not values.numel():
             return
+        self.largest = max(self.largest, values.abs().max().item())
+        values = values[:: math.ceil(values.numel() / MOST_BINNED)]  # the largest of all counts, the histogram may be a sample
+        self.values += values.numel()
+        values = values[values != 0].double()
         magnitudes = values.abs()
-        self.largest = max(self.largest, magnitudes.max().item())
         octave = magnitudes.log2().clamp(-MOST_OCTAVES, MOST_OCTAVES)
         bins = ((octave + MOST_OCTAVES) * BINS_PER_OCTAVE).long() + BINS * (values < 0)
         self.counts += torch.bincount(bins, minlength=2 * BINS).view(2, BINS).cpu().numpy()

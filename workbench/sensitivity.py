@@ -21,7 +21,7 @@ from workbench.quantise import calibrate
 from workbench.tasks import LanguageTask, Task
 from workbench.train import evaluate, fit
 
-CALIBRATION_STEPS = 200_000  # time steps that are enough to see how large signals become
+CALIBRATION_STEPS = 100_000  # time steps that are enough to see how large signals become
 PIECE = 100  # words of a text that are read from a fresh state
 LOSSLESS_BITS = 16  # width of the blocks that a measurement leaves alone
 RECOVERED = 0.9  # a block has recovered when this share of the lost validation loss is back

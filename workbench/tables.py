@@ -378,17 +378,17 @@ def precision_table(precision: Precision) -> pd.DataFrame:
     rows = precision.summary.to_dict("records")
     for row in rows:
         row["95 % interval"] = _bounds(row.get("low", np.nan), row.get("high", np.nan))
-    names = {"cell": "cell", "when": "quantised", "method": "method", "weight_bits": "weight bits",
-             "activation_bits": "signal bits", "cr_disk": "cr_disk", "cr_model": "cr_model", "rnn_bytes": "RNN bytes",
-             "valid": f"validation {quality}", "test": f"test {quality}", "test std": "std", "lost": lost, "lost std": "lost std",
-             "95 % interval": "95 % interval", "seeds": "seeds"}
+        row["widths"] = row["method"] if row["when"] == FLOAT else f"{row['weight_bits']}/{row['activation_bits']}"
+    names = {"cell": "cell", "when": "quantised", "widths": "weights/signals", "cr_disk": "cr_disk", "cr_model": "cr_model",
+             "rnn_bytes": "RNN bytes", "valid": "validation", "test": f"test {quality}", "test std": "std", "lost": lost,
+             "lost std": "std lost", "95 % interval": "95 % interval", "seeds": "seeds"}
     table = pd.DataFrame(rows)[list(names)].rename(columns=names)
     return table.drop(columns="95 % interval") if is_language(precision.task) else table
 
 
 def precision_published(precision: Precision, hidden_size: int) -> pd.DataFrame:
-    """Published points of the task, empty for all but Penn Treebank with 300 units. kilobytes: of the recurrent matrices of such
-    a layer at the stated width, derived here."""
+    """Published points of the task, empty for all but Penn Treebank with 300 units. kilobytes: of the recurrent matrices of
+    such a layer at the stated width, derived here."""
     columns = ["work", "cell", "weight_bits", "activation_bits", "float_perplexity", "perplexity", "in_training", "kilobytes"]
     if precision.task.name != "ptb" or hidden_size != 300:
         return pd.DataFrame(columns=columns)

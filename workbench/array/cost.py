@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from workbench.array.mapping import LayerMapping, data_words_kept
+from workbench.array.mapping import LayerMapping, data_words_kept, parts_of
 from workbench.array.schedule import EVENTS, Schedule
 from workbench.array.spec import ceil_div
 from workbench.packed import PARTS
@@ -35,8 +35,9 @@ PJ_PER_EVENT = {
     "loaded_bits": (DRAM_64_BIT_PJ[0] / 64, DRAM_64_BIT_PJ[1] / 64, f"{HOROWITZ}: DRAM access of 64 bits, per bit; {SEEN}"),
 }
 STATIC_POWER = "not given: no sourced figure for this array"
-ENERGY_NOTE = ("The total is a partial sum: words over links, the multicast to the PEs and activation look-ups are counted but "
-               "not priced, static power is not given. So a ratio of totals is no ratio of energies.")
+ENERGY_NOTE = ("The total is a partial sum: words over links, the multicast to the PEs, activation look-ups and roundings "
+               "without a look-up are counted but not priced, static power is not given. So a ratio of totals is no ratio of "
+               "energies.")
 
 # One RAMB18E2, depth x width (UltraScale memory resources, UG573).
 RAMB18_SHAPES = ((16384, 1), (8192, 2), (4096, 4), (2048, 9), (1024, 18))
@@ -123,7 +124,7 @@ def resources(mapping: LayerMapping) -> Resources:
     weights = Memory(int(mapping.resident_words.max()) + 2 * layout.stream_words,
                      min(max(block.word_bits for block in mapping.blocks.values()), spec.weight_word_bits))
     data = Memory(max(int(words.max()) for words in data_words_kept(mapping.layer, layout, mapping.blocks)),
-                  max(mapping.layer.signals[signal].bits for signal in PARTS.values()))
+                  max(mapping.layer.signals[PARTS[part]].bits for part in parts_of(mapping.layer)))
     accumulators = spec.acc_bits * ceil_div(spec.acc_banks * spec.acc_depth, LUT_RAM_DEPTH)  # LUTs, as all below
     written_while_read = accumulators + data.luts + (weights.luts if layout.stream_words else 0)
     low = accumulators + data.luts + weights.luts + spec.acc_bits

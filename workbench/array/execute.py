@@ -7,16 +7,16 @@ import numpy as np
 from workbench.array.mapping import Layout
 from workbench.array.schedule import Schedule, schedule_layer
 from workbench.array.spec import ArraySpec
-from workbench.engine import cell_update, gate_values
+from workbench.engine import candidate, cell_update, gate_values, gru_update, hidden_product, project, reversed_steps
 from workbench.fixedpoint import ExactMatrix
 from workbench.packed import PARTS, PackedLayer
 
 
 @dataclass(frozen=True)
 class Execution:
-    output: np.ndarray  # (T, 1, hidden_size) int64 in the hidden format
-    h: np.ndarray  # (1, hidden_size) int64
-    c: np.ndarray  # (1, hidden_size) int64 in the cell format
+    output: np.ndarray  # (T, 1, output_size) int64 in the hidden format
+    h: np.ndarray  # (1, output_size) int64
+    c: np.ndarray | None  # (1, hidden_size) int64 in the cell format; None for a GRU
     schedule: Schedule
 
 
@@ -38,11 +38,48 @@ def execute_layer(layer: PackedLayer, spec: ArraySpec, x, layout: Layout | None 
     for gate in layer.gates:
         _, shift, _ = layer.alignment(gate)
         aligned[gate] = (sums["ih", gate](x) << shift) + layer.bias[gate]
-    h = c = np.zeros((1, layer.hidden_size), dtype=np.int64)
-    output = np.empty((len(x), 1, layer.hidden_size), dtype=np.int64)
+    h = np.zeros((1, layer.output_size), dtype=np.int64)
+    c = np.zeros((1, layer.hidden_size), dtype=np.int64) if layer.cell == "LSTM" else None
+    output = np.empty((len(x), 1, layer.output_size), dtype=np.int64)
+    step = _lstm_step if layer.cell == "LSTM" else _gru_step
     for t in range(len(x)):
-        gates = (gate_values(layer, gate, aligned[gate][t] + (sums["hh", gate](h) << layer.alignment(gate)[2]))
-                 for gate in layer.gates)
-        h, c = cell_update(layer, *gates, c)
+        h, c = step(layer, sums, {gate: values[t] for gate, values in aligned.items()}, h, c)
         output[t] = h
     return Execution(output, h, c, schedule)
+
+
+def _gate(layer, sums, inputs, gate, h):
+    return gate_values(layer, gate, inputs[gate] + (sums["hh", gate](h) << layer.alignment(gate)[2]))
+
+
+def _lstm_step(layer, sums, inputs, h, c):
+    h, c = cell_update(layer, *(_gate(layer, sums, inputs, gate, h) for gate in layer.gates), c)
+    return project(layer, sums["hr", "p"](h)) if layer.projected else h, c
+
+
+def _gru_step(layer, sums, inputs, h, _):
+    r, z = (_gate(layer, sums, inputs, gate, h) for gate in "rz")
+    s = hidden_product(layer, sums["hh", "n"](h) + layer.bias["hn"])
+    return gru_update(layer, z, candidate(layer, r, s, inputs["n"]), h), None
+
+
+@dataclass(frozen=True)
+class StackExecution:
+    """layers: one entry per layer index, (forward,) or (forward, reverse); a reverse direction's execution lists its steps
+    in the order in which it takes them, the last of the sequence first."""
+
+    output: np.ndarray  # (T, 1, directions * output_size) int64 of the last layer
+    layers: tuple[tuple[Execution, ...], ...]
+
+
+def execute_stack(stack, spec: ArraySpec, x) -> StackExecution:
+    """Run one sequence through all layers and directions of one recurrent module (stack: as PackedModel.stack gives it), one
+    after the other: x (T, 1, input_size). Each layer and direction has a schedule of its own; nothing overlaps them."""
+    x, layers = np.asarray(x), []
+    for directions in stack:
+        done = tuple(execute_layer(layer, spec, reversed_steps(x, None) if reverse else x)
+                     for reverse, layer in enumerate(directions))
+        layers.append(done)
+        x = np.concatenate([reversed_steps(run.output, None) if reverse else run.output for reverse, run in enumerate(done)],
+                           axis=-1)
+    return StackExecution(x, tuple(layers))

@@ -6,18 +6,21 @@ would be a hazard in hardware raises RuntimeError.
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from workbench.array.mapping import LayerMapping, columns_kept, words_taken
+from workbench.array.mapping import COPIES, LayerMapping, columns_kept, parts_of, sums_of, words_taken
 from workbench.packed import PackedSparse
+
+SENT = {"hh": "h", "hr": "m"}  # part -> the value that is multicast for it in the step that computes it
 
 
 @dataclass(frozen=True)
 class Interpretation:
     """spans: (step, number in the program) -> (start, end) cycles; step -1 is the multicast of the first x."""
 
-    output: list[list[int]]  # (T, hidden_size)
-    c: list[int]  # (hidden_size,)
+    output: list[list[int]]  # (T, output_size)
+    c: list[int] | None  # (hidden_size,); None for a GRU
     cycles: int
     spans: dict[tuple[int, int], tuple[int, int]]
     counts: dict[str, int]  # events that happened at all
@@ -28,6 +31,81 @@ def half_up(value: int, frac: int, fmt) -> int:
     shift = frac - fmt.frac
     value = (value + (1 << (shift - 1))) >> shift if shift > 0 else value << -shift
     return min(max(value, fmt.min), fmt.max)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One value per element that the activation units compute. reads: (steps back, value); compute: (element, what is read)
+    -> integer; event: what it counts as."""
+
+    value: str
+    event: str
+    reads: tuple[tuple[int, str], ...]
+    compute: Callable
+
+
+def _product(value, one, other):
+    return _Task(value, "elementwise_multiplies", (one, other), lambda j, a, b: a * b)
+
+
+def _look_up(layer, function, value, in_fmt, out_fmt):
+    return int(layer.tables[function].lookup(value, in_fmt, out_fmt))
+
+
+def _act(layer, gate, also=None, output=None):
+    """The sum of a gate, its bias and what else joins it: one rounding, one look-up. also: (value, its left shift)."""
+    s, bias, (frac, *_) = layer.signals, layer.bias[gate], layer.alignment(gate)
+    function = "tanh" if gate in "gn" else "sigmoid"
+    value, shift = also or ("", 0)
+
+    def compute(j, total, joined=0):
+        pre = half_up(total + int(bias[j]) + (joined << shift), frac, s["pre"])
+        return _look_up(layer, function, pre, s["pre"], s[output or function])
+
+    return _Task(f"act {gate}", "activation_lookups", ((0, f"sum {gate}"), *(((0, value),) if also else ())), compute)
+
+
+def _lstm_tasks(layer):
+    s = layer.signals
+    kept, new = s["sigmoid"].frac + s["cell"].frac, s["sigmoid"].frac + s["tanh"].frac
+    frac = max(kept, new)
+    name, fmt = ("m", s["unprojected"]) if layer.projected else ("h", s["hidden"])
+    tasks = {f"act {gate}": [_act(layer, gate)] for gate in "ifgo"}
+    tasks |= {
+        "cell": [_product("f*c", (0, "act f"), (1, "cell")), _product("i*g", (0, "act i"), (0, "act g"))],
+        "tanh c": [_Task("tanh c", "activation_lookups", ((0, "cell"),),
+                         lambda j, c: _look_up(layer, "tanh", c, s["cell"], s["tanh"]))],
+        name: [_Task(name, "elementwise_multiplies", ((0, "act o"), (0, "tanh c")),
+                     lambda j, o, tanh_c: half_up(o * tanh_c, new, fmt))]}
+    if layer.projected:
+        tasks["h"] = [_Task("h", "roundings", ((0, "sum p"),),
+                            lambda j, total: half_up(total, layer.product_frac("hr", "p"), s["hidden"]))]
+
+    def join(kept_product, new_product):
+        return half_up((kept_product << (frac - kept)) + (new_product << (frac - new)), frac, s["cell"])
+
+    return tasks, join
+
+
+def _gru_tasks(layer):
+    s, one = layer.signals, 1 << layer.signals["sigmoid"].frac
+
+    def hidden_product(j, total):
+        return half_up(total + int(layer.bias["hn"][j]), layer.product_frac("hh", "n"), s["hidden_product"])
+
+    tasks = {
+        "act r": [_act(layer, "r")],
+        "s": [_Task("s", "roundings", ((0, "sum hn"),), hidden_product)],
+        "r*s": [_product("r*s", (0, "act r"), (0, "s"))],
+        "act n": [_act(layer, "n", ("r*s", layer.alignment("n")[2]), "hidden")],
+        "act z": [_act(layer, "z")],
+        "h": [_Task("(1-z)*n", "elementwise_multiplies", ((0, "act z"), (0, "act n")), lambda j, z, n: (one - z) * n),
+              _product("z*h", (0, "act z"), (1, "h"))]}
+
+    def join(new_product, kept_product):
+        return half_up(new_product + kept_product, s["sigmoid"].frac + s["hidden"].frac, s["hidden"])
+
+    return tasks, join
 
 
 def interpret(mapping: LayerMapping, x) -> Interpretation:
@@ -72,8 +150,8 @@ class _Machine:
         self.retired = Counter()  # the same keys with the step in front
         # PE memories: (region, pe row, pe col) -> address -> (step, value); a wrong step is a hazard.
         self.data = defaultdict(dict)
-        self.arrived = Counter()  # ("ih" or "hh", step) -> words multicast
-        self.arrived["hh", -1] = self.layer.hidden_size
+        self.arrived = Counter()  # (part, step) -> words multicast
+        self.arrived["hh", -1] = self.layer.output_size
         self.acc = defaultdict(Counter)  # (region, bank, pe row, pe col) -> (entry since the first step, row) -> sum
         self.bank_users = [(step, n) for step in range(len(x)) for n, i in enumerate(self.program)
                            if i.kind in ("mac", "drain")]  # not retired, in program order
@@ -81,19 +159,36 @@ class _Machine:
         self.bank_drained = {}  # (region, bank) -> cycle of the last read of a drain
         self.buffers = {}  # (region, 0 or 1) -> (step, chunk)
         self.loaded = set()  # (region, step, chunk)
-        self.edge, self.edge_parts = defaultdict(int), Counter()  # (step, gate, row)
-        self.values = defaultdict(dict)  # (step, name of the instruction) -> index -> integer
+        self.sums = sums_of(self.layer)
+        self.edge, self.edge_parts = defaultdict(int), Counter()  # (step, sum, row)
+        # Instruction of the activation units -> its tasks; where there are two, their values are joined into one.
+        self.tasks, self.join = (_lstm_tasks if self.layer.cell == "LSTM" else _gru_tasks)(self.layer)
+        self.values = defaultdict(dict)  # (step, value; "sum ..." on the edge) -> index -> integer
         # (part, column) -> the PEs that keep it
         self.keepers = defaultdict(list)
         for n, region in enumerate(mapping.layout.regions):
-            for part in ("ih", "hh"):
+            for part in parts_of(self.layer):
                 for pe_col, columns in enumerate(columns_kept(self.layer, mapping.layout, mapping.blocks, part, n).tolist()):
                     for column, kept in enumerate(columns):
                         self.keepers[part, column] += [(n, pe_row, pe_col) for pe_row in range(region.rows) if kept]
-        for j in range(self.layer.hidden_size):
+        for j in range(self.layer.output_size):
             for pe in self.keepers["hh", j]:
                 self.data[pe]["hh", 0, j] = (-1, 0)
-        self.values[-1, "cell"] = dict.fromkeys(range(self.layer.hidden_size), 0)
+        for state in ("cell", "h"):
+            self.values[-1, state] = dict.fromkeys(range(self._size(state)), 0)
+
+    def _size(self, value):
+        """Elements of a value."""
+        return self.layer.output_size if value in ("h", "sum p") else self.layer.hidden_size
+
+    def _complete(self, step, value):
+        return len(self.values[step, value]) == self._size(value)
+
+    def _operand(self, step, part):
+        """What a part of a step multiplies: its size, the step that it is from, its place among the copies in a PE."""
+        size = {"ih": self.layer.input_size, "hh": self.layer.output_size, "hr": self.layer.hidden_size}[part]
+        due = step - 1 if part == "hh" else step
+        return size, due, due % COPIES[part]
 
     def run(self):
         while any(self.queues.values()) or any(self.issuing.values()) or self.landing:
@@ -110,18 +205,18 @@ class _Machine:
             self.now += 1
             if self.now > 1_000_000:
                 raise RuntimeError(f"no end after {self.now} cycles: {[q[0] for q in self.queues.values() if q]} wait")
-        steps, hidden = len(self.x), range(self.layer.hidden_size)
-        return Interpretation([[self.values[t, "h"][j] for j in hidden] for t in range(steps)],
-                              [self.values[steps - 1, "cell"][j] for j in hidden], self.now, self.spans, dict(+self.counts))
+        steps = len(self.x)
+        cell = [self.values[steps - 1, "cell"][j] for j in range(self.layer.hidden_size)] if "cell" in self.tasks else None
+        return Interpretation([[self.values[t, "h"][j] for j in range(self.layer.output_size)] for t in range(steps)],
+                              cell, self.now, self.spans, dict(+self.counts))
 
     # What may start: the state of the machine at the beginning of the cycle.
 
     def _may_start(self, step, n):
         i = self.program[n]
         if i.kind == "mac":
-            part = i.parts[0]
-            size, due = (self.layer.input_size, step) if part == "ih" else (self.layer.hidden_size, step - 1)
-            return (self.arrived[part, due] == size and self._has_bank(step, n)
+            size, due, _ = self._operand(step, i.parts[0])
+            return (self.arrived[i.parts[0], due] == size and self._has_bank(step, n)
                     and (i.chunk < 0 or (i.region, step, i.chunk) in self.loaded))
         if i.kind == "drain":
             return self._has_bank(step, n) and all(
@@ -131,10 +226,9 @@ class _Machine:
         if n == 0:  # x of step + 1 overwrites that of step - 1
             readers = [key for key in self.per_step if key[0] == "mac" and key[3] == ("ih",)]
             return step < 1 or all(self._all_retired(step - 1, *key) for key in readers)
-        if i.gate:
-            return all(self.edge_parts[step, i.gate, j] == 2 for j in range(self.layer.hidden_size))
-        inputs = {"cell": ("act i", "act f", "act g"), "tanh c": ("cell",), "h": ("tanh c", "act o"), "h to PEs": ("h",)}
-        return all(len(self.values[step, name]) == self.layer.hidden_size for name in inputs[i.name])
+        if i.kind == "multicast":
+            return self._complete(step, SENT[i.parts[0]])
+        return all(self._complete(step - back, value) for task in self.tasks[i.name] for back, value in task.reads)
 
     def _all_retired(self, step, *key):
         return self.retired[step, *key] == self.per_step[key]
@@ -159,7 +253,6 @@ class _Machine:
 
     def _start(self, resource, step, n):
         i = self.program[n]
-        hidden = range(self.layer.hidden_size)
         if i.kind == "mac":
             wait_word, wait_mac = words_taken(self.mapping.blocks[i.parts[0], i.gate], self.spec) - 1, self.spec.mac_ii - 1
             todo = {pe: [slot for mac in macs for slot in [None] * (wait_word * mac[0] + wait_mac) + [mac]]
@@ -173,12 +266,12 @@ class _Machine:
             self.counts["loaded_bits"] += todo
         elif i.kind == "drain":
             todo = list(range(*i.rows))
+        elif n == 0:
+            todo = list(enumerate(self.x[step + 1]))
         elif i.kind == "multicast":
-            todo = list(enumerate(self.x[step + 1])) if n == 0 else [(j, self.values[step, "h"][j]) for j in hidden]
-        elif i.name == "cell":
-            todo = [(j, product) for product in ("f*c", "i*g") for j in hidden]
+            todo = sorted(self.values[step, SENT[i.parts[0]]].items())
         else:
-            todo = [(j, i.name) for j in hidden]
+            todo = [(j, task) for task in self.tasks[i.name] for j in range(self._size(task.value))]
         self.issuing[resource] = _Active(step, n, i, self.now, todo)
 
     def _pe_lists(self, i):
@@ -205,12 +298,11 @@ class _Machine:
 
     def _work_mac(self, a):
         i, part = a.instruction, a.instruction.parts[0]
-        due = a.step if part == "ih" else a.step - 1
+        size, due, copy = self._operand(a.step, part)
         bank, entry = self._bank(a.step, i), self._entry(a.step, i)
         if self.bank_drained.get(bank) == self.now:
             raise RuntimeError(f"hazard: {i.name} of step {a.step} writes the bank {bank} that a drain reads, cycle {self.now}")
         self.bank_written[bank] = self.now + self.spec.mac_latency
-        size = self.layer.input_size if part == "ih" else self.layer.hidden_size
         taken = words_taken(self.mapping.blocks[part, i.gate], self.spec)
         for pe, slots in a.todo.items():
             mac = slots.pop(0)
@@ -219,7 +311,7 @@ class _Machine:
             first, value, row, column, padding = mac
             x = 0
             if column < size:
-                tag, x = self.data[i.region, *pe][part, due % 2 if part == "ih" else 0, column]
+                tag, x = self.data[i.region, *pe][part, copy, column]
                 if tag != due:
                     raise RuntimeError(f"hazard: step {a.step} reads {part} {column} of step {tag} in cycle {self.now}")
             self.counts["weight_reads"] += taken * first  # a word is read once and held while it is used
@@ -260,16 +352,20 @@ class _Machine:
 
     def _reach_edge(self, a, row, partial):
         i = a.instruction
-        shift = self.layer.alignment(i.gate)[1 if i.parts[0] == "ih" else 2]
-        self.edge[a.step, i.gate, row] += partial << shift
-        self.edge_parts[a.step, i.gate, row] += len(i.parts)
+        place, shift = (a.step, i.sum, row), 0
+        if i.sum not in ("hn", "p"):  # which nothing joins before they are rounded
+            shift = self.layer.alignment(i.gate)[1 if i.parts[0] == "ih" else 2]
+        self.edge[place] += partial << shift
+        self.edge_parts[place] += len(i.parts)
+        if self.edge_parts[place] == len(self.sums[i.sum]):
+            self.values[a.step, f"sum {i.sum}"][row] = self.edge[place]
 
     def _work_load(self, a):
         a.todo = max(0, a.todo - self.spec.load_bits_per_cycle)
         self._fly(a, 0, lambda: None)
 
     def _work_multicast(self, a):
-        part, due = ("ih", a.step + 1) if a.number == 0 else ("hh", a.step)
+        part, due = a.instruction.parts[0], a.step + (a.number == 0)
         for column, value in a.todo[: self.spec.h_words_per_cycle]:
             self.counts["multicast_words"] += 1
             self._fly(a, 0, lambda column=column, value=value: self._store(part, due, column, value))
@@ -278,7 +374,7 @@ class _Machine:
     def _store(self, part, due, column, value):
         self.arrived[part, due] += 1
         for pe in self.keepers[part, column]:
-            self.data[pe][part, due % 2 if part == "ih" else 0, column] = (due, value)
+            self.data[pe][part, due % COPIES[part], column] = (due, value)
             self.counts["data_writes"] += 1
 
     def _work_activation(self, a):
@@ -286,33 +382,17 @@ class _Machine:
         if a.held < self.spec.act_ii:
             return
         a.held = 0
-        event = "activation_lookups" if a.instruction.kind == "activation" else "elementwise_multiplies"
-        for task in a.todo[: self.spec.act_units]:
-            self.counts[event] += 1
-            self._fly(a, self.spec.act_latency, lambda task=task: self._compute(a.step, *task))
+        for j, task in a.todo[: self.spec.act_units]:
+            self.counts[task.event] += 1
+            self._fly(a, self.spec.act_latency, lambda j=j, task=task: self._compute(a.step, a.instruction.name, j, task))
         del a.todo[: self.spec.act_units]
 
-    def _compute(self, step, j, what):
-        s, tables, value = self.layer.signals, self.layer.tables, self.values
-        if what.startswith("act "):
-            gate = what[4:]
-            pre = half_up(self.edge[step, gate, j] + int(self.layer.bias[gate][j]), self.layer.alignment(gate)[0], s["pre"])
-            function = "tanh" if gate == "g" else "sigmoid"
-            value[step, what][j] = int(tables[function].lookup(pre, s["pre"], s[function]))
-        elif what == "f*c":
-            value[step, what][j] = value[step, "act f"][j] * value[step - 1, "cell"][j]
-        elif what == "i*g":
-            value[step, what][j] = value[step, "act i"][j] * value[step, "act g"][j]
-        elif what == "tanh c":
-            value[step, what][j] = int(tables["tanh"].lookup(value[step, "cell"][j], s["cell"], s["tanh"]))
-        else:
-            product = value[step, "act o"][j] * value[step, "tanh c"][j]
-            value[step, "h"][j] = half_up(product, s["sigmoid"].frac + s["tanh"].frac, s["hidden"])
-        if what in ("f*c", "i*g") and j in value[step, "f*c"] and j in value[step, "i*g"]:
-            kept, new = s["sigmoid"].frac + s["cell"].frac, s["sigmoid"].frac + s["tanh"].frac
-            frac = max(kept, new)
-            total = (value[step, "f*c"][j] << (frac - kept)) + (value[step, "i*g"][j] << (frac - new))
-            value[step, "cell"][j] = half_up(total, frac, s["cell"])
+    def _compute(self, step, name, j, task):
+        read = (self.values[step - back, value][j] for back, value in task.reads)
+        self.values[step, task.value][j] = task.compute(j, *read)
+        computed = [self.values[step, other.value].get(j) for other in self.tasks[name]]
+        if len(computed) > 1 and None not in computed:
+            self.values[step, name][j] = self.join(*computed)
 
     # What lands at the end of a cycle.
 

@@ -14,6 +14,7 @@ from workbench.fixedpoint import QFormat
 from workbench.packed import PARTS, PackedCirculant, PackedDense, PackedLayer, PackedSparse
 
 STREAM_SHARES = (2, 4, 8, 16, 32, 64)  # one half of the streaming double buffer takes 1/n of the weight memory
+COPIES = {"ih": 2, "hh": 1, "hr": 1}  # of the vector that a part multiplies, in a PE's data memory: x comes one step ahead
 
 
 @dataclass(frozen=True)
@@ -283,40 +284,61 @@ def map_block(packed, pe_rows: int, pe_cols: int, unit: int | None = None, pe_ro
                         words.used[order], words.padding[order])
 
 
+# A GRU: r first and z last, as the way from r and W_hn h to n is the longest.
+COMPUTED = {"LSTM": ("i", "f", "g", "o"), "GRU": ("r", "n", "z")}
+
+
+def sums_of(layer: PackedLayer) -> dict[str, tuple[tuple[str, str], ...]]:
+    """Sum -> the (part, gate) of the blocks that add up to it, in the order in which the PEs take them (COMPUTED).
+
+    A sum has its gate's name. A GRU's W_hn h + b_hn is rounded before it joins n, so it is a sum of its own, `hn`, as its bias
+    is. `p`, the projection, comes last: it needs all others.
+    """
+    sums = {}
+    for gate in COMPUTED[layer.cell]:
+        ih, hh = ("ih", gate), ("hh", gate)
+        sums |= {"n": (ih,), "hn": (hh,)} if gate == "n" else {gate: (ih, hh)}
+    return sums | ({"p": (("hr", "p"),)} if layer.projected else {})
+
+
 def map_blocks(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> dict[tuple[str, str], BlockMapping]:
-    """(part, gate) -> BlockMapping. Blocks of a gate that share accumulators are placed by their common load."""
+    """(part, gate) -> BlockMapping. Blocks of a sum that share accumulators are placed by their common load."""
     mapped = {}
-    for gate in layer.gates:
-        blocks = {part: layer.block(part, gate) for part in PARTS}
-        region = {part: layout.regions[layout.region_of(block)] for part, block in blocks.items()}
-        unit = {part: tile_unit(block, region[part], spec.acc_depth, layout.split_tiles) for part, block in blocks.items()}
+    for products in sums_of(layer).values():
+        blocks = {p: layer.block(*p) for p in products}
+        region = {p: layout.regions[layout.region_of(block)] for p, block in blocks.items()}
+        unit = {p: tile_unit(block, region[p], spec.acc_depth, layout.split_tiles) for p, block in blocks.items()}
         placement = None
-        if _share_accumulators(layer, layout, gate, unit):
+        if _share_accumulators(layer, layout, products, unit):
             loads = [_unit_loads(_stored_words(blocks[p], region[p].cols, unit[p]), layer.hidden_size, region[p].cols, unit[p])
-                     for p in PARTS]
-            placement = place_units(sum(loads), region["hh"].rows)
-        for part, block in blocks.items():
-            mapped[part, gate] = map_block(block, region[part].rows, region[part].cols, unit[part], placement)
+                     for p in products]
+            placement = place_units(sum(loads), region[products[0]].rows)
+        for p, block in blocks.items():
+            mapped[p] = map_block(block, region[p].rows, region[p].cols, unit[p], placement)
     return mapped
 
 
-def _share_accumulators(layer, layout, gate, unit) -> bool:
+def _share_accumulators(layer, layout, products, unit) -> bool:
     """W_ih and W_hh of a gate add up in the same accumulators if their products have the same fraction, they lie in the
     same region and their rows are dealt in units of the same size; else each sum is drained and shifted at the edge.
-    unit: part -> rows per unit."""
-    _, *shifts = layer.alignment(gate)
-    regions = [layout.region_of(layer.block(part, gate)) for part in PARTS]
-    return shifts == [0, 0] and regions[0] == regions[1] and unit["ih"] == unit["hh"]
+    products: of one sum; unit: (part, gate) -> rows per unit."""
+    if len(products) == 1:
+        return False
+    _, *shifts = layer.alignment(products[0][1])
+    regions = {layout.region_of(layer.block(*p)) for p in products}
+    return shifts == [0, 0] and len(regions) == len({unit[p] for p in products}) == 1
 
 
 @dataclass(frozen=True)
 class Instruction:
     """One entry of a step's program. It says what is done, by which resource; never when.
 
-    kind: mac, drain, activation, elementwise, multicast or load. parts: which of ih and hh; an activation has neither.
+    kind: mac, drain, activation, elementwise, multicast or load. parts: of the blocks, or of those that a multicast is for.
     rows: local rows [low, high) of the pass. words: slice of each PE's words for those rows. entry: number of what is
     summed and drained together, in its region and step, in the order of the drains; the accumulator banks take the
-    entries in turn, over all steps. chunk: number of the streamed chunk in its region and step, or -1.
+    entries in turn, over all steps. chunk: number of the streamed chunk in its region and step, or -1. sum: (sums_of) that
+    it adds to, drains, or takes off the edge. takes: names of those whose values it takes. values: that activation units
+    compute, each counted as `event`, or words of a multicast.
     """
 
     name: str
@@ -329,12 +351,17 @@ class Instruction:
     words: tuple[int, int] = (0, 0)
     entry: int = -1
     chunk: int = -1
+    sum: str = ""
+    takes: tuple[str, ...] = ()
+    values: int = 0
+    event: str = ""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """What is accumulated together and drained once: a gate, one or both parts, local rows [low, high)."""
+    """What is accumulated together and drained once: a sum or one of its parts, local rows [low, high)."""
 
+    sum: str
     gate: str
     parts: tuple[str, ...]
     low: int
@@ -399,7 +426,8 @@ def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None) 
     blocks = map_blocks(layer, spec, layout) if blocks is None else blocks
     data_words = max(int(words.max()) for words in data_words_kept(layer, layout, blocks))
     if data_words > spec.data_words:
-        raise ValueError(f"a PE needs {data_words} data words (x twice, h once), the array has {spec.data_words} (data_words)")
+        kept = "x twice, h once" + ", o * tanh(c) once" * layer.projected
+        raise ValueError(f"a PE needs {data_words} data words ({kept}), the array has {spec.data_words} (data_words)")
     if 2 * layout.stream_words > spec.weight_words:
         raise ValueError(f"{layout} needs two buffers of {layout.stream_words} words per PE, the array has {spec.weight_words} "
                          "(weight_words)")
@@ -449,7 +477,7 @@ def fitting_mappings(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> lis
 
 def _check_layer(layer, spec):
     """Refuse a layer whose words or sums are wider than the array's."""
-    widest = max([layer.signals[signal] for signal in PARTS.values()] + [block.fmt for block in layer.blocks.values()],
+    widest = max([layer.signals[PARTS[part]] for part in parts_of(layer)] + [block.fmt for block in layer.blocks.values()],
                  key=lambda fmt: fmt.bits)
     if widest.bits > spec.word_bits:
         raise ValueError(f"the array has words of {spec.word_bits} bits (word_bits), got {widest}")
@@ -457,15 +485,21 @@ def _check_layer(layer, spec):
         raise ValueError(f"the array has accumulators of {spec.acc_bits} bits (acc_bits), the layer needs {layer.acc_bits}")
 
 
+def parts_of(layer: PackedLayer) -> tuple[str, ...]:
+    """Its parts; what each multiplies (PARTS) is multicast to the PEs."""
+    return tuple(dict.fromkeys(part for part, _ in layer.products))
+
+
 def data_words_kept(layer, layout: Layout, blocks) -> list[np.ndarray]:
-    """Per region (pe_cols,): data words of each PE, its columns of x twice (one step ahead) and of h once."""
-    kept = [[columns_kept(layer, layout, blocks, part, n).sum(axis=1) for part in PARTS] for n in range(len(layout.regions))]
-    return [2 * x + h for x, h in kept]
+    """Per region (pe_cols,): data words of each PE, its columns of x twice (one step ahead), of all else once (COPIES)."""
+    return [sum(COPIES[part] * columns_kept(layer, layout, blocks, part, n).sum(axis=1) for part in parts_of(layer))
+            for n in range(len(layout.regions))]
 
 
 def columns_kept(layer, layout, blocks, part: str, region: int) -> np.ndarray:
-    """(pe_cols, columns) bool: columns of x ("ih") or h ("hh") that the PE columns of a region keep."""
-    mine = [blocks[part, gate].data_columns() for gate in layer.gates if layout.region_of(layer.block(part, gate)) == region]
+    """(pe_cols, columns) bool: columns of what a part multiplies that the PE columns of a region keep."""
+    mine = [block.data_columns() for (p, gate), block in blocks.items()
+            if p == part and layout.region_of(layer.block(p, gate)) == region]
     kept = np.zeros((layout.regions[region].cols, max((m.shape[1] for m in mine), default=0)), dtype=bool)
     for m in mine:
         kept[:, : m.shape[1]] |= m
@@ -484,8 +518,43 @@ def _region_words(layer, spec, layout, blocks, region):
                 if layout.region_of(layer.block(part, gate)) == region), np.zeros((r.rows, r.cols), dtype=np.int64))
 
 
+def _phases(layer) -> list[list[Instruction]]:
+    """What a step does beside the PEs. A phase begins after the one before; within one, the order is that of the drains."""
+    hidden = layer.hidden_size
+
+    def act(gate, takes=()):
+        return Instruction(f"act {gate}", "activation", "activation", gate, sum=gate, takes=takes, values=hidden,
+                           event="activation_lookups")
+
+    def multiply(name, takes, products=1):
+        return Instruction(name, "elementwise", "activation", takes=takes, values=products * hidden,
+                           event="elementwise_multiplies")
+
+    def rounding(name, gate, of, values):  # without a look-up
+        return Instruction(name, "activation", "activation", gate, sum=of, values=values, event="roundings")
+
+    def to_pes(name, part, values):
+        return [Instruction(f"{name} to PEs", "multicast", "network", parts=(part,), takes=(name,), values=values)]
+
+    if layer.cell == "GRU":
+        # z last on the activation units, so that a late drain of z never holds up n; an early z could begin before n and would
+        # save at most act_latency cycles.
+        return [[act("r"), rounding("s", "n", "hn", hidden)], [multiply("r*s", ("act r", "s"))], [act("n", ("r*s",))],
+                [act("z")], [multiply("h", ("act n", "act z"), 2)], to_pes("h", "hh", hidden)]
+    # The cell update begins while o is still summed; o last on the activation units, so that its late drain holds up nothing.
+    phases = [[act("i"), act("f"), act("g")], [multiply("cell", ("act i", "act f", "act g"), 2)],
+              [Instruction("tanh c", "activation", "activation", takes=("cell",), values=hidden, event="activation_lookups")],
+              [act("o")]]
+    if layer.projected:
+        phases += [[multiply("m", ("tanh c", "act o"))], to_pes("m", "hr", hidden),
+                   [rounding("h", "p", "p", layer.output_size)]]
+    else:
+        phases.append([multiply("h", ("tanh c", "act o"))])
+    return [*phases, to_pes("h", "hh", layer.output_size)]
+
+
 class _ProgramBuilder:
-    """Builds the program of one LSTM step and notes what stays resident and what is streamed."""
+    """Builds the program of one step and notes what stays resident and what is streamed."""
 
     def __init__(self, layer, spec, layout, blocks):
         self.layer, self.spec, self.layout, self.blocks = layer, spec, layout, blocks
@@ -494,58 +563,56 @@ class _ProgramBuilder:
         self.chunks = [0] * len(layout.regions)
 
     def program(self) -> tuple[Instruction, ...]:
-        """x of the next step first; then the regions' gates, i f g o in turn, so that the cell update can begin while o
-        is still summed; each activation after its gate's last drain; h back to the PEs at the end."""
-        steps = [Instruction("x to PEs", "multicast", "network", parts=("ih",))]
+        """x of the next step first; then the regions' sums in turn, and after each segment all that its drain makes due;
+        h back to the PEs at the end. A projection stands behind all gates: while its PEs wait for its operands, they do not
+        begin the next step's W_ih x."""
+        steps = [Instruction("x to PEs", "multicast", "network", parts=("ih",), values=self.layer.input_size)]
         regions = [self._region_segments(n) for n in range(len(self.layout.regions))]
         segments = [segment for turn in zip_longest(*regions) for segment in turn if segment]
-        last_drain = {segment[-1].gate: segment for segment in segments}  # gate -> the segment with its last drain
-        waiting = {"i", "f", "g"}
-        for segment in segments:
+        segments.sort(key=lambda segment: segment[-1].sum == "p")  # stable; the projection needs the gates of every region
+        last_drain = {segment[-1].sum: n for n, segment in enumerate(segments)}
+        phases = _phases(self.layer)
+        for n, segment in enumerate(segments):
             steps += segment
-            gate = segment[-1].gate
-            if segment is last_drain[gate] and gate in waiting:
-                waiting.remove(gate)
-                steps.append(Instruction(f"act {gate}", "activation", "activation", gate))
-                if not waiting:
-                    steps += [Instruction("cell", "elementwise", "activation"),
-                              Instruction("tanh c", "activation", "activation")]
-        # o last on the activation units, so that a late drain of o never holds up the cell update.
-        steps += [Instruction("act o", "activation", "activation", "o"),
-                  Instruction("h", "elementwise", "activation"),
-                  Instruction("h to PEs", "multicast", "network", parts=("hh",))]
+            while phases:
+                due = [i for i in phases[0] if not i.sum or last_drain[i.sum] <= n]
+                steps += due
+                phases[0] = [i for i in phases[0] if i not in due]
+                if phases[0]:
+                    break
+                phases.pop(0)
         return tuple(steps)
 
     def _entries(self, region):
-        for gate in self.layer.gates:
-            parts = [p for p in PARTS if self.layout.region_of(self.layer.block(p, gate)) == region]
-            unit = {p: self.blocks[p, gate].unit for p in PARTS}
-            together = _share_accumulators(self.layer, self.layout, gate, unit)
-            for some in ([tuple(parts)] if together and parts else [(p,) for p in parts]):
-                block = self.blocks[some[0], gate]
+        for name, products in sums_of(self.layer).items():
+            here = [p for p in products if self.layout.region_of(self.layer.block(*p)) == region]
+            together = _share_accumulators(self.layer, self.layout, products, {p: self.blocks[p].unit for p in products})
+            for some in ([here] if together and here else [[p] for p in here]):
+                block = self.blocks[some[0]]
                 rows, size = int(block.local_rows.max()), self.spec.acc_depth // block.unit * block.unit
                 for low in range(0, rows, size):
-                    yield _Entry(gate, some, low, min(low + size, rows))
+                    yield _Entry(name, some[0][1], tuple(part for part, _ in some), low, min(low + size, rows))
 
     def _region_segments(self, region):
         """Lists of instructions, each ending with a drain. What needs only x comes early, so that it may run before h is
         back: first the sums of inputs alone, then in each accumulation group the input parts."""
-        entries = sorted(self._entries(region), key=lambda e: "hh" in e.parts)  # stable
+        entries = sorted(self._entries(region), key=lambda e: e.parts != ("ih",))  # stable
         resident = self._resident_slices(region, entries)
         segments = []
         for group in _groups(entries, self.spec):
             pending = [i for n, e in group if "ih" in e.parts for i in self._macs(region, n, e, "ih", resident)]
             for n, e in group:
-                if "hh" in e.parts:
-                    pending += self._macs(region, n, e, "hh", resident)
+                for part in e.parts:
+                    if part != "ih":
+                        pending += self._macs(region, n, e, part, resident)
                 pending.append(Instruction(f"drain {e.gate} {'+'.join(e.parts)}", "drain", f"links {region}", e.gate, e.parts,
-                                           region, (e.low, e.high), entry=n))
+                                           region, (e.low, e.high), entry=n, sum=e.sum))
                 segments.append(pending)
                 pending = []
         return segments
 
     def _resident_slices(self, region, entries):
-        """(entry, part) -> how many words of its fullest PE stay resident; recurrent parts first, as they are urgent. Entries
+        """(entry, part) -> how many words of its fullest PE stay resident; input parts last, as the others are urgent. Entries
         share in proportion to their size: after a long resident stretch the loader would wait for a free buffer."""
         used = _region_words(self.layer, self.spec, self.layout, self.blocks, region)
         all_fit = used.max() <= self.spec.weight_words
@@ -553,7 +620,7 @@ class _ProgramBuilder:
             raise ValueError(f"the weights of a region take {used.max()} words in its fullest PE, the array has "
                              f"{self.spec.weight_words} (weight_words) and the layout has no streaming buffer")
         left, kept = self.spec.weight_words - 2 * self.layout.stream_words, {}
-        for part in ("hh", "ih"):
+        for part in ("hh", "hr", "ih"):
             blocks = {e: self.blocks[part, e.gate] for e in entries if part in e.parts}
             counts = {e: block.words_between(e.low, e.high) for e, block in blocks.items()}
             taken = {e: words_taken(block, self.spec) for e, block in blocks.items()}
@@ -574,7 +641,7 @@ class _ProgramBuilder:
 
         def mac(words, chunk=-1):
             return Instruction(f"mac {entry.gate} {part}", "mac", f"PEs {region}", entry.gate, (part,), region, rows, words,
-                               number, chunk)
+                               number, chunk, entry.sum)
 
         if kept == most:
             return [mac((0, most))]
@@ -589,18 +656,19 @@ class _ProgramBuilder:
             self.streamed_bits += int((np.minimum(counts, words[1]) - np.minimum(counts, low)).sum()) * block.word_bits
             made += [mac(share)] if share[0] < share[1] else []
             made += [Instruction(f"load {entry.gate} {part}", "load", "loader", entry.gate, (part,), region, rows, words,
-                                 number, chunk),
+                                 number, chunk, entry.sum),
                      mac(words, chunk)]
         return made
 
 
 def _groups(entries, spec):
     """Accumulation groups of (number, entry): consecutive entries that the accumulators hold together, dealt over the banks
-    in turn. Entries of inputs alone are drained at once, each a group of its own."""
+    in turn. Entries of inputs alone and of a projection are drained at once, each a group of its own."""
     groups, held = [], [0] * spec.acc_banks
     for number, e in enumerate(entries):
         bank, rows = number % spec.acc_banks, e.high - e.low
-        if not groups or "hh" not in groups[-1][-1][1].parts or held[bank] + rows > spec.acc_depth:
+        recurrent = groups and "hh" in e.parts and "hh" in groups[-1][-1][1].parts
+        if not recurrent or held[bank] + rows > spec.acc_depth:
             groups.append([])
             held = [0] * spec.acc_banks
         groups[-1].append((number, e))

@@ -8,7 +8,8 @@ A PE keeps the sum of the row it works on in its DSP: it reads an accumulator wh
 and writes it back when it turns to the next, or at the end of the operation.
 Assumed: a barrier per region between operations (the fullest PE counts); a drain takes one row per cycle from every PE
 row, each PE column adding its sum on the way; alignment, bias and rounding belong to the activation latency; every
-activation unit owns a multiplier and keeps its part of c; resident weights and the first h are in place at the start.
+activation unit owns a multiplier and keeps its part of c, or of a GRU's h; a sum that is rounded without a look-up passes
+the activation units as a look-up does; resident weights and the first h are in place at the start.
 """
 
 import json
@@ -37,9 +38,11 @@ SPLIT = ("multiply", "stall", "drain", "activation", "multicast", "load", "confi
 BOUND_BY = {"compute": ("multiply", "stall"), "memory": ("load",), "links": ("drain", "multicast"),
             "activation": ("activation",)}
 EVENTS = ("macs", "padding_macs", "weight_reads", "data_reads", "acc_reads", "acc_writes", "link_words", "activation_lookups",
-          "elementwise_multiplies", "multicast_words", "data_writes", "loaded_bits", "weight_writes")
+          "elementwise_multiplies", "roundings", "multicast_words", "data_writes", "loaded_bits", "weight_writes")
 CONFIG, FIRST_X = -2, -1  # numbers of the two operations before the first step
 X_TO_PES = 0  # every program begins with the multicast of the next step's x, which the last step leaves out
+# Part -> (steps back, multicast) of what it multiplies.
+ARRIVES = {"ih": (1, "x to PEs"), "hh": (1, "h to PEs"), "hr": (0, "m to PEs")}
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,12 @@ def _time_program(mapping: LayerMapping) -> tuple[Timed, ...]:
             words = int(np.clip(block.local_rows - low, 0, high - low).sum()) * block.pe_cols
             return Timed(high - low, (block.pe_cols - 1) * spec.link_cycles, needs, {"acc_reads": words, "link_words": words})
         if i.kind == "multicast":
-            size = layer.input_size if i.parts == ("ih",) else layer.hidden_size
-            kept = sum(int(columns_kept(layer, mapping.layout, mapping.blocks, i.parts[0], n)[:, :size].sum()) * region.rows
-                       for n, region in enumerate(mapping.layout.regions))
-            return Timed(ceil_div(size, spec.h_words_per_cycle), 0, needs, {"multicast_words": size, "data_writes": kept})
-        values = 2 * layer.hidden_size if i.name == "cell" else layer.hidden_size
-        event = "elementwise_multiplies" if i.kind == "elementwise" else "activation_lookups"
-        return Timed(ceil_div(values, spec.act_units) * spec.act_ii, spec.act_latency, needs, {event: values})
+            kept = (columns_kept(layer, mapping.layout, mapping.blocks, i.parts[0], n)[:, : i.values].sum()
+                    for n in range(len(mapping.layout.regions)))
+            writes = sum(int(columns) * r.rows for columns, r in zip(kept, mapping.layout.regions, strict=True))
+            return Timed(ceil_div(i.values, spec.h_words_per_cycle), 0, needs,
+                         {"multicast_words": i.values, "data_writes": writes})
+        return Timed(ceil_div(i.values, spec.act_units) * spec.act_ii, spec.act_latency, needs, {i.event: i.values})
 
     return tuple(timed(i, n) for i, n in zip(mapping.program, needs, strict=True))
 
@@ -113,7 +115,7 @@ def _needs(mapping):
     """Per instruction the (steps back, number) of those whose end it waits for. In-order resources spare all but the last
     of several that end in order."""
     program, banks = mapping.program, mapping.spec.acc_banks
-    gate_drains, drains, streamed = defaultdict(list), defaultdict(list), defaultdict(list)
+    sum_drains, drains, streamed = defaultdict(list), defaultdict(list), defaultdict(list)
     named, drained_before = {}, {}
     for n, i in enumerate(program):
         if i.kind == "mac":
@@ -123,15 +125,15 @@ def _needs(mapping):
             if i.chunk >= 0:
                 streamed[i.region].append(n)
         elif i.kind == "drain":
-            gate_drains[i.gate].append(n)
+            sum_drains[i.sum].append(n)
             drains[i.region].append(n)
         else:
             named[i.name] = n
-    before = {"cell": ("act i", "act f", "act g"), "tanh c": ("cell",), "h": ("tanh c", "act o"), "h to PEs": ("h",)}
 
     def needs(n, i):
         if i.kind == "mac":
-            yield 1, named["x to PEs" if i.parts == ("ih",) else "h to PEs"]
+            back, name = ARRIVES[i.parts[0]]
+            yield back, named[name]
             back, entry = divmod(drained_before[n], len(drains[i.region]))
             yield -back, drains[i.region][entry]
             if i.chunk >= 0:
@@ -143,10 +145,9 @@ def _needs(mapping):
             yield 0, n - 1  # its last multiplication: all earlier ones of the region end before
         elif n == X_TO_PES:  # its place in the double buffer is free once the former h has passed on the same network
             return
-        elif i.gate:
-            yield from ((0, d) for d in gate_drains[i.gate])
         else:
-            yield from ((0, named[name]) for name in before[i.name])
+            yield from ((0, d) for d in (sum_drains[i.sum] if i.sum else ()))
+            yield from ((0, named[name]) for name in i.takes)
 
     return [tuple(needs(n, i)) for n, i in enumerate(program)]
 
@@ -339,7 +340,7 @@ def schedule_mapping(mapping: LayerMapping, steps: int) -> Schedule:
 
 
 def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layout | None = None) -> Schedule:
-    """Schedule one LSTM layer over `steps` time steps.
+    """Schedule one layer over `steps` time steps.
 
     Without a layout the candidate with the fewest steady-state cycles is taken; one whose multiplications alone take as
     many cycles as the best so far is not scheduled (exact: it cannot win). What the array cannot hold or does not map

@@ -20,7 +20,8 @@ class ArraySpec:
     next one, in the other bank, is multiplied.
     link_cycles: cycles per hop. h_words_per_cycle: words that the multicast network delivers per cycle.
     act_units, act_latency (cycles), act_ii (cycles per value and unit): activation units.
-    weight_words: words of weight_word_bits per PE; data_words: input and hidden words per PE.
+    weight_words: words of weight_word_bits per PE; data_words: words per PE of what weights multiply (inputs, hidden values,
+    what a projection takes).
     load_bits_per_cycle: loader bandwidth from outside. config_cycles: one configuration broadcast, once per sequence.
     lookahead: coming inputs that a PE may inspect to skip zeros; 1 skips nothing and is the only value so far.
 
@@ -81,7 +82,8 @@ ASSUMPTIONS = (
     "A PE reads one memory word of its weights per cycle, not ahead: a stored word that takes several holds its PE longer. "
     "Streamed words are written through a second port.",
     "Alignment, bias and rounding belong to the latency of an activation; every activation unit owns a multiplier and keeps "
-    "its part of c.",
+    "its part of c, or of a GRU's h. A sum that is rounded without a look-up (a GRU's W_hn h + b_hn, a projected h) takes as "
+    "long as a look-up.",
 )
 
 MAY_BE_ZERO = ("mac_latency", "act_latency", "config_cycles")
