@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from workbench.constrain import pack
+from workbench.constrain import attach, pack
 from workbench.fixedpoint import QFormat
 from workbench.methods import Dense
 from workbench.packed import signals_of
@@ -259,6 +259,17 @@ def test_packed_sequences_end_where_they_end(lstm):
     assert signals["cell"] != calibrate(lstm, [x])["l0"]["cell"]
 
 
+def test_steps_that_a_sequence_does_not_have_have_no_say(lstm):
+    with torch.no_grad():
+        for bias in (lstm.bias_ih_l0, lstm.bias_hh_l0):
+            bias.fill_(3.0)  # the cell grows by almost 1 with every step
+    x, c = torch.zeros(4, 2, 3, dtype=torch.float64), torch.zeros(1, 2, 5, dtype=torch.float64)
+    c[:, 0] = 6.5  # 7.5 after its only step, and beyond 8 after one more
+    packed = pack_padded_sequence(x, torch.tensor([1, 4]), enforce_sorted=False)
+    assert calibrate(lstm, [(packed, (torch.zeros_like(c), c))])["l0"]["cell"] == QFormat(16, 11)
+    assert calibrate(lstm, [(x, (torch.zeros_like(c), c))])["l0"]["cell"] == QFormat(16, 10)
+
+
 def test_without_biases(lstm):
     plain = nn.LSTM(3, 5, bias=False).double()
     plain.load_state_dict({k: v for k, v in lstm.state_dict().items() if k.startswith("weight")})
@@ -349,6 +360,7 @@ def test_tiny_ranges_still_pack(kind, scale, size, bias, clip):
     for bits in (8, 16):
         packed = pack(rnn, uniform(rnn, Dense(), 16, calibrate(rnn, [x], bits, clip)))
         assert max(packed.layers["l0"].bias_fracs.values()) <= 29
+        torch.testing.assert_close(attach(rnn, packed)(x)[0], rnn(x)[0], rtol=0, atol=2.0 ** (3 - bits))
 
 
 @pytest.mark.parametrize("bits", [10, 12, 17])
