@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from workbench import quantise
 from workbench.constrain import attach, pack
 from workbench.fixedpoint import QFormat
 from workbench.methods import Dense
@@ -423,6 +424,21 @@ def test_percentile_by_hand(large, frac):
     assert input_format(values, 4, "percentile") == QFormat(4, frac)
     padded = torch.cat([values, torch.zeros(20_000, dtype=torch.float64)])
     assert input_format(padded, 4, "percentile") == QFormat(4, frac)  # zeros have no say
+
+
+@pytest.mark.parametrize("most", [1, 333, 500, 1000, 2000, 1 << 20])
+def test_a_sample_of_a_large_signal_leaves_no_unit_out(monkeypatch, most):
+    """Of four units one is ten times larger; most steps are zero."""
+    monkeypatch.setattr(quantise, "MOST_BINNED", most)
+    x = torch.zeros(10, 1000, 4, dtype=torch.float64)
+    x[:, ::10] = torch.tensor([0.75, 7.5, 0.75, -0.75])
+    seen = observe(rnn_of("GRU", input_size=4), [x])
+    assert seen.formats(8, "max")["l0"]["input"] == QFormat(8, 3)
+    formats = seen.formats(8, "percentile")
+    assert formats["l0"]["input"] == (QFormat(8, 4) if most > 1 else QFormat(8, 7))
+    formats["l0"]["input"] = QFormat(8, 6)
+    row = seen.explain(formats)[0]
+    assert most == 1 or row["beyond the range %"] == pytest.approx(2.5, rel=0.02)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6, 8, 12])
