@@ -21,8 +21,8 @@ _NAMES = {
         "models": "LanguageModel SequenceClassifier build_classifier build_language_model",
         "packed": "PackedModel load",
         "plan": "Plan uniform",
-        "precision": "Arithmetic Tuning anatomy check_precision measure_precision mix_precision one_signal_at_a_time"
-        " quantised_training table_errors train_baselines",
+        "precision": "Arithmetic Tuning anatomy check_precision measure_precision mix_precision observe_models"
+        " one_signal_at_a_time quantised_training table_errors train_baselines",
         "quantise": "calibrate observe weight_format",
         "report": "show",
         "sensitivity": "Strength check_sensitivity class_stability classify hybrid_plan method_agreement rank_blocks"

@@ -400,7 +400,7 @@ def one_signal_figure(rows: pd.DataFrame) -> Figure:
 
 def mixture_figure(results: pd.DataFrame, lost: str) -> Figure:
     """Loss against the ratio that was reached, mixed and uniform widths: means over the seeds joined, every seed a point."""
-    cells = list(results["cell"].unique())
+    cells = list(results["cell"].unique()) or ["no ratio asked for"]
     figure = Figure(figsize=(4.8 * len(cells), 3.8), layout="constrained")
     for axis, cell in zip(np.atleast_1d(figure.subplots(1, len(cells), sharey=True)), cells, strict=True):
         for kind, colour, marker in (("mixed", "#0072B2", "o"), ("uniform", "#D55E00", "s")):

@@ -40,6 +40,7 @@ FLOAT, AFTER, IN = "float", "after training", "in training"
 AS_TRAINED, TRAINED_ON = "as trained", "trained on"  # the float models: once, and for the epochs of those trained in integers
 CELLS = ("LSTM", "GRU")
 ALL_SIGNALS = {signal for cell in CELLS for signal in signals_of(cell)}
+ANATOMY_ITEMS = 32  # sequences that the errors of one model are looked at on
 SWEEP_WIDTHS = range(2, 17)  # bits of weights and signals
 POINT = ("cell", "when", "method", "weight_bits", "activation_bits")  # what tells points apart
 COLUMNS = ["cell", "seed", "when", "method", "weight_bits", "activation_bits", "cr_disk", "cr_model", "rnn_bytes", "valid",
@@ -125,6 +126,17 @@ def _baseline(task, cell, hidden_size, seed, epochs, device, checkpoints):
                     progress=False)[0]
 
 
+def observe_models(task: Task | LanguageTask, models: dict[tuple[str, int], torch.nn.Module], *,
+                   workers: int) -> dict[tuple[str, int], Observation]:
+    """(cell, seed) -> how large the signals of that model become on the training split: what every format is chosen from."""
+    jobs = [(task, model) for model in models.values()]
+    return dict(zip(models, parallel(_observe, jobs, workers, "calibration"), strict=True))
+
+
+def _observe(task, model):
+    return observe(model, calibration_batches(task))
+
+
 def is_language(task) -> bool:
     return isinstance(task, LanguageTask)
 
@@ -170,18 +182,18 @@ class Precision:
         return rows[["cell", "seed", "weight_bits", "activation_bits", "refused"]]
 
 
-def measure_precision(task: Task | LanguageTask, models: dict[tuple[str, int], torch.nn.Module], weight_bits: list[int],
-                      activation_bits: list[int], trained: list[str], *, arithmetic: Arithmetic, tuning: Tuning,
-                      workers: int) -> Precision:
+def measure_precision(task: Task | LanguageTask, models: dict[tuple[str, int], torch.nn.Module],
+                      observations: dict[tuple[str, int], Observation], weight_bits: list[int], activation_bits: list[int],
+                      trained: list[str], *, arithmetic: Arithmetic, tuning: Tuning, workers: int) -> Precision:
     """Every pair of widths after training, those of `trained` ("3/4") also after training inside them; and the float models,
     once as they are and once trained on for the same epochs. The test split is read once per point and decides nothing."""
-    jobs = [(_float_point, task, cell, seed, model, arithmetic, tuning if further else None)
-            for (cell, seed), model in models.items() for further in ((False, True) if tuning.epochs and trained else (False,))]
-    jobs += [(_trained_point, task, cell, seed, model, arithmetic, tuning, *widths_of(pair))
-             for pair in trained for (cell, seed), model in models.items() if tuning.epochs]
-    jobs += [(_after_points, task, cell, seed, model, arithmetic, weight_bits, bits)
-             for (cell, seed), model in models.items() for bits in activation_bits]
-    rows = [row for job in parallel(operator.call, jobs, workers, "points") for row in job]
+    jobs = [(_float_point, task, *place, model, tuning, further) for place, model in models.items()
+            for further in ((False, True) if tuning.epochs and trained else (False,))]
+    jobs += [(_trained_point, task, *place, model, observations[place], arithmetic, tuning, *widths_of(pair))
+             for pair in trained for place, model in models.items() if tuning.epochs]
+    jobs += [(_after_point, task, *place, model, observations[place], arithmetic, tuning, weights, signals)
+             for place, model in models.items() for signals in activation_bits for weights in weight_bits]
+    rows = parallel(operator.call, jobs, workers, "points")
     controls = {(row["cell"], row["seed"], row["method"]): row for row in rows if row["when"] == FLOAT}
     correct = {}
     for row in rows:
@@ -204,51 +216,48 @@ def _quality(task, evaluation):
     return math.exp(evaluation.loss) if is_language(task) else evaluation.accuracy
 
 
-def _measured(task, model) -> dict:
-    """The only place of this study that reads the test split."""
+def _measured(task, model, device) -> dict:
+    """The only place of this study that reads the test split. device: of the layers that stay in float."""
+    model = model.to(device)
     valid, test = evaluate(model, task, "valid"), evaluate(model, task, "test")
     return {"valid": _quality(task, valid), "test": _quality(task, test), "valid_loss": valid.loss, "test_loss": test.loss,
             "correct": test.correct}
 
 
-def _float_point(task, cell, seed, model, arithmetic, tuning) -> list[dict]:
+def _float_point(task, cell, seed, model, tuning, further) -> dict:
     """The float model as it was trained, or trained on as long as the quantised ones."""
-    if tuning is not None:
+    if further:
         model = _tuned(task, copy.deepcopy(model), tuning, seed, f"{cell} float")
-    row = {"cell": cell, "seed": seed, "when": FLOAT, "method": AS_TRAINED if tuning is None else TRAINED_ON, "cr_disk": 1.0,
+    row = {"cell": cell, "seed": seed, "when": FLOAT, "method": TRAINED_ON if further else AS_TRAINED, "cr_disk": 1.0,
            "cr_model": 1.0, "rnn_bytes": 4 * dense_weights(blocks(model)), "weight_bits": 32, "activation_bits": 32}
-    return [row | _measured(task, model)]
+    return row | _measured(task, model, tuning.device)
 
 
-def _after_points(task, cell, seed, model, arithmetic, weight_bits, activation_bits) -> list[dict]:
-    """Post-training quantisation: one row for each width of the weights."""
-    signals = arithmetic.signals(observe(model, calibration_batches(task)), activation_bits)
-    rows = []
-    for bits in weight_bits:
-        row = _place(cell, seed, AFTER, arithmetic, bits, activation_bits)
-        try:
-            packed = pack(model, _plan(model, arithmetic, bits, signals))
-        except ValueError as error:
-            rows.append(row | {"refused": str(error)})
-            continue
-        rows.append(row | _sizes(packed) | _measured(task, attach(model, packed)))
-    return rows
+def _after_point(task, cell, seed, model, observation, arithmetic, tuning, weight_bits, activation_bits) -> dict:
+    """Post-training quantisation."""
+    row = _place(cell, seed, AFTER, arithmetic, weight_bits, activation_bits)
+    try:
+        packed = pack(model, _plan(model, arithmetic, weight_bits, arithmetic.signals(observation, activation_bits)))
+    except ValueError as error:
+        return row | {"refused": str(error)}
+    return row | _sizes(packed) | _measured(task, attach(model, packed), tuning.device)
 
 
-def _trained_point(task, cell, seed, model, arithmetic, tuning, weight_bits, activation_bits) -> list[dict]:
+def _trained_point(task, cell, seed, model, observation, arithmetic, tuning, weight_bits, activation_bits) -> dict:
     """Quantisation-aware training of weights and every internal signal, inside formats that do not change any more."""
     row = _place(cell, seed, IN, arithmetic, weight_bits, activation_bits)
     try:
-        trained, plan = quantised_training(task, model, weight_bits, activation_bits, arithmetic=arithmetic, tuning=tuning,
-                                           seed=seed, name=cell)
+        trained, plan = quantised_training(task, model, observation, weight_bits, activation_bits, arithmetic=arithmetic,
+                                           tuning=tuning, seed=seed, name=cell)
         packed = pack(trained, plan)
     except ValueError as error:
-        return [row | {"refused": str(error)}]
-    return [row | _sizes(packed) | _measured(task, attach(trained, packed))]
+        return row | {"refused": str(error)}
+    return row | _sizes(packed) | _measured(task, attach(trained, packed), tuning.device)
 
 
-def quantised_training(task: Task | LanguageTask, model: torch.nn.Module, weight_bits: int, activation_bits: int, *,
-                       arithmetic: Arithmetic, tuning: Tuning, seed: int, name: str) -> tuple[torch.nn.Module, Plan]:
+def quantised_training(task: Task | LanguageTask, model: torch.nn.Module, observation: Observation, weight_bits: int,
+                       activation_bits: int, *, arithmetic: Arithmetic, tuning: Tuning, seed: int,
+                       name: str) -> tuple[torch.nn.Module, Plan]:
     """The model trained inside its plan: the emulated model, and the plan, with which `pack` gives its integers.
 
     name: tells models of one task and seed apart, for example the cell. A plan that an earlier call with the same arguments
@@ -260,8 +269,7 @@ def quantised_training(task: Task | LanguageTask, model: torch.nn.Module, weight
     if file.is_file():
         plan = Plan.read(json.loads(file.read_text()))
     else:
-        signals = arithmetic.signals(observe(model, calibration_batches(task)), activation_bits)
-        plan = _plan(model, arithmetic, weight_bits, signals)
+        plan = _plan(model, arithmetic, weight_bits, arithmetic.signals(observation, activation_bits))
         file.write_text(json.dumps(plan.to_json()))
     return _tuned(task, emulate(model, plan), tuning, seed, key), plan
 
@@ -296,14 +304,15 @@ def _sizes(packed: PackedModel) -> dict:
     return {"cr_disk": packed.cr_disk, "cr_model": packed.cr_model, "rnn_bytes": packed.storage_bits // 8}
 
 
-def one_signal_at_a_time(task: Task | LanguageTask, models: dict[tuple[str, int], torch.nn.Module], *, low_bits: int,
-                         arithmetic: Arithmetic, workers: int) -> pd.DataFrame:
+def one_signal_at_a_time(task: Task | LanguageTask, models: dict[tuple[str, int], torch.nn.Module],
+                         observations: dict[tuple[str, int], Observation], *, low_bits: int, arithmetic: Arithmetic,
+                         tuning: Tuning, workers: int) -> pd.DataFrame:
     """Which signal needs its bits: every signal alone at low_bits, all others and the weights at 16 bits.
 
     One row per cell, seed and signal: valid_loss, and excess_loss, above that of the model with 16 bits everywhere (nats).
     """
-    jobs = [(task, cell, seed, model, signal, low_bits, arithmetic) for (cell, seed), model in models.items()
-            for signal in (None, *signals_of(cell))]
+    jobs = [(task, *place, model, observations[place], signal, low_bits, arithmetic, tuning.device)
+            for place, model in models.items() for signal in (None, *signals_of(place[0]))]
     rows = pd.DataFrame(parallel(_one_signal, jobs, workers, "signals"))
     reference = rows[rows["signal"].isna()].set_index(["cell", "seed"])["valid_loss"]
     rows = rows[rows["signal"].notna()]
@@ -311,12 +320,11 @@ def one_signal_at_a_time(task: Task | LanguageTask, models: dict[tuple[str, int]
     return rows.assign(excess_loss=rows["valid_loss"].to_numpy() - reference.loc[places].to_numpy()).reset_index(drop=True)
 
 
-def _one_signal(task, cell, seed, model, signal, low_bits, arithmetic) -> dict:
+def _one_signal(task, cell, seed, model, observation, signal, low_bits, arithmetic, device) -> dict:
     bits = dict.fromkeys(signals_of(cell), LOSSLESS_BITS) | ({signal: low_bits} if signal else {})
-    signals = observe(model, calibration_batches(task)).formats(bits, arithmetic.clip)
-    packed = pack(model, replace(_plan(model, Arithmetic(), LOSSLESS_BITS, signals), activation=arithmetic.activation))
+    packed = pack(model, _plan(model, arithmetic, LOSSLESS_BITS, observation.formats(bits, arithmetic.clip)))
     return {"cell": cell, "seed": seed, "signal": signal, "bits": low_bits,
-            "valid_loss": evaluate(attach(model, packed), task, "valid").loss}
+            "valid_loss": evaluate(attach(model, packed).to(device), task, "valid").loss}
 
 
 @dataclass(frozen=True)
@@ -326,33 +334,36 @@ class Mixture:
     results: pd.DataFrame
     allocations: dict[tuple, Allocation]
 
-    def table(self, cell: str, seed: int, target_cr_disk: float) -> pd.DataFrame:
-        """What one allocation chose and by what, a row a block."""
-        return self.allocations[cell, seed, target_cr_disk].chosen
+    def last(self) -> pd.DataFrame:
+        """What the last allocation chose and by what, a row a block; empty without one."""
+        return list(self.allocations.values())[-1].chosen if self.allocations else pd.DataFrame()
 
 
-def mix_precision(task: Task | LanguageTask, models: dict[tuple[str, int], torch.nn.Module], target_cr_disks: list[float],
-                  activation_bits: int, *, arithmetic: Arithmetic, workers: int) -> Mixture:
+def mix_precision(task: Task | LanguageTask, models: dict[tuple[str, int], torch.nn.Module],
+                  observations: dict[tuple[str, int], Observation], target_cr_disks: list[float], activation_bits: int, *,
+                  arithmetic: Arithmetic, tuning: Tuning, workers: int) -> Mixture:
     """Mixed precision after training: one width for each block, allocated by a one-shot sensitivity table of every width from 2
     to 8 bits, beside the widest uniform width of the same budget. Columns: cell, seed, target_cr_disk, kind, bits (of a weight,
     mean), cr_disk, valid and test quality, lost."""
-    jobs = [(task, cell, seed, model, target_cr_disks, activation_bits, arithmetic) for (cell, seed), model in models.items()]
-    done = parallel(_mixed_points, jobs, workers, "mixed precision")
-    return Mixture(pd.DataFrame([row for rows, _ in done for row in rows]),
+    jobs = [(task, *place, model, observations[place], target_cr_disks, activation_bits, arithmetic, tuning.device)
+            for place, model in models.items()]
+    done = parallel(_mixed_points, jobs, workers, "mixed precision") if target_cr_disks else []
+    columns = ["cell", "seed", "target_cr_disk", "kind", "bits", "cr_disk", "valid", "test", "lost"]
+    return Mixture(pd.DataFrame([row for rows, _ in done for row in rows], columns=columns),
                    {key: found for _, allocations in done for key, found in allocations.items()})
 
 
-def _mixed_points(task, cell, seed, model, target_cr_disks, activation_bits, arithmetic):
+def _mixed_points(task, cell, seed, model, observation, target_cr_disks, activation_bits, arithmetic, device):
     method = method_from_label(arithmetic.method)
     table = sensitivity_table(model, task, [method], bits=list(WIDTHS), seed=seed)
-    signals = arithmetic.signals(observe(model, calibration_batches(task)), activation_bits)
-    control, rows, allocations = _measured(task, model), [], {}
+    signals = arithmetic.signals(observation, activation_bits)
+    control, rows, allocations = _measured(task, copy.deepcopy(model), device), [], {}
     for target in target_cr_disks:
         allocations[cell, seed, target] = found = allocate(model, table, target, signals)
         plans = {"mixed": found.plan, "uniform": uniform_plan(model, type(method), WIDTHS[-1], target, signals)}
         for kind, plan in plans.items():
             packed = pack(model, replace(plan, activation=arithmetic.activation))
-            measured = _measured(task, attach(model, packed))
+            measured = _measured(task, attach(model, packed), device)
             rows.append({"cell": cell, "seed": seed, "target_cr_disk": target, "kind": kind,
                          "bits": packed.value_bits / sum(block.stored_values for block in packed.blocks.values()),
                          "cr_disk": packed.cr_disk, "valid": measured["valid"], "test": measured["test"],
@@ -374,10 +385,11 @@ class Anatomy:
     tables: pd.DataFrame
 
 
-def anatomy(task: Task | LanguageTask, model: torch.nn.Module, pair: str, *, arithmetic: Arithmetic) -> Anatomy:
+def anatomy(task: Task | LanguageTask, model: torch.nn.Module, observation: Observation, pair: str, *,
+            arithmetic: Arithmetic) -> Anatomy:
     """Where the error of one pair of widths ("4/6") arises, on the first batch of the calibration data."""
     weight_bits, activation_bits = widths_of(pair)
-    observation, batch = observe(model, calibration_batches(task)), list(itertools.islice(calibration_batches(task), 1))
+    batch = list(itertools.islice(calibration_batches(task, ANATOMY_ITEMS), 1))
     signals = arithmetic.signals(observation, activation_bits)
     plan = _plan(model, arithmetic, weight_bits, signals)
     packed = pack(model, plan)
