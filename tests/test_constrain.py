@@ -495,6 +495,19 @@ def test_packed_sequences_keep_order_states_and_ends(kind, num_layers, bidirecti
             check_close(attached(*arguments), rnn(*arguments))
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_each_layer_of_a_stack_has_its_own_hidden_format(bidirectional):
+    rnn = rnn_of("projected", 2, bidirectional)
+    with torch.no_grad():
+        rnn.weight_hr_l0.mul_(12)
+    x, state = torch.randn(5, 3, 6), random_state(rnn, 3)
+    packed = fine(rnn, (x, state))
+    assert packed.layers["l0"].signals["hidden"].frac < packed.layers["l1"].signals["hidden"].frac
+    (output, states), (expected, expected_states) = attach(rnn, packed)(x, state), rnn(x, state)
+    for got, want in ((output, expected), *zip(states, expected_states, strict=True)):
+        torch.testing.assert_close(got, want, rtol=0, atol=2.0**-8)
+
+
 @every_kind
 def test_what_the_integer_engine_cannot_take(kind):
     rnn = rnn_of(kind, 2, True)
