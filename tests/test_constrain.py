@@ -208,13 +208,14 @@ def test_a_compressed_model_moves_and_reloads(model, plan, x):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_is_the_recurrent_module(kind, num_layers, bidirectional):
     rnn = rnn_of(kind, num_layers, bidirectional)
-    compressed = compress(rnn, mixed_plan(rnn))
+    plan = mixed_plan(rnn)
+    compressed = compress(rnn, plan)
     x = torch.randn(5, 2, 6)
     compressed(x)[0].sum().backward()
     baked = bake(compressed)  # which copies it, after a forward that trains
     assert type(baked) is type(rnn)
     assert torch.equal(baked(x)[0], compressed(x)[0])
-    assert isinstance(attach(compressed, pack(compressed, mixed_plan(rnn))), IntegerRNN)
+    assert isinstance(attach(compressed, pack(compressed, plan)), IntegerRNN)
 
 
 # Every method, on the blocks of every kind: 8 x 6, 8 x 8, 8 x 4 and 8 x 16, and a projection's 4 x 8.
@@ -224,17 +225,15 @@ SAMPLES = [Dense(), TopK(0.3), RowBalanced(0.5), BankBalanced(0.5, 2), BlockSpar
 @pytest.mark.parametrize("method", SAMPLES, ids=lambda method: type(method).__name__)
 def test_every_method_on_every_kind_of_block(model, x, method):
     plan = uniform(model, method, 8, calibrate(model, [x]))
-    compressed = train(compress(model, plan), x)
-    packed = pack(compressed, plan)
-    baked = bake(compressed)
+    baked = bake(train(compress(model, plan), x, steps=1))
+    plan = plan.with_signals(calibrate(baked, [x]))
+    packed = pack(baked, plan)
     for name, block in packed.blocks.items():
         w = weight(baked, name)
         np.testing.assert_array_equal(block.fmt.dequantise(block.dense()), w, err_msg=name)
         np.testing.assert_array_equal(w, expected_block(w, plan.blocks[name]), err_msg=name)
     assert packed.cr_disk > (3.9 if method == Dense() else 4.5)
-    plan = plan.with_signals(calibrate(compressed, [x]))
-    attached = attach(compressed, pack(compressed, plan))
-    torch.testing.assert_close(attached.body["rnn"](x)[0], baked.body["rnn"](x)[0], **CLOSE)
+    torch.testing.assert_close(attach(baked, packed).body["rnn"](x)[0], baked.body["rnn"](x)[0], **CLOSE)
 
 
 def test_every_method_has_a_sample():
@@ -494,6 +493,19 @@ def test_packed_sequences_keep_order_states_and_ends(kind, num_layers, bidirecti
         attached = attach(rnn, packed)
         for arguments in ((sequence,), (sequence, state)):
             check_close(attached(*arguments), rnn(*arguments))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_each_layer_of_a_stack_has_its_own_hidden_format(bidirectional):
+    rnn = rnn_of("projected", 2, bidirectional)
+    with torch.no_grad():
+        rnn.weight_hr_l0.mul_(12)
+    x, state = torch.randn(5, 3, 6), random_state(rnn, 3)
+    packed = fine(rnn, (x, state))
+    assert packed.layers["l0"].signals["hidden"].frac < packed.layers["l1"].signals["hidden"].frac
+    (output, states), (expected, expected_states) = attach(rnn, packed)(x, state), rnn(x, state)
+    for got, want in ((output, expected), *zip(states, expected_states, strict=True)):
+        torch.testing.assert_close(got, want, rtol=0, atol=2.0**-8)
 
 
 @every_kind

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from workbench.constrain import pack
+from workbench import quantise
+from workbench.constrain import attach, pack
 from workbench.fixedpoint import QFormat
 from workbench.methods import Dense
 from workbench.packed import signals_of
@@ -259,6 +260,17 @@ def test_packed_sequences_end_where_they_end(lstm):
     assert signals["cell"] != calibrate(lstm, [x])["l0"]["cell"]
 
 
+def test_steps_that_a_sequence_does_not_have_have_no_say(lstm):
+    with torch.no_grad():
+        for bias in (lstm.bias_ih_l0, lstm.bias_hh_l0):
+            bias.fill_(3.0)  # the cell grows by almost 1 with every step
+    x, c = torch.zeros(4, 2, 3, dtype=torch.float64), torch.zeros(1, 2, 5, dtype=torch.float64)
+    c[:, 0] = 6.5  # 7.5 after its only step, and beyond 8 after one more
+    packed = pack_padded_sequence(x, torch.tensor([1, 4]), enforce_sorted=False)
+    assert calibrate(lstm, [(packed, (torch.zeros_like(c), c))])["l0"]["cell"] == QFormat(16, 11)
+    assert calibrate(lstm, [(x, (torch.zeros_like(c), c))])["l0"]["cell"] == QFormat(16, 10)
+
+
 def test_without_biases(lstm):
     plain = nn.LSTM(3, 5, bias=False).double()
     plain.load_state_dict({k: v for k, v in lstm.state_dict().items() if k.startswith("weight")})
@@ -289,12 +301,13 @@ def test_the_model_is_left_as_it_was(lstm):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize(("scale", "bits"), [(4, 16), (1, 8)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stack_shares_hidden_formats_and_holds_what_torch_computes(kind):
+def test_a_stack_shares_hidden_formats_and_holds_what_torch_computes(kind, scale, bits):
     """The ranges of a layer are those of a module that is this layer alone, run by torch on the outputs of the one below."""
-    rnn, x = rnn_of(kind, scale=4, num_layers=2, bidirectional=True), 3 * torch.randn(9, 5, 3, dtype=torch.float64)
+    rnn, x = rnn_of(kind, scale=scale, num_layers=2, bidirectional=True), 3 * torch.randn(9, 5, 3, dtype=torch.float64)
     packed = pack_padded_sequence(x, torch.tensor([9, 2, 5, 9, 1]), enforce_sorted=False)
-    formats = calibrate(rnn, [packed])
+    formats = calibrate(rnn, [packed], bits)
     assert list(formats) == ["l0", "l0_reverse", "l1", "l1_reverse"]
     for signals in formats.values():
         assert tuple(signals) == signals_of("GRU" if kind == "GRU" else "LSTM", kind == "projected")
@@ -307,11 +320,12 @@ def test_a_stack_shares_hidden_formats_and_holds_what_torch_computes(kind):
     outputs = [first(packed)[0].data.abs().max().item(), rnn(packed)[0].data.abs().max().item()]
     for index, largest in enumerate(outputs):
         hidden = formats[f"l{index}"]["hidden"]
-        assert hidden == (holding(largest) if kind == "projected" else QFormat(16, 15))
+        assert hidden == (holding(largest, bits) if kind == "projected" else QFormat(bits, bits - 1))
     if kind == "projected":
-        assert min(outputs) > 1  # h of a projection is no longer bounded by 1, o * tanh(c) is
-        assert formats["l1"]["unprojected"] == QFormat(16, 15)
-    assert formats["l0"]["input"] == formats["l0_reverse"]["input"] == holding(packed.data.abs().max().item())
+        # Its h is bounded by no 1, o * tanh(c) is.
+        assert min(outputs) > 1 if scale > 1 else max(outputs) < 1
+        assert formats["l1"]["unprojected"] == QFormat(bits, bits - 1)
+    assert formats["l0"]["input"] == formats["l0_reverse"]["input"] == holding(packed.data.abs().max().item(), bits)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -339,7 +353,7 @@ def test_the_formats_of_a_gru():
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiny_ranges_still_pack(kind, scale, size, bias, clip):
     """Biases at 29 fraction bits reach 4, whatever the signals; sums stay within 48 bits."""
-    rnn, x = rnn_of(kind, scale=scale, num_layers=2, bias=bias), size * torch.randn(6, 2, 3, dtype=torch.float64)
+    rnn, x = rnn_of(kind, scale=scale, bias=bias), size * torch.randn(6, 2, 3, dtype=torch.float64)
     if bias:
         with torch.no_grad():
             rnn.bias_ih_l0.fill_(1.9)
@@ -347,6 +361,7 @@ def test_tiny_ranges_still_pack(kind, scale, size, bias, clip):
     for bits in (8, 16):
         packed = pack(rnn, uniform(rnn, Dense(), 16, calibrate(rnn, [x], bits, clip)))
         assert max(packed.layers["l0"].bias_fracs.values()) <= 29
+        torch.testing.assert_close(attach(rnn, packed)(x)[0], rnn(x)[0], rtol=0, atol=2.0 ** (3 - bits))
 
 
 @pytest.mark.parametrize("bits", [10, 12, 17])
@@ -407,8 +422,23 @@ def test_percentile_by_hand(large, frac):
     values = torch.linspace(0.51, 0.99, 10_000, dtype=torch.float64)
     values[:large] = -3.0
     assert input_format(values, 4, "percentile") == QFormat(4, frac)
-    padded = torch.cat([values, torch.zeros(90_000, dtype=torch.float64)])
+    padded = torch.cat([values, torch.zeros(20_000, dtype=torch.float64)])
     assert input_format(padded, 4, "percentile") == QFormat(4, frac)  # zeros have no say
+
+
+@pytest.mark.parametrize("most", [1, 333, 500, 1000, 2000, 1 << 20])
+def test_a_sample_of_a_large_signal_leaves_no_unit_out(monkeypatch, most):
+    """Of four units one is ten times larger; most steps are zero."""
+    monkeypatch.setattr(quantise, "MOST_BINNED", most)
+    x = torch.zeros(10, 1000, 4, dtype=torch.float64)
+    x[:, ::10] = torch.tensor([0.75, 7.5, 0.75, -0.75])
+    seen = observe(rnn_of("GRU", input_size=4), [x])
+    assert seen.formats(8, "max")["l0"]["input"] == QFormat(8, 3)
+    formats = seen.formats(8, "percentile")
+    assert formats["l0"]["input"] == (QFormat(8, 4) if most > 1 else QFormat(8, 7))
+    formats["l0"]["input"] = QFormat(8, 6)
+    row = seen.explain(formats)[0]
+    assert most == 1 or row["beyond the range %"] == pytest.approx(2.5, rel=0.02)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6, 8, 12])
@@ -438,6 +468,24 @@ def test_mse_of_the_signals_inside(kind):
         fracs = [frac for frac in range(fmt.frac - 3, fmt.frac + 4) if name != "sigmoid" or frac <= 5]
         errors = {frac: squared_error(mine, QFormat(5, frac, fmt.signed)) for frac in fracs}
         assert errors[fmt.frac] <= 1.005 * min(errors.values()), (layer, name)
+
+
+def test_explain_by_hand():
+    """-2 lies within QFormat(4, 2), 2 does not; zeros count among the values."""
+    values = torch.zeros(10, 1000, 1, dtype=torch.float64)
+    values.view(-1)[:5000] = 0.5
+    values.view(-1)[:20] = torch.tensor([100.0] + [-2.0] * 9 + [2.0] * 10)
+    seen = observe(rnn_of("GRU", input_size=1, bidirectional=True), [values])
+    formats = seen.formats(4)
+    formats["l0_reverse"]["input"] = QFormat(4, 2)
+    rows = seen.explain(formats)
+    assert [(row["layer"], row["signal"]) for row in rows] == [
+        (layer, signal) for layer in ("l0", "l0_reverse") for signal in signals_of("GRU")]  # fmt: skip
+    first, second = (row for row in rows if row["signal"] == "input")
+    assert second == {"layer": "l0_reverse", "signal": "input", "bits": 4, "fraction bits": 2, "signed": True, "smallest": -2.0,
+                      "largest": 1.75, "largest seen": 100.0, "beyond the range %": pytest.approx(0.11)}
+    assert (first["fraction bits"], first["largest"], first["beyond the range %"]) == (-5, 224.0, 0.0)
+    assert not next(row for row in rows if row["signal"] == "sigmoid")["signed"]
 
 
 # --- what cannot be calibrated

@@ -51,18 +51,22 @@ class _Magnitudes:
     """
 
     def __init__(self):
-        self.largest, self.values = 0.0, 0
+        self.largest, self.values = 0.0, 0  # values: those that the histogram stands for, zeros with them
         self.counts, self.sums = np.zeros((2, BINS), dtype=np.int64), np.zeros((2, BINS))
 
     def add(self, values: torch.Tensor) -> None:
-        values = values.detach().flatten()
+        """values: (..., width)."""
+        width, seen, values = values.shape[-1], values.numel(), values.detach()[values != 0]
         if not values.numel():
+            self.values += seen
             return
-        self.largest = max(self.largest, values.abs().max().item())
-        values = values[:: math.ceil(values.numel() / MOST_BINNED)]  # the largest of all counts, the histogram may be a sample
-        self.values += values.numel()
-        values = values[values != 0].double()
-        magnitudes = values.abs()
+        self.largest = max(self.largest, values.abs().max().item())  # of all, while the histogram may be a sample
+        step = math.ceil(values.numel() / MOST_BINNED)
+        while math.gcd(step, width) > 1:  # it would leave units out
+            step += 1
+        sample = values[::step].double()
+        self.values += seen * sample.numel() / values.numel()
+        values, magnitudes = sample, sample.abs()
         octave = magnitudes.log2().clamp(-MOST_OCTAVES, MOST_OCTAVES)
         bins = ((octave + MOST_OCTAVES) * BINS_PER_OCTAVE).long() + BINS * (values < 0)
         self.counts += torch.bincount(bins, minlength=2 * BINS).view(2, BINS).cpu().numpy()
