@@ -753,3 +753,13 @@ def test_messages(make, message):
     with pytest.raises(ValueError) as caught:
         make()
     assert message in str(caught.value)
+
+
+def test_directions_without_a_neighbour_must_agree_too():
+    """They have one input and one output: what differs there would be read with the wrong format."""
+    finer = {"input": QFormat(16, 13)}
+    for changed, format_name in ((finer, "input"), ({"hidden": QFormat(16, 14)}, "hidden")):
+        layers = {"lstm.l0": layer_of(), "lstm.l0_reverse": layer_of(suffix="l0_reverse", signals=changed)}
+        with pytest.raises(ValueError, match="formats of the next must be the same, got QFormat.*QFormat"):
+            PackedModel(layers, 0, 0)
+        assert SIGNALS[format_name] != changed[format_name]

@@ -502,8 +502,13 @@ class PackedLayer:
 
     def _formats(self, gate):
         products = [(part, g) for part, g in self.products if g == gate[-1]]
-        return ", ".join(f"{self.block_name(*p)} {self.block(*p).fmt} and {PARTS[p[0]]} {self.signals[PARTS[p[0]]]}"
-                         for p in products)
+        if self.cell == "GRU" and gate[-1] == "n":  # W_hn h + b_hn is a sum of its own
+            products = [("ih" if gate == "n" else "hh", "n")]
+        formats = [f"{self.block_name(*p)} {self.block(*p).fmt} and {PARTS[p[0]]} {self.signals[PARTS[p[0]]]}"
+                   for p in products]
+        if self.cell == "GRU" and gate == "n":
+            formats.append(f"sigmoid {self.signals['sigmoid']} and hidden_product {self.signals['hidden_product']}")
+        return ", ".join(formats)
 
     def _check_cell(self):
         s = self.signals
@@ -658,11 +663,11 @@ class PackedModel:
 
     def __post_init__(self):
         for path in self.paths:
-            stack = self.stack(path)
-            for below, above in itertools.pairwise(stack):
+            # Below the first layer and above the last the directions must agree too: they have one input and one output.
+            for below, above in itertools.pairwise([(), *self.stack(path), ()]):
                 width = sum(layer.output_size for layer in below)
                 formats = {layer.signals["hidden"] for layer in below} | {layer.signals["input"] for layer in above}
-                if len(formats) > 1 or any(layer.input_size != width for layer in above):
+                if len(formats) > 1 or (below and any(layer.input_size != width for layer in above)):
                     raise ValueError(
                         f"PackedModel rounds nothing between the layers of {path!r}: the hidden formats of one layer and the "
                         f"input formats of the next must be the same, got {', '.join(map(str, formats))}; {width} values pass, "

@@ -56,7 +56,7 @@ class Arithmetic:
     method: str = "Dense"
     clip: str = "mse"
     activation: str = "linear"
-    cell_bits: int = 8
+    cell_bits: int = 12
 
     def __post_init__(self):
         method_from_label(self.method)

@@ -24,7 +24,7 @@ BINS_PER_OCTAVE = 16  # of the histogram of magnitudes
 MOST_BINNED = 1 << 20  # values of one signal and batch that go into its histogram
 MOST_OCTAVES = 64  # magnitudes from 2**-64 to 2**64 are told apart
 BINS = 2 * MOST_OCTAVES * BINS_PER_OCTAVE + 1
-TABLE_RANGE = 4.0  # with one bit of headroom pre-activations reach 8, where the linear table ends
+TABLE_RANGE = 8.0  # magnitudes of pre-activations beyond it make no difference: there the linear table ends
 
 
 def weight_format(w: torch.Tensor, bits: int) -> QFormat:
@@ -78,8 +78,8 @@ class _Magnitudes:
         return float(self.counts[self.sums / np.maximum(self.counts, 1) > ends].sum() / max(self.values, 1))
 
     def format(self, bits: int, clip: str, signed: bool, finest: int, most: float) -> QFormat:
-        """The format of that width, with at most `finest` fraction bits, that the rule chooses; "max" looks at magnitudes up
-        to `most`."""
+        """The format of that width, with at most `finest` fraction bits, that the rule chooses; magnitudes above `most` count
+        as `most`, and "max" keeps its headroom below it."""
         integer = bits - signed  # bits that the magnitude has
 
         def with_frac(frac):
@@ -89,13 +89,13 @@ class _Magnitudes:
             return with_frac(integer)
         if clip == "max":
             # One bit of headroom: unseen data may go beyond what was seen, and saturation costs more than half a bit.
-            return with_frac(integer - 1 - math.ceil(math.log2(min(self.largest, most))))
+            return with_frac(integer - 1 - math.ceil(math.log2(min(self.largest, most / 2))))
         if clip == "percentile":
             counts = self.counts.sum(0)
             seen = np.searchsorted(counts.cumsum(), counts.sum() * PERCENTILE / 100)
-            return with_frac(integer - math.ceil(math.log2(self.sums.sum(0)[seen] / counts[seen])))
-        means = self.sums / np.maximum(self.counts, 1)
-        whole = integer - math.ceil(math.log2(self.largest))  # holds everything; the finer ones clip more and more
+            return with_frac(integer - math.ceil(math.log2(min(self.sums.sum(0)[seen] / counts[seen], most))))
+        means = np.minimum(self.sums / np.maximum(self.counts, 1), most)
+        whole = integer - math.ceil(math.log2(min(self.largest, most)))  # holds everything; the finer ones clip more and more
         candidates = [with_frac(frac) for frac in range(whole - 1, whole + bits + 1)]
 
         def squared_error(fmt):
@@ -114,7 +114,13 @@ def calibrate(model: nn.Module, batches, bits: int | dict[str, int] = 16, clip: 
     Observation.formats. The model runs in evaluation mode and is left as it was. No batch and values that are not finite
     raise ValueError.
     """
+    _check_clip(clip)
     return observe(model, batches).formats(bits, clip)
+
+
+def _check_clip(clip):
+    if clip not in CLIPPINGS:
+        raise ValueError(f"calibrate knows the clipping rules {', '.join(CLIPPINGS)}, got {clip!r}")
 
 
 def observe(model: nn.Module, batches) -> "Observation":
@@ -145,13 +151,12 @@ class Observation:
 
         clip: how a range follows from the magnitudes seen, zeros apart: "max", the largest and one bit of headroom (gate
         outputs, tanh and the h of a layer without projection take the ranges that they have by definition unless a given
-        state goes beyond, pre-activations none beyond the linear table's 8); "percentile", what holds 99.9 % of them; "mse",
-        the least squared error of clipping and rounding together. Both directions of a layer share their hidden format, and
-        the next layer takes it as its input format. However small the values, no format is so fine that for its sake a bias
-        would not fit its 32 bits or a sum its accumulator. Values beyond every format raise ValueError.
+        state goes beyond); "percentile", what holds 99.9 % of them; "mse", the least squared error of clipping and rounding
+        together. Pre-activations beyond 8, where the linear table ends, count as 8. Both directions of a layer share their
+        hidden format, and the next layer takes it as its input format. However small the values, no format is so fine that
+        for its sake a bias would not fit its 32 bits or a sum its accumulator. Values beyond every format raise ValueError.
         """
-        if clip not in CLIPPINGS:
-            raise ValueError(f"calibrate knows the clipping rules {', '.join(CLIPPINGS)}, got {clip!r}")
+        _check_clip(clip)
         formats = {}
         for layer, (cell, projected) in self.cells.items():
             names = signals_of(cell, projected)
