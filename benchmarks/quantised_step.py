@@ -5,7 +5,8 @@
 One layer, batches of 32 sequences, 35 and 100 steps, as many inputs as units, float32, 16-bit signals, linear tables; one
 thread and two. The weights are plain: what constraining them costs is measured by constrained_step.py. Plain and emulated
 steps alternate, so that the load of the machine falls on both alike; the ratio of the minima is the figure, the ratio of the
-medians stands beside it. Exit status 1 when a ratio of minima exceeds the limit of 2.5.
+medians stands beside it. With two threads the machine must have two idle cores: threads that wait for one another measure
+the load, not the step. Exit status 1 when a ratio of minima exceeds the limit of 2.5.
 """
 
 import copy
