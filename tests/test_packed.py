@@ -633,7 +633,7 @@ def test_a_hostile_description_is_refused_or_harmless(encoding, tmp_path):
     manifest, tensors = read_tensors(PackedModel({"lstm.l0": layer_of(make)}, 32, 0).save(tmp_path / "good"), who="",
                                      what="packed model", version=FILE_VERSION)
     rng, refused = np.random.default_rng(0), 0
-    for n in range(40):
+    for n in range(150):
         about = json.loads(json.dumps(manifest))
         block = about["layers"]["lstm.l0"]["blocks"]["lstm.weight_hh_l0.f"]
         if n:
