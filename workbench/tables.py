@@ -429,7 +429,7 @@ def precision_verdict(precision: Precision, published: pd.DataFrame, tolerance: 
             control = floats.loc[control_of(when)]
             rows = rows[rows["seeds"] == control["seeds"]]  # none that was refused for one of them
             worse = (100 * (rows["valid"] / control["valid"] - 1) if is_language(task) else control["valid"] - rows["valid"])
-            within = rows[worse <= tolerance].sort_values(["rnn_bytes", "activation_bits"])
+            within = rows[worse.round(9) <= tolerance].sort_values(["rnn_bytes", "activation_bits"])
             if not len(within):
                 text.append(f"Quantised {when}, no pair of widths stays within {tolerance:g} {unit} on the validation split.")
                 continue
