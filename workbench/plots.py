@@ -341,6 +341,8 @@ def precision_figure(summary: pd.DataFrame, quality: str, published: pd.DataFram
     if quality == "perplexity":
         best = summary.loc[summary["when"] == "float", "test"].min()
         axes[0].set_ylim(0.95 * min(best, published["perplexity"].min() if len(published) else best), 1.6 * best)
+        if beyond := int((summary["test"] > 1.6 * best).sum()):
+            axes[0].set_ylabel(f"test {quality} ({beyond} {'points lie' if beyond > 1 else 'point lies'} above)")
     if (summary["when"] == "in training").any():
         handles["trained inside (weights/signals)"] = Line2D([], [], marker="*", color="white", markeredgecolor="black",
                                                              markerfacecolor="grey", markersize=12)

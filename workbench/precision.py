@@ -21,20 +21,21 @@ import pandas as pd
 import torch
 
 from workbench.allocation import Allocation, allocate
-from workbench.budget import WIDTHS, uniform_plan
+from workbench.budget import WIDTHS, check_target, uniform_plan
 from workbench.constrain import attach, pack
 from workbench.emulation import emulate, mismatch_rate
 from workbench.fixedpoint import MAX_EXACT_BITS, TABLES
 from workbench.gates import blocks, dense_weights
 from workbench.methods import method_from_label
+from workbench.models import build_classifier, build_language_model
 from workbench.packed import PackedModel, signals_of, table_uses
 from workbench.plan import Plan, uniform
 from workbench.quantise import CLIPPINGS, Observation, observe
-from workbench.sensitivity import LOSSLESS_BITS, calibration_batches, sensitivity_table
+from workbench.sensitivity import LOSSLESS_BITS, calibration_batches, check_sensitivity, sensitivity_table
 from workbench.signals import signal_errors
 from workbench.study import check_seeds, parallel
 from workbench.tasks import LanguageTask, Task
-from workbench.train import baseline, evaluate, fit, paired_interval
+from workbench.train import baseline, evaluate, fingerprint, fit, paired_interval
 
 FLOAT, AFTER, IN = "float", "after training", "in training"
 AS_TRAINED, TRAINED_ON = "as trained", "trained on"  # the float models: once, and for the epochs of those trained in integers
@@ -83,18 +84,22 @@ class Tuning:
 
 
 def check_precision(task: Task | LanguageTask, *, cells: list[str], hidden_size: int, seeds: list[int], epochs: int | None,
-                    weight_bits: list[int], activation_bits: list[int], trained: list[str], arithmetic: Arithmetic,
-                    tuning: Tuning, workers: int) -> None:
-    """Refuse the bad values of a study of fixed point before any training."""
+                    weight_bits: list[int], activation_bits: list[int], trained: list[str], look_into: str, low_bits: int,
+                    target_cr_disks: list[float], mixed_bits: int, arithmetic: Arithmetic, tuning: Tuning,
+                    workers: int) -> None:
+    """Refuse the bad values of a study of fixed point before any training: also a method that does not fit the layers and a
+    ratio that it cannot reach."""
     check_seeds(seeds)
     if not cells or len(set(cells)) != len(cells) or not set(cells) <= set(CELLS):
         raise ValueError(f"a study of fixed point needs different cells of {', '.join(CELLS)}, got {cells}")
-    for name, widths in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+    for name, widths in (("weight_bits", weight_bits), ("activation_bits", activation_bits), ("low_bits", [low_bits]),
+                         ("mixed_bits", [mixed_bits])):
         if not widths or len(set(widths)) != len(widths) or not set(widths) <= set(SWEEP_WIDTHS):
             raise ValueError(f"a study of fixed point needs different {name} from {SWEEP_WIDTHS[0]} to {SWEEP_WIDTHS[-1]}, "
                              f"got {widths}")
-    for pair in trained:
-        widths_of(pair)
+    widths_of(look_into)
+    if len(set(map(widths_of, trained))) != len(trained):
+        raise ValueError(f"a study of fixed point needs different pairs of widths as trained, got {trained}")
     for name, value in (("hidden_size", hidden_size), ("workers", workers)):
         if value < 1:
             raise ValueError(f"a study of fixed point needs {name} of at least 1, got {value}")
@@ -102,6 +107,19 @@ def check_precision(task: Task | LanguageTask, *, cells: list[str], hidden_size:
         replace(task.recipe, epochs=epochs)
     if tuning.epochs:
         replace(task.recipe, epochs=tuning.epochs, lr=tuning.lr)
+    for target in target_cr_disks:
+        check_target(target)
+    if len(set(target_cr_disks)) != len(target_cr_disks):
+        raise ValueError(f"a study of fixed point needs different target_cr_disks, got {target_cr_disks}")
+    build, method = build_language_model if is_language(task) else build_classifier, method_from_label(arithmetic.method)
+    for cell in cells:
+        model = build(task, hidden_size, seed=0, cell=cell)
+        check_sensitivity(model, [method], weight_bits, 0)
+        smallest = pd.DataFrame([{"block": name, "method": arithmetic.method, "bits": WIDTHS[0], "excess_loss": 0.0}
+                                 for name in blocks(model)])
+        for target in target_cr_disks:
+            allocate(model, smallest, target, {})
+            uniform_plan(model, type(method), WIDTHS[-1], target, {})
 
 
 def widths_of(pair: str) -> tuple[int, int]:
@@ -170,7 +188,7 @@ class Precision:
             row |= {name: group[name].mean() for name in ("cr_disk", "cr_model", "rnn_bytes", "valid", "test", "lost")}
             row |= {"test std": group["test"].std(ddof=1), "lost std": group["lost"].std(ddof=1), "seeds": len(group)}
             if not is_language(self.task) and row["when"] != FLOAT and len(group) > 1:
-                control = self.correct[row["cell"], FLOAT, _control(row["when"]), 32, 32]
+                control = self.correct[row["cell"], FLOAT, control_of(row["when"]), 32, 32]
                 pairs = [(control[seed], self.correct[key][seed]) for seed in group["seed"]]
                 row["low"], _, row["high"] = paired_interval(*map(np.array, zip(*pairs, strict=True)), seed=0)
             rows.append(row)
@@ -199,11 +217,11 @@ def measure_precision(task: Task | LanguageTask, models: dict[tuple[str, int], t
     for row in rows:
         if (found := row.pop("correct", None)) is not None:
             correct.setdefault(tuple(row[name] for name in POINT), {})[row["seed"]] = found
-            row["lost"] = _lost(task, controls[row["cell"], row["seed"], _control(row["when"])], row)
+            row["lost"] = _lost(task, controls[row["cell"], row["seed"], control_of(row["when"])], row)
     return Precision(task, pd.DataFrame(rows, columns=COLUMNS), correct)
 
 
-def _control(when) -> str:
+def control_of(when: str) -> str:
     """The float model that a point is compared with: nothing is won by an undertrained one."""
     return TRAINED_ON if when == IN else AS_TRAINED
 
@@ -227,7 +245,7 @@ def _measured(task, model, device) -> dict:
 def _float_point(task, cell, seed, model, tuning, further) -> dict:
     """The float model as it was trained, or trained on as long as the quantised ones."""
     if further:
-        model = _tuned(task, copy.deepcopy(model), tuning, seed, f"{cell} float")
+        model = _tuned(task, copy.deepcopy(model), tuning, seed, _checkpoint(task, model, tuning, seed, f"{cell} float"))
     row = {"cell": cell, "seed": seed, "when": FLOAT, "method": TRAINED_ON if further else AS_TRAINED, "cr_disk": 1.0,
            "cr_model": 1.0, "rnn_bytes": 4 * dense_weights(blocks(model)), "weight_bits": 32, "activation_bits": 32}
     return row | _measured(task, model, tuning.device)
@@ -247,8 +265,11 @@ def _trained_point(task, cell, seed, model, observation, arithmetic, tuning, wei
     """Quantisation-aware training of weights and every internal signal, inside formats that do not change any more."""
     row = _place(cell, seed, IN, arithmetic, weight_bits, activation_bits)
     try:
-        trained, plan = quantised_training(task, model, observation, weight_bits, activation_bits, arithmetic=arithmetic,
-                                           tuning=tuning, seed=seed, name=cell)
+        emulated, plan, file = _emulated(task, model, observation, weight_bits, activation_bits, arithmetic, tuning, seed, cell)
+    except ValueError as error:
+        return row | {"refused": str(error)}
+    trained = _tuned(task, emulated, tuning, seed, file)  # what is wrong here says nothing of the formats
+    try:
         packed = pack(trained, plan)
     except ValueError as error:
         return row | {"refused": str(error)}
@@ -260,30 +281,36 @@ def quantised_training(task: Task | LanguageTask, model: torch.nn.Module, observ
                        name: str) -> tuple[torch.nn.Module, Plan]:
     """The model trained inside its plan: the emulated model, and the plan, with which `pack` gives its integers.
 
-    name: tells models of one task and seed apart, for example the cell. A plan that an earlier call with the same arguments
-    left among the checkpoints is used again, and so is its training.
+    name: of the model, in the names of files. A plan that an earlier call with the same model and arguments left among the
+    checkpoints is used again, whatever the observation, and so is its training.
     """
+    emulated, plan, file = _emulated(task, model, observation, weight_bits, activation_bits, arithmetic, tuning, seed, name)
+    return _tuned(task, emulated, tuning, seed, file), plan
+
+
+def _emulated(task, model, observation, weight_bits, activation_bits, arithmetic, tuning, seed, name):
+    """The emulated model before its training, its plan, and the file of the training."""
     key = (f"{name} {arithmetic.method} {weight_bits}-{activation_bits} {arithmetic.clip} {arithmetic.activation} "
            f"cell {arithmetic.cell_bits}")
-    file = _checkpoint(task, tuning, seed, key).with_suffix(".plan.json")
-    if file.is_file():
-        plan = Plan.read(json.loads(file.read_text()))
+    file = _checkpoint(task, model, tuning, seed, key)
+    stored = file.with_suffix(".plan.json")
+    if stored.is_file():
+        plan = Plan.read(json.loads(stored.read_text()))
     else:
         plan = _plan(model, arithmetic, weight_bits, arithmetic.signals(observation, activation_bits))
-        file.write_text(json.dumps(plan.to_json()))
-    return _tuned(task, emulate(model, plan), tuning, seed, key), plan
+        stored.write_text(json.dumps(plan.to_json()))
+    return emulate(model, plan), plan, file
 
 
-def _tuned(task, model, tuning, seed, key):
+def _tuned(task, model, tuning, seed, file):
     fit(model, task, seed=seed, epochs=tuning.epochs, lr=tuning.lr, optimizer="adamw", device=tuning.device, progress=False,
-        checkpoint=_checkpoint(task, tuning, seed, key))
+        checkpoint=file)
     return model
 
 
-def _checkpoint(task, tuning, seed, key) -> Path:
-    """File of a training inside the checkpoints, named after what decides it but for the weights that it starts from; those
-    are written into it, and `fit` refuses a file of others."""
-    about = f"{task.digest} {task.split} {task.recipe} {seed} {key} {tuning.epochs} {tuning.lr}"
+def _checkpoint(task, model, tuning, seed, key) -> Path:
+    """File of a training inside the checkpoints, named after what decides it; model: the float one that it starts from."""
+    about = f"{task.digest} {task.split} {task.recipe} {seed} {key} {tuning.epochs} {tuning.lr} {fingerprint(model)}"
     folder = Path(os.environ.get("WB_RESULTS", "results")) / tuning.checkpoints
     folder.mkdir(parents=True, exist_ok=True)
     words = re.sub(r"[^\w.]+", "-", key)
@@ -343,8 +370,10 @@ def mix_precision(task: Task | LanguageTask, models: dict[tuple[str, int], torch
                   observations: dict[tuple[str, int], Observation], target_cr_disks: list[float], activation_bits: int, *,
                   arithmetic: Arithmetic, tuning: Tuning, workers: int) -> Mixture:
     """Mixed precision after training: one width for each block, allocated by a one-shot sensitivity table of every width from 2
-    to 8 bits, beside the widest uniform width of the same budget. Columns: cell, seed, target_cr_disk, kind, bits (of a weight,
-    mean), cr_disk, valid and test quality, lost."""
+    to 8 bits, beside the uniform plan of the method's family that fills the same budget best (see uniform_plan).
+
+    Columns: cell, seed, target_cr_disk, kind, bits (of a weight, mean), cr_disk, valid and test quality, lost.
+    """
     jobs = [(task, *place, model, observations[place], target_cr_disks, activation_bits, arithmetic, tuning.device)
             for place, model in models.items()]
     done = parallel(_mixed_points, jobs, workers, "mixed precision") if target_cr_disks else []

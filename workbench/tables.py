@@ -10,7 +10,19 @@ import pandas as pd
 from workbench.array import ASSUMPTIONS, ArraySpec, Schedule
 from workbench.array.cost import ENERGY_NOTE, PJ_PER_EVENT, STATIC_POWER, compare, energy
 from workbench.array.schedule import EVENTS, SPLIT
-from workbench.precision import AFTER, FLOAT, IN, Mixture, Precision, is_language, lost_name, quality_name
+from workbench.precision import (
+    AFTER,
+    AS_TRAINED,
+    FLOAT,
+    IN,
+    TRAINED_ON,
+    Mixture,
+    Precision,
+    control_of,
+    is_language,
+    lost_name,
+    quality_name,
+)
 from workbench.published import PERPLEXITY_SOURCE, PUBLISHED, PUBLISHED_PERPLEXITIES
 from workbench.runs import listed, record
 from workbench.sensitivity import class_stability, method_agreement, rank_blocks, seed_agreement
@@ -407,14 +419,17 @@ def precision_verdict(precision: Precision, published: pd.DataFrame, tolerance: 
     quality, unit = quality_name(task).removesuffix(" %"), "%" if is_language(task) else "points"
     paragraphs = []
     for cell, mine in summary.groupby("cell", sort=False):
-        control = mine[(mine["when"] == FLOAT)].iloc[0]
-        text = [f"**{cell}.** In float, test {quality} {control['test']:.2f}."]
+        floats = mine[mine["when"] == FLOAT].set_index("method")
+        further = f", trained on as long {floats.loc[TRAINED_ON, 'test']:.2f}" if TRAINED_ON in floats.index else ""
+        text = [f"**{cell}.** In float, test {quality} {floats.loc[AS_TRAINED, 'test']:.2f}{further}."]
         for when in (AFTER, IN):
             rows = mine[mine["when"] == when]
             if not len(rows):
                 continue
+            control = floats.loc[control_of(when)]
+            rows = rows[rows["seeds"] == control["seeds"]]  # none that was refused for one of them
             worse = (100 * (rows["valid"] / control["valid"] - 1) if is_language(task) else control["valid"] - rows["valid"])
-            within = rows[worse <= tolerance].sort_values(["rnn_bytes", "activation_bits"])
+            within = rows[worse.round(9) <= tolerance].sort_values(["rnn_bytes", "activation_bits"])
             if not len(within):
                 text.append(f"Quantised {when}, no pair of widths stays within {tolerance:g} {unit} on the validation split.")
                 continue

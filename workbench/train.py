@@ -142,9 +142,9 @@ def fit(
 
     file = None
     if checkpoint is not None:
-        distillation = teacher and [_fingerprint(teacher), distillation_weight, distillation_temperature]
+        distillation = teacher and [fingerprint(teacher), distillation_weight, distillation_temperature]
         about = {"task": task.name, "split": task.split, "data": task.digest, "seed": seed, "distillation": distillation}
-        file = _File(Path(checkpoint), about | asdict(recipe) | {"initial weights": _fingerprint(model)}, device)
+        file = _File(Path(checkpoint), about | asdict(recipe) | {"initial weights": fingerprint(model)}, device)
         if history := file.finished(model):
             for row in history.epochs if on_epoch else ():
                 on_epoch(row)
@@ -505,7 +505,7 @@ def _part(tensors, part):
             if name.startswith(f"{part}/")}  # fmt: skip
 
 
-def _fingerprint(model) -> str:
+def fingerprint(model) -> str:
     """Short digest of names, shapes and values of a model's state."""
     digest = hashlib.sha256()
     for name, array in _named("", model.state_dict()).items():
