@@ -175,7 +175,7 @@ def test_a_metric_that_gives_no_number(model, loss, kind, message):
 
 def test_a_training_that_diverges_is_named(model):
     losses = iter([1.0, 0.9, 0.8, 2.0, float("nan")])
-    with pytest.raises(ValueError, match=r"got nan after 1 epochs of retraining \(1.weight_ih_l0.r, TopK 0.5 at 4 bits\)"):
+    with pytest.raises(ValueError, match=r"got nan after epoch 1 of retraining \(1.weight_ih_l0.r, TopK 0.5 at 4 bits\)"):
         measured(model, wb.Loop(lambda _: next(losses), INPUTS, lambda _: None), epochs=2)
 
 

@@ -149,7 +149,7 @@ def _curve(model, plan, task, epochs, seed, what):
     with seeded(seed, next(compressed.parameters()).device):
         for loss, accuracy in (_own_curve if isinstance(task, Loop) else _task_curve)(compressed, task, epochs, seed):
             if not math.isfinite(loss):
-                when = f"after {len(rows)} epochs of retraining" if rows else "before any retraining"
+                when = f"after epoch {len(rows)} of retraining" if rows else "before any retraining"
                 raise ValueError(f"a measurement needs finite losses, got {loss} {when} ({what})")
             rows.append((loss, accuracy))
     return pd.DataFrame(rows, columns=["loss", "accuracy"])
