@@ -256,7 +256,7 @@ def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
         for module, mode in training.items():
             module.training = mode
     if not seen:
-        raise ValueError("calibrate needs at least one batch, got none")
+        raise ValueError("calibrate needs at least one batch, got none: empty, or a generator used before")
 
 
 def time_first(rnn: nn.RNNBase, x, state):
