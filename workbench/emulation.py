@@ -133,21 +133,21 @@ class _LSTM(torch.autograd.Function):
         cells[0], outputs[0] = c, h
         tanh, c_inside, m_inside = (torch.empty_like(cells[1:]) for _ in range(3))
         tanh_indices, sums = torch.empty_like(tanh, dtype=torch.int32), torch.empty_like(c)
-        if a.projected:
-            ms, h_inside = torch.empty_like(tanh), torch.empty_like(outputs[1:])
-        for t in range(steps):
-            step = gates[t].addmm_(outputs[t], w_hh.t())
-            _look_up(step, s["pre"], offsets, k.values, indices[t], step)
-            i, f, g, o = step.chunk(4, 1)
-            torch.addcmul(k.half, i, g, out=sums).addcmul_(f, cells[t])
-            _round(sums, s["cell"], cells[t + 1], c_inside[t])
-            _look_up(sums, s["cell"], 1 - s["cell"].min, k.cell_values, tanh_indices[t], tanh[t])
-            torch.addcmul(k.half, o, tanh[t], out=sums)
+        # m is what a projection takes, or h itself.
+        ms, h_inside = (torch.empty_like(tanh), torch.empty_like(outputs[1:])) if a.projected else (outputs[1:], m_inside)
+        m_fmt, from_h, from_m = s["unprojected" if a.projected else "hidden"], w_hh.t(), w_hr.t() if a.projected else None
+        h, c = outputs[0], cells[0]
+        for gate, index, new_c, c_in, tanh_index, tanh_c, m, m_in, new_h, h_in in zip(
+                gates, indices, cells[1:], c_inside, tanh_indices, tanh, ms, m_inside, outputs[1:], h_inside, strict=True):
+            _look_up(gate.addmm_(h, from_h), s["pre"], offsets, k.values, index, gate)
+            i, f, g, o = gate.view(batch, 4, size).unbind(1)
+            torch.addcmul(k.half, i, g, out=sums).addcmul_(f, c)
+            _round(sums, s["cell"], new_c, c_in)
+            _look_up(sums, s["cell"], 1 - s["cell"].min, k.cell_values, tanh_index, tanh_c)
+            _round(torch.addcmul(k.half, o, tanh_c, out=sums), m_fmt, m, m_in)
             if a.projected:
-                _round(sums, s["unprojected"], ms[t], m_inside[t])
-                _round(torch.addmm(k.half, ms[t], w_hr.t()), s["hidden"], outputs[t + 1], h_inside[t])
-            else:
-                _round(sums, s["hidden"], outputs[t + 1], m_inside[t])
+                _round(torch.addmm(k.half, m, from_m), s["hidden"], new_h, h_in)
+            h, c = new_h, new_c
         projection = (w_hr, ms, h_inside) if a.projected else ()
         ctx.save_for_backward(x, w_ih, w_hh, gates, indices, cells, outputs, tanh, tanh_indices, c_inside, m_inside,
                               *projection)
@@ -162,35 +162,34 @@ class _LSTM(torch.autograd.Function):
         k, (steps, batch, size) = ctx.constants, tanh.shape
         if d_outputs is None:
             d_outputs = torch.zeros_like(outputs[1:])
-        i, f, g, o = gates.chunk(4, 2)
-        d_gates = torch.index_select(k.slopes, 0, indices.view(-1)).view_as(gates)
-        for d, factor in zip(d_gates.chunk(4, 2), (g, cells[:-1], i, tanh), strict=True):
+        i, f, g, o = gates.view(steps, batch, 4, size).unbind(2)
+        d_gates = torch.index_select(k.slopes, 0, indices.view(-1)).view(steps, batch, 4, size)
+        for d, factor in zip(d_gates.unbind(2), (g, cells[:-1], i, tanh), strict=True):
             d *= factor
-        d_fresh = d_gates[:, :, : 3 * size].view(steps, batch, 3, size)  # of i, f and g, which make c'
-        d_fresh *= c_inside[:, :, None]
-        keep = f * c_inside
         through = torch.index_select(k.cell_slopes, 0, tanh_indices.view(-1)).view_as(tanh).mul_(o)
         if projection:
             w_hr, ms, h_inside = projection
             d_projected = torch.empty_like(h_inside)
-        d_h, d_c = d_outputs[-1], torch.zeros_like(cells[0])
+        flat, later, d_c = d_gates.view(steps, batch, -1), None, torch.zeros_like(cells[0])
         for t in reversed(range(steps)):
+            d_h = d_outputs[t] if later is None else torch.addmm(d_outputs[t], later, w_hh)
             if projection:
                 d_h = torch.mul(d_h, h_inside[t], out=d_projected[t]) @ w_hr
             d_m = d_h * m_inside[t]
             d_c.addcmul_(d_m, through[t])
             if d_cells is not None:
                 d_c += d_cells[t]
-            d_fresh[t] *= d_c[:, None]
-            d_gates[t, :, 3 * size :] *= d_m
-            d_c *= keep[t]
-            d_h = torch.addmm(d_outputs[t - 1], d_gates[t], w_hh) if t else d_gates[0] @ w_hh
-        d_gates = d_gates.view(steps * batch, -1)
-        d_x = (d_gates @ w_ih).view_as(x) if ctx.needs_input_grad[0] else None
-        d_w_ih = d_gates.t() @ x.reshape(steps * batch, -1)
-        d_w_hh = d_gates.t() @ outputs[:-1].view(steps * batch, -1)
+            d_c *= c_inside[t]
+            d_gates[t, :, :3] *= d_c[:, None]  # i, f and g make c'
+            d_gates[t, :, 3] *= d_m
+            d_c *= f[t]
+            later = flat[t]
+        flat = flat.view(steps * batch, -1)
+        d_x = (flat @ w_ih).view_as(x) if ctx.needs_input_grad[0] else None
+        d_w_ih = flat.t() @ x.reshape(steps * batch, -1)
+        d_w_hh = flat.t() @ outputs[:-1].view(steps * batch, -1)
         d_w_hr = d_projected.view(steps * batch, -1).t() @ ms.view(steps * batch, -1) if projection else None
-        return d_x, d_h, d_c, d_w_ih, d_w_hh, d_w_hr, d_gates.sum(0), None
+        return d_x, later @ w_hh, d_c, d_w_ih, d_w_hh, d_w_hr, flat.sum(0), None
 
 
 def _gru_constants(a):
@@ -229,7 +228,7 @@ class _GRU(torch.autograd.Function):
             sums[t, :, size:].addmm_(outputs[t], w_hh.t())
             n, zr, product = sums[t].split((size, 2 * size, size), 1)
             _look_up(zr, s["pre"], first, k.values, indices[t], gates[t])
-            z, r = gates[t].chunk(2, 1)
+            z, r = gates[t].view(batch, 2, size).unbind(1)
             _round(product, s["hidden_product"], products[t], inside[t])
             n.addcmul_(r, products[t], value=to_pre)
             _look_up(n, s["pre"], first, k.n_values, n_indices[t], candidates[t])
