@@ -332,7 +332,9 @@ def precision_figure(summary: pd.DataFrame, quality: str, published: pd.DataFram
             axis.plot(row.kilobytes, row.perplexity, "o", markerfacecolor="white", color="grey", markersize=7, zorder=4)
             axis.annotate(f"{row.work} {row.weight_bits}/{row.activation_bits}", (row.kilobytes, row.perplexity), fontsize=7,
                           color="dimgrey", xytext=(5, -9), textcoords="offset points")
-        axis.set(title=cell, xlabel="recurrent matrices (kB)", xscale="log")
+        wide = mine["cell_bits"].dropna()
+        axis.set(title=f"{cell}, cell state of at least {wide.min():.0f} bits" if wide.size else cell,
+                 xlabel="recurrent matrices (kB)", xscale="log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())

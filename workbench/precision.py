@@ -6,7 +6,6 @@ float model of the same cell and seed: points of accuracy, or percent of its per
 
 import copy
 import hashlib
-import itertools
 import json
 import math
 import operator
@@ -21,17 +20,17 @@ import pandas as pd
 import torch
 
 from workbench.allocation import Allocation, allocate
-from workbench.budget import WIDTHS, check_target, uniform_plan
+from workbench.budget import WIDTHS, OutOfReach, check_target, full_bits
 from workbench.constrain import attach, pack
 from workbench.emulation import emulate, mismatch_rate
 from workbench.fixedpoint import MAX_EXACT_BITS, TABLES
-from workbench.gates import blocks, dense_weights
-from workbench.methods import method_from_label
+from workbench.gates import blocks, dense_weights, weight
+from workbench.methods import method_from_label, method_label
 from workbench.models import build_classifier, build_language_model
-from workbench.packed import PackedModel, signals_of, table_uses
+from workbench.packed import GATES, PackedModel, signals_of, table_uses
 from workbench.plan import Plan, uniform
 from workbench.quantise import CLIPPINGS, Observation, observe
-from workbench.sensitivity import LOSSLESS_BITS, calibration_batches, check_sensitivity, sensitivity_table
+from workbench.sensitivity import LOSSLESS_BITS, calibration_batches, check_sensitivity, sample_batch, sensitivity_table
 from workbench.signals import signal_errors
 from workbench.study import check_seeds, parallel
 from workbench.tasks import LanguageTask, Task
@@ -39,13 +38,12 @@ from workbench.train import baseline, evaluate, fingerprint, fit, paired_interva
 
 FLOAT, AFTER, IN = "float", "after training", "in training"
 AS_TRAINED, TRAINED_ON = "as trained", "trained on"  # the float models: once, and for the epochs of those trained in integers
-CELLS = ("LSTM", "GRU")
+CELLS = tuple(GATES)
 ALL_SIGNALS = {signal for cell in CELLS for signal in signals_of(cell)}
-ANATOMY_ITEMS = 32  # sequences that the errors of one model are looked at on
 SWEEP_WIDTHS = range(2, 17)  # bits of weights and signals
 POINT = ("cell", "when", "method", "weight_bits", "activation_bits")  # what tells points apart
 COLUMNS = ["cell", "seed", "when", "method", "weight_bits", "activation_bits", "cr_disk", "cr_model", "rnn_bytes", "valid",
-           "test", "valid_loss", "test_loss", "lost", "refused"]  # fmt: skip
+           "test", "valid_loss", "test_loss", "control", "lost", "cell_bits", "mismatches %", "refused"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def check_precision(task: Task | LanguageTask, *, cells: list[str], hidden_size:
                                  for name in blocks(model)])
         for target in target_cr_disks:
             allocate(model, smallest, target, {})
-            uniform_plan(model, type(method), WIDTHS[-1], target, {})
+            _widest(model, method, target)
 
 
 def widths_of(pair: str) -> tuple[int, int]:
@@ -181,15 +179,17 @@ class Precision:
     @cached_property
     def summary(self) -> pd.DataFrame:
         """One row a point: mean and standard deviation over the seeds; of accuracies the loss with its 95 % interval, paired
-        by seed and test item."""
+        by seed and test item. control: the float model that the loss is against, or both where the seeds differ."""
         rows, reached = [], self.results[self.results["refused"].isna()]
         for key, group in reached.groupby(list(POINT), sort=False):
             row = dict(zip(POINT, key, strict=True))
             row |= {name: group[name].mean() for name in ("cr_disk", "cr_model", "rnn_bytes", "valid", "test", "lost")}
-            row |= {"test std": group["test"].std(ddof=1), "lost std": group["lost"].std(ddof=1), "seeds": len(group)}
+            row |= {"test std": group["test"].std(ddof=1), "lost std": group["lost"].std(ddof=1), "seeds": len(group),
+                    "control": " or ".join(sorted(set(group["control"]))), "cell_bits": group["cell_bits"].iloc[0],
+                    "mismatches %": group["mismatches %"].mean()}
             if not is_language(self.task) and row["when"] != FLOAT and len(group) > 1:
-                control = self.correct[row["cell"], FLOAT, control_of(row["when"]), 32, 32]
-                pairs = [(control[seed], self.correct[key][seed]) for seed in group["seed"]]
+                pairs = [(self.correct[row["cell"], FLOAT, control, 32, 32][seed], self.correct[key][seed])
+                         for seed, control in zip(group["seed"], group["control"], strict=True)]
                 row["low"], _, row["high"] = paired_interval(*map(np.array, zip(*pairs, strict=True)), seed=0)
             rows.append(row)
         return pd.DataFrame(rows)
@@ -204,7 +204,12 @@ def measure_precision(task: Task | LanguageTask, models: dict[tuple[str, int], t
                       observations: dict[tuple[str, int], Observation], weight_bits: list[int], activation_bits: list[int],
                       trained: list[str], *, arithmetic: Arithmetic, tuning: Tuning, workers: int) -> Precision:
     """Every pair of widths after training, those of `trained` ("3/4") also after training inside them; and the float models,
-    once as they are and once trained on for the same epochs. The test split is read once per point and decides nothing."""
+    once as they are and once trained on for the same epochs.
+
+    Losses are against the float model as it was trained; of what was trained on in its formats against that of the two
+    float models that has the lower validation loss, so that neither too little nor too much training of the control flatters.
+    The test split is read once per point and decides nothing.
+    """
     jobs = [(_float_point, task, *place, model, tuning, further) for place, model in models.items()
             for further in ((False, True) if tuning.epochs and trained else (False,))]
     jobs += [(_trained_point, task, *place, model, observations[place], arithmetic, tuning, *widths_of(pair))
@@ -212,18 +217,18 @@ def measure_precision(task: Task | LanguageTask, models: dict[tuple[str, int], t
     jobs += [(_after_point, task, *place, model, observations[place], arithmetic, tuning, weights, signals)
              for place, model in models.items() for signals in activation_bits for weights in weight_bits]
     rows = parallel(operator.call, jobs, workers, "points")
-    controls = {(row["cell"], row["seed"], row["method"]): row for row in rows if row["when"] == FLOAT}
+    controls = {}  # (cell, seed) -> its float models, as trained first
+    for row in rows:
+        if row["when"] == FLOAT:
+            controls.setdefault((row["cell"], row["seed"]), []).append(row)
     correct = {}
     for row in rows:
         if (found := row.pop("correct", None)) is not None:
             correct.setdefault(tuple(row[name] for name in POINT), {})[row["seed"]] = found
-            row["lost"] = _lost(task, controls[row["cell"], row["seed"], control_of(row["when"])], row)
+            floats = controls[row["cell"], row["seed"]]
+            control = min(floats, key=lambda one: one["valid_loss"]) if row["when"] == IN else floats[0]
+            row |= {"control": control["method"], "lost": _lost(task, control, row)}
     return Precision(task, pd.DataFrame(rows, columns=COLUMNS), correct)
-
-
-def control_of(when: str) -> str:
-    """The float model that a point is compared with: nothing is won by an undertrained one."""
-    return TRAINED_ON if when == IN else AS_TRAINED
 
 
 def _lost(task, control, row):
@@ -273,6 +278,7 @@ def _trained_point(task, cell, seed, model, observation, arithmetic, tuning, wei
         packed = pack(trained, plan)
     except ValueError as error:
         return row | {"refused": str(error)}
+    row["mismatches %"] = max(found["mismatches %"] for found in mismatch_rate(trained, packed, [sample_batch(task)]))
     return row | _sizes(packed) | _measured(task, attach(trained, packed), tuning.device)
 
 
@@ -298,8 +304,15 @@ def _emulated(task, model, observation, weight_bits, activation_bits, arithmetic
         plan = Plan.read(json.loads(stored.read_text()))
     else:
         plan = _plan(model, arithmetic, weight_bits, arithmetic.signals(observation, activation_bits))
-        stored.write_text(json.dumps(plan.to_json()))
+        _write(stored, plan)
     return emulate(model, plan), plan, file
+
+
+def _write(path, plan):
+    """The plan's JSON, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.write_text(json.dumps(plan.to_json()))
+    os.replace(temporary, path)
 
 
 def _tuned(task, model, tuning, seed, file):
@@ -324,7 +337,8 @@ def _plan(model, arithmetic, bits, signals) -> Plan:
 
 def _place(cell, seed, when, arithmetic, weight_bits, activation_bits) -> dict:
     return {"cell": cell, "seed": seed, "when": when, "method": arithmetic.method, "weight_bits": weight_bits,
-            "activation_bits": activation_bits}
+            "activation_bits": activation_bits,
+            "cell_bits": max(activation_bits, arithmetic.cell_bits) if cell == "LSTM" else None}
 
 
 def _sizes(packed: PackedModel) -> dict:
@@ -370,7 +384,7 @@ def mix_precision(task: Task | LanguageTask, models: dict[tuple[str, int], torch
                   observations: dict[tuple[str, int], Observation], target_cr_disks: list[float], activation_bits: int, *,
                   arithmetic: Arithmetic, tuning: Tuning, workers: int) -> Mixture:
     """Mixed precision after training: one width for each block, allocated by a one-shot sensitivity table of every width from 2
-    to 8 bits, beside the uniform plan of the method's family that fills the same budget best (see uniform_plan).
+    to 8 bits (with signals in float), beside the widest uniform width of the method within the same budget.
 
     Columns: cell, seed, target_cr_disk, kind, bits (of a weight, mean), cr_disk, valid and test quality, lost.
     """
@@ -389,7 +403,7 @@ def _mixed_points(task, cell, seed, model, observation, target_cr_disks, activat
     control, rows, allocations = _measured(task, copy.deepcopy(model), device), [], {}
     for target in target_cr_disks:
         allocations[cell, seed, target] = found = allocate(model, table, target, signals)
-        plans = {"mixed": found.plan, "uniform": uniform_plan(model, type(method), WIDTHS[-1], target, signals)}
+        plans = {"mixed": found.plan, "uniform": uniform(model, method, _widest(model, method, target), signals)}
         for kind, plan in plans.items():
             packed = pack(model, replace(plan, activation=arithmetic.activation))
             measured = _measured(task, attach(model, packed), device)
@@ -398,6 +412,16 @@ def _mixed_points(task, cell, seed, model, observation, target_cr_disks, activat
                          "cr_disk": packed.cr_disk, "valid": measured["valid"], "test": measured["test"],
                          "lost": _lost(task, control, measured)})
     return rows, allocations
+
+
+def _widest(model, method, target_cr_disk) -> int:
+    """The widest uniform width of the method that meets the ratio."""
+    weights = [weight(model, name) for name in blocks(model)]
+    budget_bits = 32 * dense_weights(blocks(model)) / target_cr_disk
+    fitting = [bits for bits in WIDTHS if sum(full_bits(w, method, bits) for w in weights) <= budget_bits]
+    if not fitting:
+        raise OutOfReach(f"no width of {method_label(method)} meets cr_disk {target_cr_disk}")
+    return fitting[-1]
 
 
 @dataclass(frozen=True)
@@ -416,9 +440,9 @@ class Anatomy:
 
 def anatomy(task: Task | LanguageTask, model: torch.nn.Module, observation: Observation, pair: str, *,
             arithmetic: Arithmetic) -> Anatomy:
-    """Where the error of one pair of widths ("4/6") arises, on the first batch of the calibration data."""
+    """Where the error of one pair of widths ("4/6") arises, on sample_batch of the training split."""
     weight_bits, activation_bits = widths_of(pair)
-    batch = list(itertools.islice(calibration_batches(task, ANATOMY_ITEMS), 1))
+    batch = [sample_batch(task)]
     signals = arithmetic.signals(observation, activation_bits)
     plan = _plan(model, arithmetic, weight_bits, signals)
     packed = pack(model, plan)

@@ -70,6 +70,19 @@ def calibration_batches(task: Task | LanguageTask, size: int = 256):
         yield x[batch, : lengths[batch].max()], lengths[batch]
 
 
+def sample_batch(task: Task | LanguageTask, items: int = 32) -> tuple:
+    """The model's arguments for some sequences of the training split, spread over it, as long as its median and cut there, so
+    that nothing is padded; of a language task pieces of its text."""
+    split = task.splits["train"]
+    if isinstance(task, LanguageTask):
+        pieces = torch.from_numpy(split)[: len(split) // PIECE * PIECE].view(-1, PIECE)  # (pieces, PIECE)
+        return (pieces[_spread(len(pieces), items)].T,)
+    length = int(np.median(split.lengths))
+    long = np.flatnonzero(split.lengths >= length)
+    x = torch.from_numpy(split.x[long[_spread(len(long), items)], :length])
+    return x, torch.full((len(x),), length)
+
+
 def _spread(count, most):
     """At most `most` of the numbers from 0 to count - 1, at equal distances."""
     return np.arange(0, count, max(1, math.ceil(count / most)))
