@@ -239,7 +239,7 @@ def test_summary_by_hand(classified, language):
         if row["when"] == FLOAT:
             assert math.isnan(row["low"])
             continue
-        points = found.results.set_index([*POINT, "seed"])["control"]
+        points = found.results.set_index([*POINT, "seed"])["control"].sort_index()
         names = points.loc[tuple(row[name] for name in POINT)].items()
         control = {seed: found.correct[row["cell"], FLOAT, name, 32, 32][seed] for seed, name in names}
         mine = found.correct[tuple(row[name] for name in POINT)]
