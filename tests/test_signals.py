@@ -230,8 +230,9 @@ def test_share_beyond_by_hand():
 
 def test_explain_by_hand():
     rnn = rnn_of("GRU", bidirectional=True)
-    x = torch.tensor([[3.0, 0.2, -0.3], [-4.0, 0.0, 0.1], [9.0, 9.0, 9.0]], dtype=torch.float64)[:, None]  # the last is padding
-    batch = pack_padded_sequence(x, torch.tensor([2]))
+    x = torch.zeros(3, 2, 3, dtype=torch.float64)
+    x[:2, 0] = torch.tensor([[3.0, 0.2, -0.3], [-4.0, 0.0, 0.1]])
+    batch = pack_padded_sequence(x, torch.tensor([2, 3]), enforce_sorted=False)
     observation = observe(rnn, [batch])
     formats = observation.formats(4)
     formats = {name: signals | {"input": QFormat(4, 2), "hidden": QFormat(4, 4)} for name, signals in formats.items()}
@@ -239,9 +240,9 @@ def test_explain_by_hand():
     assert list(rows.index) == [(name, signal) for name in ("l0", "l0_reverse") for signal in formats["l0"]]
     for layer in ("l0", "l0_reverse"):
         row = rows.loc[(layer, "input")]
-        assert row.tolist() == [4, 2, True, -2.0, 1.75, 4.0, pytest.approx(100 * 2 / 6)]
-    xs, row = x[:2, 0].numpy(), rows.loc["l0", "hidden"]
-    steps = [*float_steps(rnn, "l0", xs), *float_steps(rnn, "l0_reverse", xs[::-1])]
+        assert row.tolist() == [4, 2, True, -2.0, 1.75, 4.0, pytest.approx(100 * 2 / 15)]
+    row, sequences = rows.loc["l0", "hidden"], [x[:2, 0].numpy(), x[:, 1].numpy()]
+    steps = [step for xs in sequences for step in (*float_steps(rnn, "l0", xs), *float_steps(rnn, "l0_reverse", xs[::-1]))]
     hidden = np.array([step[name] for step in steps for name in ("n", "hidden")])  # what has that format
     beyond = ((hidden > 7 / 16) | (hidden < -8 / 16)).mean()
     assert 0.1 < beyond < 1 and row["beyond the range %"] == pytest.approx(100 * beyond)
