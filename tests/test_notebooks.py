@@ -21,7 +21,7 @@ SMALL = {  # notebook -> (small parameters, metrics that it must hand over, figu
          "tuning_epochs": 1, "target_cr_disks": [8.0], "tolerance": 100.0, "workers": 1},
         {"quality", "lost", "summary", "results", "signals", "mixture"},
         5,
-        ("accuracy lost (points)", "trained on", "in training", "smallest matrices within", "integer engine", "tanh",
+        ("against float", "trained on", "in training", "smallest matrices within", "integer engine", "tanh",
          "beyond the range %", "largest error (last places)", "mismatches %", "uniform"),
     ),
     "sensitivity": (

@@ -358,6 +358,10 @@ def bits_figure(summary: pd.DataFrame, lost: str) -> Figure:
     """What post-training quantisation costs: a map a cell, widths of the weights across, of the signals down."""
     after = summary[summary["when"] == "after training"]
     cells = list(after["cell"].unique())
+    if not cells:
+        figure = Figure(figsize=(6, 1), layout="constrained")
+        figure.text(0.5, 0.5, "no pair of widths could be packed after training", ha="center", va="center")
+        return figure
     maps = {cell: after[after["cell"] == cell].pivot(index="activation_bits", columns="weight_bits", values="lost")
             for cell in cells}
     rows, columns = next(iter(maps.values())).shape
