@@ -16,6 +16,14 @@ SMALL = {  # notebook -> (small parameters, metrics that it must hand over, figu
         4,
         ("sensitive", "cr_disk", "integer engine", "small dense", "modelled"),
     ),
+    "fixed_point": (
+        {"hidden_size": 8, "seeds": [0], "epochs": 2, "weight_bits": [4], "activation_bits": [8], "trained": ["4/8"],
+         "tuning_epochs": 1, "target_cr_disks": [8.0], "tolerance": 100.0, "workers": 1},
+        {"quality", "lost", "summary", "results", "signals", "mixture"},
+        5,
+        ("against float", "trained on", "in training", "smallest matrices within", "integer engine", "tanh",
+         "beyond the range %", "largest error (last places)", "mismatches %", "uniform"),
+    ),
     "sensitivity": (
         {"hidden_size": 16, "seeds": [0, 1], "epochs": 1, "sensitivity_epochs": 1, "bits": [4],
          "methods": ["TopK 0.125", "BlockCirculant 8", "Dense"]},
@@ -43,20 +51,20 @@ def run(request, tmp_path_factory):
     parameters, metrics, figures, words = SMALL[request.param]
     result = runs.run(request.param, parameters, tmp_path_factory.mktemp("results"), timeout_s=300)
     assert result.state == "ok", result.error
-    return result.directory, metrics, figures, words
+    return result.directory, metrics, figures, words, parameters["seeds"]
 
 
 def test_metrics_are_handed_over(run):
-    directory, metrics, _, _ = run
+    directory, metrics, _, _, seeds = run
     recorded = json.loads((directory / "metrics.json").read_text())
     assert set(recorded) == metrics
     rows = recorded["results" if "results" in recorded else "table"]  # a row a seed and variant or block
-    assert {row["seed"] for row in rows} == {0, 1}
+    assert {row["seed"] for row in rows} == set(seeds)
     assert all(row["cr_disk"] >= 12.0 for row in rows if row.get("variant", "").startswith(("hybrid", "uniform")))
 
 
 def test_the_report_is_whole_and_needs_no_network(run):
-    directory, _, figures, words = run
+    directory, _, figures, words, _ = run
     page = report.build(directory).read_text()
     assert report.offline_problems(page) == []
     pictures = re.findall(r'<img[^>]*src="data:image/png;base64,[^"]{2000,}"[^>]*>', page)

@@ -4,14 +4,17 @@ import json
 import os
 import pickle
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import circulant
 
+from workbench import container
 from workbench.container import read_tensors, write_tensors
 from workbench.fixedpoint import TABLES, ExactTable, LinearTable, QFormat
 from workbench.packed import (
@@ -60,7 +63,7 @@ MAKERS = {"dense": dense, "sparse": sparse, "circulant": block_circulant}
 
 
 def layer_of(make=None, hidden=8, inputs=6, seed=0, signals=None, acc_bits=48, bias=None, cell="LSTM", projection=0,
-             kind="linear", suffix="l0"):
+             kind="linear", suffix="l0", path="lstm"):
     """make(part, gate, shape, rng) -> block; without it the forms alternate over the gates. signals: those that differ."""
     rng, gates, width = np.random.default_rng(seed), GATES[cell], projection or hidden
     forms = dict(zip("ifgorznp", ("dense", "sparse", "circulant", "sparse") * 2, strict=True))
@@ -69,7 +72,7 @@ def layer_of(make=None, hidden=8, inputs=6, seed=0, signals=None, acc_bits=48, b
     signals = {name: known[name] for name in signals_of(cell, bool(projection))}
     shapes = {("ih", gate): (hidden, inputs) for gate in gates} | {("hh", gate): (hidden, width) for gate in gates}
     shapes |= {("hr", "p"): (projection, hidden)} if projection else {}
-    blocks = {f"lstm.weight_{part}_{suffix}.{gate}": make(part, gate, shape, rng) for (part, gate), shape in shapes.items()}
+    blocks = {f"{path}.weight_{part}_{suffix}.{gate}": make(part, gate, shape, rng) for (part, gate), shape in shapes.items()}
     bias = bias or {gate: rng.integers(-5000, 5000, hidden) for gate in (*gates, *["hn"] * (cell == "GRU"))}
     tables = {name: TABLES[kind].build(name, uses) for name, uses in table_uses(cell, signals).items()}
     return PackedLayer(cell, blocks, bias, signals, tables, acc_bits)
@@ -492,7 +495,8 @@ def layers_of_every_kind(kind="linear"):
     below = {f"lstm.l0{end}": layer_of(projection=4, kind=kind, suffix=f"l0{end}") for end in ("", "_reverse")}
     signals = {"input": SIGNALS["hidden"]}
     above = {f"lstm.l1{end}": layer_of(kind=kind, suffix=f"l1{end}", inputs=8, signals=signals) for end in ("", "_reverse")}
-    return below | above | {"decoder.gru.l0": layer_of(cell="GRU", kind=kind, signals={"hidden_product": QFormat(14, 9)})}
+    return below | above | {
+        "decoder.gru.l0": layer_of(cell="GRU", kind=kind, signals={"hidden_product": QFormat(14, 9)}, path="decoder.gru")}
 
 
 @pytest.mark.parametrize("kind", TABLES)
@@ -763,3 +767,69 @@ def test_directions_without_a_neighbour_must_agree_too():
         with pytest.raises(ValueError, match="formats of the next must be the same, got QFormat.*QFormat"):
             PackedModel(layers, 0, 0)
         assert SIGNALS[format_name] != changed[format_name]
+
+
+def rewritten(path, change):
+    """The packed file with a changed description under a right SHA-256, as a hostile hand would write it."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        text = json.loads(json.loads(file.metadata()["workbench"])["text"])
+    text = change(text)
+    text = text if isinstance(text, str) else json.dumps(text)
+    header = {"workbench": json.dumps({"text": text, "sha256": container._digest(text, tensors)})}
+    safetensors.numpy.save_file(tensors, path, metadata=header)
+
+
+def changed(*keys, value):
+    def change(text):
+        place = text["about"]
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        return text
+
+    return change
+
+
+CIRCULANT = ("layers", "lstm.l0", "blocks", "lstm.weight_ih_l0.g")
+SPARSE = ("layers", "lstm.l0", "blocks", "lstm.weight_ih_l0.f")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (changed(*CIRCULANT, "block", value=0), "needs a whole block of at least 1, got 0"),
+    (changed(*SPARSE, "shape", value=[10**6, 10**6]), "at most 134217728 weights, got"),
+    (changed(*SPARSE, "shape", value=[8, -6]), "needs a whole size of at least 1, got -6"),
+    (changed("other_params", value="many"), "needs a whole other_params of at least 0, got 'many'"),
+    (lambda text: [], "found damage"),
+    (lambda text: {}, "found damage"),
+    (lambda text: "[" * 100_000, "found damage"),
+])  # fmt: skip
+def test_hostile_files_are_refused_in_words(change, message, model, tmp_path):
+    path = model.save(tmp_path / "model.safetensors")
+    rewritten(path, change)
+    with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+def test_tables_must_serve_the_layer():
+    layer = layer_of(kind="exact")
+    swapped = {"sigmoid": layer.tables["tanh"], "tanh": layer.tables["sigmoid"]}
+    with pytest.raises(ValueError, match="needs a table of sigmoid, got one of tanh"):
+        replace(layer, tables=swapped)
+    empty = {name: TABLES["exact"](name, {}) for name in layer.tables}
+    with pytest.raises(ValueError, match="ExactTable of sigmoid has no entries from"):
+        replace(layer, tables=empty)
+    with pytest.raises(ValueError, match="LinearTable needs inputs of at most 48 fraction bits"):
+        layer_of(signals={"pre": QFormat(16, 49)})
+
+
+def test_a_layer_s_blocks_bear_its_name():
+    with pytest.raises(ValueError, match=r"needs in layer lstm\.l1 the blocks .*weight_hh_l1\.f.*, got .*weight_ih_l0\.i"):
+        PackedModel({"lstm.l0": layer_of(), "lstm.l1": layer_of(inputs=8, signals={"input": SIGNALS["hidden"]})}, 0, 0)
+    with pytest.raises(ValueError, match="PackedModel needs one kind of cell in 'lstm', got GRU and LSTM"):
+        PackedModel({"lstm.l0": layer_of(), "lstm.l0_reverse": layer_of(cell="GRU", suffix="l0_reverse")}, 0, 0)
+
+
+def test_an_exact_table_is_stored_in_the_narrowest_integers():
+    arrays = layer_of(kind="exact").tables["sigmoid"].arrays
+    assert {name: array.dtype for name, array in arrays.items()} == {"codes0": np.uint16}

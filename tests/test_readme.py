@@ -1,4 +1,4 @@
-"""The worked example of the README runs as it stands there."""
+"""The worked example of the README runs as it stands there, and what it names is there."""
 
 import re
 
@@ -32,3 +32,13 @@ def test_the_worked_example_runs(tmp_path, monkeypatch, capsys):
     assert error < 0.02  # the variance of the targets is 1 / 120, a model that learnt nothing would show it
     assert cycles > 0
     assert (tmp_path / "model.packed.safetensors").stat().st_size < 8 * 6144
+
+
+def test_what_it_lists_is_what_there_is():
+    readme = (REPOSITORY / "README.md").read_text()
+    built = readme[readme.index("## How it is built"):]
+    modules = {path.stem for path in (REPOSITORY / "workbench").iterdir() if not path.name.startswith(("__", "report_"))}
+    benchmarks = {f"benchmarks/{path.name}" for path in (REPOSITORY / "benchmarks").glob("*.py")}
+    assert modules | benchmarks <= set(re.findall(r"`([^`]+)`", built))
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", readme) if "://" not in link]
+    assert links and all((REPOSITORY / link).exists() for link in links)

@@ -22,10 +22,10 @@ _NAMES = {
         "packed": "PackedModel load",
         "plan": "Plan uniform",
         "precision": "Arithmetic Tuning anatomy check_precision measure_precision mix_precision observe_models"
-        " one_signal_at_a_time quantised_training table_errors train_baselines",
+        " one_signal_at_a_time quantised_training train_baselines",
         "quantise": "calibrate observe weight_format",
         "report": "show",
-        "sensitivity": "Strength check_sensitivity class_stability classify hybrid_plan method_agreement rank_blocks"
+        "sensitivity": "Loop Strength check_sensitivity class_stability classify hybrid_plan method_agreement rank_blocks"
         " search_hybrid seed_agreement sensitive_gates sensitivity_table strengths",
         "signals": "signal_errors",
         "sweep": "results",

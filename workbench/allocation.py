@@ -1,5 +1,6 @@
 """Budget allocation: a method and a width for every block, by measured sensitivity, within a number of bytes."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ from workbench.budget import OutOfReach, check_target, full_bits
 from workbench.gates import blocks, dense_weights, weight
 from workbench.methods import method_from_label
 from workbench.plan import Plan, plan_block
+
+MOST_UNITS = 1_000_000  # of a budget that are told apart
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,9 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float,
 
     table: as sensitivity_table gives it, over any methods and widths; several seeds count by their mean. Blocks are taken to
     add up. Within a block and a method a larger choice is never predicted worse than a smaller one (what would be is
-    measurement noise): it gets the largest loss measured at its size or above. The best sum is exact: a dynamic programme
-    over bytes. Of equal ones the smaller is taken. ValueError for a table of other blocks, OutOfReach when the smallest
-    choices are too large.
+    measurement noise): it gets the largest loss measured at its size or above. The best sum is found by a dynamic programme
+    over bytes, exact up to a millionth of the budget. Of equal ones the smaller is taken. ValueError for a table of other
+    blocks, OutOfReach when the smallest choices are too large.
     """
     check_target(target_cr_disk)
     known = blocks(model)
@@ -47,7 +50,8 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float,
     choices = choices.sort_index()
     budget = int(4 * dense_weights(known) / target_cr_disk)
     groups = [choices[choices["block"] == name] for name in known]
-    chosen = _least_loss([(g["bytes"].to_numpy(), g["predicted_loss"].to_numpy()) for g in groups], budget)
+    unit = math.ceil(budget / MOST_UNITS)  # sizes are rounded up to it, so that the budget is kept
+    chosen = _least_loss([(-(-g["bytes"].to_numpy() // unit), g["predicted_loss"].to_numpy()) for g in groups], budget // unit)
     if chosen is None:
         least = sum(int(g["bytes"].min()) for g in groups)
         raise OutOfReach(f"allocate cannot reach cr_disk {target_cr_disk}: the smallest choices take {least} bytes of {budget}")
@@ -70,7 +74,7 @@ def _least_loss(groups, budget: int) -> list[int] | None:
         order = np.argsort(sizes, kind="stable")  # of equal losses the smaller choice
         pick = order[totals[order].argmin(axis=0)]
         best = totals[pick, np.arange(budget + 1)]
-        picks.append(pick)
+        picks.append(pick.astype(np.int32))
     if not np.isfinite(best[budget]):
         return None
     place, chosen = budget, []

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from workbench.engine import StackEngine
 from workbench.fixedpoint import TABLES
-from workbench.gates import blocks, cell_name, check_supported, layers, layers_of, parameters_of, rnns, weight
+from workbench.gates import blocks, cell_name, check_supported, layers, layers_of, parameters_of, rnns, weight, weights
 from workbench.packed import GATES, PackedLayer, PackedModel, table_uses
 from workbench.plan import Plan, pack_block
 
@@ -74,8 +74,9 @@ def compress(model: nn.Module, plan) -> nn.Module:
 def constrain_weights(model: nn.Module, plan: Plan) -> None:
     """Register the plan's constraints on a model with plain weights, in place."""
     gates = {}  # (module path, parameter) -> one constrained module per gate
-    for name, block in blocks(model).items():
-        constrained = plan.blocks[name].method.constrain(weight(model, name), plan.blocks[name].format)
+    known = blocks(model)
+    for name, w in weights(model).items():
+        block, constrained = known[name], plan.blocks[name].method.constrain(w, plan.blocks[name].format)
         gates.setdefault((block.rnn, block.parameter), []).append(constrained)
     for (path, parameter), modules in gates.items():
         parametrize.register_parametrization(model.get_submodule(path), parameter, _GateWeights(modules))

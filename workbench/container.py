@@ -46,7 +46,8 @@ def read_tensors(path, *, who: str, what: str, version: int) -> tuple[dict, dict
         header = json.loads(metadata[ENTRY])
         intact = header["sha256"] == _digest(header["text"], tensors)
         content = json.loads(header["text"]) if intact else {}
-    except (ValueError, TypeError, KeyError, AttributeError):
+        intact = intact and content.keys() >= {"format", "version", "about"}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         intact = False
     if not intact:
         raise ValueError(f"{who} found damage in {path}: its content does not have the SHA-256 written with it")

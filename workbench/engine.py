@@ -1,7 +1,7 @@
 """Integer-only inference of packed layers: bit for bit what the hardware computes.
 
-Every rounding stands in gate_values, cell_update, project, hidden_product, candidate and gru_update, once, so that the
-array's execution shares it.
+Every rounding is defined in gate_values, cell_update, project, hidden_product, candidate and gru_update, which the array's
+execution shares; the fast path on floats is tested against them.
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """Fixed point: number formats, the one rounding rule, exact integer products and activation tables.
 
-Everything that is rounded anywhere in the workbench is rounded here (half up, saturating), so that the engine, the
-float emulation and the array cannot differ.
+The rounding rule of the workbench (half up, saturating) is defined here. What rounds floats for speed, in training and in
+the engine, is tested against it bit for bit.
 """
 
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class QFormat:
 def requantise(a, frac: int, fmt: QFormat) -> np.ndarray:
     """int64 accumulators with `frac` fraction bits -> integers of fmt: one half-up rounding, then saturation.
 
-    a must stay below 2**61 in magnitude; accumulators are at most 48 bits wide.
+    a must stay below 2**61 in magnitude; accumulators are at most 62 bits wide.
     """
     a = np.asarray(a, dtype=np.int64)
     shift = frac - fmt.frac
@@ -142,7 +142,8 @@ class _Table:
         exact = FUNCTIONS[self.function](in_fmt.dequantise(q))
         return float(np.abs(out_fmt.dequantise(self.lookup(q, in_fmt, out_fmt)) - exact).max() * 2.0**out_fmt.frac)
 
-    def _check_input(self, in_fmt):
+    def check(self, in_fmt: QFormat, out_fmt: QFormat) -> None:
+        """Refuse formats that cannot be looked up."""
         if in_fmt.frac > MAX_LOOKUP_FRAC:
             raise ValueError(f"{type(self).__name__} needs inputs of at most {MAX_LOOKUP_FRAC} fraction bits, got {in_fmt}")
 
@@ -174,7 +175,7 @@ class LinearTable(_Table):
 
     def lookup(self, q, in_fmt: QFormat, out_fmt: QFormat) -> np.ndarray:
         """Integers of in_fmt (at most MAX_LOOKUP_FRAC fraction bits) -> integers of out_fmt, the same shape."""
-        self._check_input(in_fmt)
+        self.check(in_fmt, out_fmt)
         q = np.asarray(q, dtype=np.int64)
         # Position = segment + remainder / 2**rest; a coarse input format falls on the knots themselves.
         rest = max(in_fmt.frac - (TABLE_SEGMENTS_LOG2 - TABLE_RANGE_LOG2), 0)
@@ -228,10 +229,13 @@ class ExactTable(_Table):
             entries[in_fmt, out_fmt] = out_fmt.quantise(exact(in_fmt.dequantise(codes)))
         return cls(function, entries)
 
-    def lookup(self, q, in_fmt: QFormat, out_fmt: QFormat) -> np.ndarray:
-        """Integers of in_fmt -> integers of out_fmt, the same shape; formats it was not built for raise ValueError."""
+    def check(self, in_fmt: QFormat, out_fmt: QFormat) -> None:
         if (in_fmt, out_fmt) not in self.entries:
             raise ValueError(f"ExactTable of {self.function} has no entries from {in_fmt} to {out_fmt}")
+
+    def lookup(self, q, in_fmt: QFormat, out_fmt: QFormat) -> np.ndarray:
+        """Integers of in_fmt -> integers of out_fmt, the same shape; formats it was not built for raise ValueError."""
+        self.check(in_fmt, out_fmt)
         return self.entries[in_fmt, out_fmt][np.asarray(q, dtype=np.int64) - in_fmt.min]
 
     def describe(self) -> dict:
@@ -239,8 +243,9 @@ class ExactTable(_Table):
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """What is stored of it."""
-        return {f"codes{n}": codes for n, codes in enumerate(self.entries.values())}
+        """What is stored of it, in the narrowest integers that hold the output format."""
+        return {f"codes{n}": codes.astype(f"{'i' if fmt.signed else 'u'}{1 if fmt.bits <= 8 else 2 if fmt.bits <= 16 else 4}")
+                for n, ((_, fmt), codes) in enumerate(self.entries.items())}
 
     @classmethod
     def restore(cls, function, arrays, about) -> "ExactTable":
@@ -261,7 +266,7 @@ class HardTable(_Table):
 
     def lookup(self, q, in_fmt: QFormat, out_fmt: QFormat) -> np.ndarray:
         """Integers of in_fmt (at most MAX_LOOKUP_FRAC fraction bits) -> integers of out_fmt, the same shape."""
-        self._check_input(in_fmt)
+        self.check(in_fmt, out_fmt)
         q, frac = np.asarray(q, dtype=np.int64), in_fmt.frac
         if frac < 0:  # every code but 0 is at least 2 in magnitude, where both functions have ended
             q, frac = 2 * np.sign(q), 0

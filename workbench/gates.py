@@ -126,5 +126,13 @@ def get_block(model: nn.Module, name: str) -> Block:
 
 def weight(model: nn.Module, name: str) -> torch.Tensor:
     """(out, in) values of one block, detached from the model."""
-    block = get_block(model, name)
+    return _values(model, get_block(model, name))
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Block name -> its values as `weight` gives them, for every block."""
+    return {name: _values(model, block) for name, block in blocks(model).items()}
+
+
+def _values(model, block):
     return getattr(model.get_submodule(block.rnn), block.parameter).detach()[block.rows]

@@ -22,6 +22,7 @@ PROJECTION = ("p",)  # the only gate of a projection matrix
 SIGNALS = {"LSTM": ("input", "pre", "sigmoid", "tanh", "cell", "hidden"),
            "GRU": ("input", "pre", "hidden_product", "sigmoid", "hidden")}
 PARTS = {"ih": "input", "hh": "hidden", "hr": "unprojected"}  # part of a gate -> the signal that it multiplies
+MOST_WEIGHTS = 1 << 27  # of a block that is read from a file: its description alone must not take all memory
 FILE_KIND = "packed model"
 FILE_VERSION = 3
 
@@ -441,6 +442,7 @@ class PackedCirculant(_Stored):
     @classmethod
     def restore(cls, arrays, shape, fmt, about) -> "PackedCirculant":
         k = about["block"]
+        check_whole("PackedCirculant", "block", k, 1)
         vectors = (shape[0] // k, -(-shape[1] // k), k)
         values = unpack_bits(arrays["values"], fmt.bits, int(np.prod(vectors)), fmt.signed)
         return cls(tuple(shape), fmt, k, values.reshape(vectors), about["datapath"])
@@ -486,6 +488,11 @@ class PackedLayer:
             raise ValueError(f"PackedLayer needs {len(self.products)} blocks, got {', '.join(self.blocks)}")
         if set(self.tables) != {"sigmoid", "tanh"} or len({type(table) for table in self.tables.values()}) > 1:
             raise ValueError(f"PackedLayer needs tables of sigmoid and tanh, of one kind, got {self.tables}")
+        for function, uses in table_uses(self.cell, self.signals).items():
+            if self.tables[function].function != function:
+                raise ValueError(f"PackedLayer needs a table of {function}, got one of {self.tables[function].function}")
+            for use in uses:
+                self.tables[function].check(*use)
         if self.cell == "GRU" and self.signals["sigmoid"].frac < 0:
             raise ValueError(f"PackedLayer needs gate outputs of a GRU that hold 1 - z, got {self.signals['sigmoid']}")
         if set(self.bias) != set(self.bias_fracs):
@@ -662,7 +669,18 @@ class PackedModel:
     metadata: dict = field(default_factory=dict)
 
     def __post_init__(self):
+        for name in ("rnn_bias_params", "other_params"):
+            check_whole("PackedModel", name, getattr(self, name), 0)
+        for name, layer in self.layers.items():
+            path, index, reverse = _layer_place(name)
+            start, suffix = f"{path}." * bool(path), f"l{index}{'_reverse' * reverse}"
+            expected = {f"{start}weight_{part}_{suffix}.{gate}" for part, gate in layer.products}
+            if set(layer.blocks) != expected:
+                raise ValueError(f"PackedModel needs in layer {name} the blocks {', '.join(sorted(expected))}, got "
+                                 f"{', '.join(layer.blocks)}")
         for path in self.paths:
+            if len(cells := {layer.cell for directions in self.stack(path) for layer in directions}) > 1:
+                raise ValueError(f"PackedModel needs one kind of cell in {path!r}, got {' and '.join(sorted(cells))}")
             # Below the first layer and above the last the directions must agree too: they have one input and one output.
             for below, above in itertools.pairwise([(), *self.stack(path), ()]):
                 width = sum(layer.output_size for layer in below)
@@ -761,7 +779,7 @@ def load(path) -> PackedModel:
     try:
         layers = {name: _restore_layer(name, about, tensors) for name, about in manifest["layers"].items()}
         return PackedModel(layers, manifest["rnn_bias_params"], manifest["other_params"], manifest["metadata"])
-    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, OverflowError, MemoryError) as error:
         raise ValueError(f"load found a packed model with a broken manifest in {path}: {error!r}") from error
 
 
@@ -769,6 +787,11 @@ def _restore_layer(layer_name, about, tensors) -> PackedLayer:
     blocks = {}
     for name, block in about["blocks"].items():
         fmt = QFormat.from_json(block["format"])
+        for side in block["shape"]:
+            check_whole(f"block {name}", "size", side, 1)
+        if len(block["shape"]) != 2 or math.prod(block["shape"]) > MOST_WEIGHTS:
+            raise ValueError(f"load takes blocks of two sides and at most {MOST_WEIGHTS} weights, got {block['shape']} of "
+                             f"{name}")
         blocks[name] = FORMS[block["form"]].restore(_arrays(tensors, name), tuple(block["shape"]), fmt, block)
     kinds = {name: TABLES[table["kind"]] for name, table in about["tables"].items()}
     tables = {name: kind.restore(name, _arrays(tensors, f"{layer_name}.table.{name}"), about["tables"][name])

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from workbench.fixedpoint import TABLES, QFormat
-from workbench.gates import blocks, cell_name, layers, rnns, weight
+from workbench.gates import blocks, cell_name, layers, rnns, weights
 from workbench.methods import Method, method_from_json, method_label, method_to_json
 from workbench.packed import PackedModel, signals_of
 from workbench.quantise import weight_format
@@ -46,9 +46,9 @@ class Plan:
             rnn, signals = rnns(model)[layer.rnn], self.signals[name]
             if set(signals) != set(expected := signals_of(cell_name(rnn), bool(rnn.proj_size))):
                 raise ValueError(f"Plan needs the signals {', '.join(expected)} of {name}, got {', '.join(signals) or 'none'}")
-        for name, entry in self.blocks.items():
+        for name, w in weights(model).items():
             try:
-                entry.method.constrain(weight(model, name), entry.format)
+                self.blocks[name].method.constrain(w, self.blocks[name].format)
             except ValueError as error:
                 raise ValueError(f"block {name}: {error}") from error
 
@@ -132,5 +132,5 @@ def plan_block(w: torch.Tensor, method: Method, bits: int) -> BlockPlan:
 
 def uniform(model: torch.nn.Module, method: Method, bits: int, signals) -> Plan:
     """The same method and weight width for every block."""
-    return Plan({name: plan_block(weight(model, name), method, bits) for name in blocks(model)}, signals)
+    return Plan({name: plan_block(w, method, bits) for name, w in weights(model).items()}, signals)
 

@@ -332,7 +332,9 @@ def precision_figure(summary: pd.DataFrame, quality: str, published: pd.DataFram
             axis.plot(row.kilobytes, row.perplexity, "o", markerfacecolor="white", color="grey", markersize=7, zorder=4)
             axis.annotate(f"{row.work} {row.weight_bits}/{row.activation_bits}", (row.kilobytes, row.perplexity), fontsize=7,
                           color="dimgrey", xytext=(5, -9), textcoords="offset points")
-        axis.set(title=cell, xlabel="recurrent matrices (kB)", xscale="log")
+        wide = mine["cell_bits"].dropna()
+        axis.set(title=f"{cell}, cell state of at least {wide.min():.0f} bits" if wide.size else cell,
+                 xlabel="recurrent matrices (kB)", xscale="log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
@@ -341,6 +343,8 @@ def precision_figure(summary: pd.DataFrame, quality: str, published: pd.DataFram
     if quality == "perplexity":
         best = summary.loc[summary["when"] == "float", "test"].min()
         axes[0].set_ylim(0.95 * min(best, published["perplexity"].min() if len(published) else best), 1.6 * best)
+        if beyond := int((summary["test"] > 1.6 * best).sum()):
+            axes[0].set_ylabel(f"test {quality} ({beyond} {'points lie' if beyond > 1 else 'point lies'} above)")
     if (summary["when"] == "in training").any():
         handles["trained inside (weights/signals)"] = Line2D([], [], marker="*", color="white", markeredgecolor="black",
                                                              markerfacecolor="grey", markersize=12)
@@ -354,6 +358,10 @@ def bits_figure(summary: pd.DataFrame, lost: str) -> Figure:
     """What post-training quantisation costs: a map a cell, widths of the weights across, of the signals down."""
     after = summary[summary["when"] == "after training"]
     cells = list(after["cell"].unique())
+    if not cells:
+        figure = Figure(figsize=(6, 1), layout="constrained")
+        figure.text(0.5, 0.5, "no pair of widths could be packed after training", ha="center", va="center")
+        return figure
     maps = {cell: after[after["cell"] == cell].pivot(index="activation_bits", columns="weight_bits", values="lost")
             for cell in cells}
     rows, columns = next(iter(maps.values())).shape

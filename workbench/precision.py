@@ -6,7 +6,6 @@ float model of the same cell and seed: points of accuracy, or percent of its per
 
 import copy
 import hashlib
-import itertools
 import json
 import math
 import operator
@@ -21,30 +20,30 @@ import pandas as pd
 import torch
 
 from workbench.allocation import Allocation, allocate
-from workbench.budget import WIDTHS, uniform_plan
+from workbench.budget import WIDTHS, OutOfReach, check_target, full_bits
 from workbench.constrain import attach, pack
 from workbench.emulation import emulate, mismatch_rate
 from workbench.fixedpoint import MAX_EXACT_BITS, TABLES
-from workbench.gates import blocks, dense_weights
-from workbench.methods import method_from_label
-from workbench.packed import PackedModel, signals_of, table_uses
+from workbench.gates import blocks, dense_weights, weight
+from workbench.methods import method_from_label, method_label
+from workbench.models import build_classifier, build_language_model
+from workbench.packed import GATES, PackedModel, signals_of, table_uses
 from workbench.plan import Plan, uniform
 from workbench.quantise import CLIPPINGS, Observation, observe
-from workbench.sensitivity import LOSSLESS_BITS, calibration_batches, sensitivity_table
+from workbench.sensitivity import LOSSLESS_BITS, calibration_batches, check_sensitivity, sample_batch, sensitivity_table
 from workbench.signals import signal_errors
 from workbench.study import check_seeds, parallel
 from workbench.tasks import LanguageTask, Task
-from workbench.train import baseline, evaluate, fit, paired_interval
+from workbench.train import baseline, evaluate, fingerprint, fit, paired_interval
 
 FLOAT, AFTER, IN = "float", "after training", "in training"
 AS_TRAINED, TRAINED_ON = "as trained", "trained on"  # the float models: once, and for the epochs of those trained in integers
-CELLS = ("LSTM", "GRU")
+CELLS = tuple(GATES)
 ALL_SIGNALS = {signal for cell in CELLS for signal in signals_of(cell)}
-ANATOMY_ITEMS = 32  # sequences that the errors of one model are looked at on
 SWEEP_WIDTHS = range(2, 17)  # bits of weights and signals
 POINT = ("cell", "when", "method", "weight_bits", "activation_bits")  # what tells points apart
 COLUMNS = ["cell", "seed", "when", "method", "weight_bits", "activation_bits", "cr_disk", "cr_model", "rnn_bytes", "valid",
-           "test", "valid_loss", "test_loss", "lost", "refused"]  # fmt: skip
+           "test", "valid_loss", "test_loss", "control", "lost", "cell_bits", "mismatches %", "refused"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,18 +82,22 @@ class Tuning:
 
 
 def check_precision(task: Task | LanguageTask, *, cells: list[str], hidden_size: int, seeds: list[int], epochs: int | None,
-                    weight_bits: list[int], activation_bits: list[int], trained: list[str], arithmetic: Arithmetic,
-                    tuning: Tuning, workers: int) -> None:
-    """Refuse the bad values of a study of fixed point before any training."""
+                    weight_bits: list[int], activation_bits: list[int], trained: list[str], look_into: str, low_bits: int,
+                    target_cr_disks: list[float], mixed_bits: int, arithmetic: Arithmetic, tuning: Tuning,
+                    workers: int) -> None:
+    """Refuse the bad values of a study of fixed point before any training: also a method that does not fit the layers and a
+    ratio that it cannot reach."""
     check_seeds(seeds)
     if not cells or len(set(cells)) != len(cells) or not set(cells) <= set(CELLS):
         raise ValueError(f"a study of fixed point needs different cells of {', '.join(CELLS)}, got {cells}")
-    for name, widths in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+    for name, widths in (("weight_bits", weight_bits), ("activation_bits", activation_bits), ("low_bits", [low_bits]),
+                         ("mixed_bits", [mixed_bits])):
         if not widths or len(set(widths)) != len(widths) or not set(widths) <= set(SWEEP_WIDTHS):
             raise ValueError(f"a study of fixed point needs different {name} from {SWEEP_WIDTHS[0]} to {SWEEP_WIDTHS[-1]}, "
                              f"got {widths}")
-    for pair in trained:
-        widths_of(pair)
+    widths_of(look_into)
+    if len(set(map(widths_of, trained))) != len(trained):
+        raise ValueError(f"a study of fixed point needs different pairs of widths as trained, got {trained}")
     for name, value in (("hidden_size", hidden_size), ("workers", workers)):
         if value < 1:
             raise ValueError(f"a study of fixed point needs {name} of at least 1, got {value}")
@@ -102,6 +105,19 @@ def check_precision(task: Task | LanguageTask, *, cells: list[str], hidden_size:
         replace(task.recipe, epochs=epochs)
     if tuning.epochs:
         replace(task.recipe, epochs=tuning.epochs, lr=tuning.lr)
+    for target in target_cr_disks:
+        check_target(target)
+    if len(set(target_cr_disks)) != len(target_cr_disks):
+        raise ValueError(f"a study of fixed point needs different target_cr_disks, got {target_cr_disks}")
+    build, method = build_language_model if is_language(task) else build_classifier, method_from_label(arithmetic.method)
+    for cell in cells:
+        model = build(task, hidden_size, seed=0, cell=cell)
+        check_sensitivity(model, [method], weight_bits, 0)
+        smallest = pd.DataFrame([{"block": name, "method": arithmetic.method, "bits": WIDTHS[0], "excess_loss": 0.0}
+                                 for name in blocks(model)])
+        for target in target_cr_disks:
+            allocate(model, smallest, target, {})
+            _widest(model, method, target)
 
 
 def widths_of(pair: str) -> tuple[int, int]:
@@ -163,15 +179,17 @@ class Precision:
     @cached_property
     def summary(self) -> pd.DataFrame:
         """One row a point: mean and standard deviation over the seeds; of accuracies the loss with its 95 % interval, paired
-        by seed and test item."""
+        by seed and test item. control: the float model that the loss is against, or both where the seeds differ."""
         rows, reached = [], self.results[self.results["refused"].isna()]
         for key, group in reached.groupby(list(POINT), sort=False):
             row = dict(zip(POINT, key, strict=True))
             row |= {name: group[name].mean() for name in ("cr_disk", "cr_model", "rnn_bytes", "valid", "test", "lost")}
-            row |= {"test std": group["test"].std(ddof=1), "lost std": group["lost"].std(ddof=1), "seeds": len(group)}
+            row |= {"test std": group["test"].std(ddof=1), "lost std": group["lost"].std(ddof=1), "seeds": len(group),
+                    "control": " or ".join(sorted(set(group["control"]))), "cell_bits": group["cell_bits"].iloc[0],
+                    "mismatches %": group["mismatches %"].mean()}
             if not is_language(self.task) and row["when"] != FLOAT and len(group) > 1:
-                control = self.correct[row["cell"], FLOAT, _control(row["when"]), 32, 32]
-                pairs = [(control[seed], self.correct[key][seed]) for seed in group["seed"]]
+                pairs = [(self.correct[row["cell"], FLOAT, control, 32, 32][seed], self.correct[key][seed])
+                         for seed, control in zip(group["seed"], group["control"], strict=True)]
                 row["low"], _, row["high"] = paired_interval(*map(np.array, zip(*pairs, strict=True)), seed=0)
             rows.append(row)
         return pd.DataFrame(rows)
@@ -186,7 +204,12 @@ def measure_precision(task: Task | LanguageTask, models: dict[tuple[str, int], t
                       observations: dict[tuple[str, int], Observation], weight_bits: list[int], activation_bits: list[int],
                       trained: list[str], *, arithmetic: Arithmetic, tuning: Tuning, workers: int) -> Precision:
     """Every pair of widths after training, those of `trained` ("3/4") also after training inside them; and the float models,
-    once as they are and once trained on for the same epochs. The test split is read once per point and decides nothing."""
+    once as they are and once trained on for the same epochs.
+
+    Losses are against the float model as it was trained; of what was trained on in its formats against that of the two
+    float models that has the lower validation loss, so that neither too little nor too much training of the control flatters.
+    The test split is read once per point and decides nothing.
+    """
     jobs = [(_float_point, task, *place, model, tuning, further) for place, model in models.items()
             for further in ((False, True) if tuning.epochs and trained else (False,))]
     jobs += [(_trained_point, task, *place, model, observations[place], arithmetic, tuning, *widths_of(pair))
@@ -194,18 +217,18 @@ def measure_precision(task: Task | LanguageTask, models: dict[tuple[str, int], t
     jobs += [(_after_point, task, *place, model, observations[place], arithmetic, tuning, weights, signals)
              for place, model in models.items() for signals in activation_bits for weights in weight_bits]
     rows = parallel(operator.call, jobs, workers, "points")
-    controls = {(row["cell"], row["seed"], row["method"]): row for row in rows if row["when"] == FLOAT}
+    controls = {}  # (cell, seed) -> its float models, as trained first
+    for row in rows:
+        if row["when"] == FLOAT:
+            controls.setdefault((row["cell"], row["seed"]), []).append(row)
     correct = {}
     for row in rows:
         if (found := row.pop("correct", None)) is not None:
             correct.setdefault(tuple(row[name] for name in POINT), {})[row["seed"]] = found
-            row["lost"] = _lost(task, controls[row["cell"], row["seed"], _control(row["when"])], row)
+            floats = controls[row["cell"], row["seed"]]
+            control = min(floats, key=lambda one: one["valid_loss"]) if row["when"] == IN else floats[0]
+            row |= {"control": control["method"], "lost": _lost(task, control, row)}
     return Precision(task, pd.DataFrame(rows, columns=COLUMNS), correct)
-
-
-def _control(when) -> str:
-    """The float model that a point is compared with: nothing is won by an undertrained one."""
-    return TRAINED_ON if when == IN else AS_TRAINED
 
 
 def _lost(task, control, row):
@@ -227,7 +250,7 @@ def _measured(task, model, device) -> dict:
 def _float_point(task, cell, seed, model, tuning, further) -> dict:
     """The float model as it was trained, or trained on as long as the quantised ones."""
     if further:
-        model = _tuned(task, copy.deepcopy(model), tuning, seed, f"{cell} float")
+        model = _tuned(task, copy.deepcopy(model), tuning, seed, _checkpoint(task, model, tuning, seed, f"{cell} float"))
     row = {"cell": cell, "seed": seed, "when": FLOAT, "method": TRAINED_ON if further else AS_TRAINED, "cr_disk": 1.0,
            "cr_model": 1.0, "rnn_bytes": 4 * dense_weights(blocks(model)), "weight_bits": 32, "activation_bits": 32}
     return row | _measured(task, model, tuning.device)
@@ -247,11 +270,15 @@ def _trained_point(task, cell, seed, model, observation, arithmetic, tuning, wei
     """Quantisation-aware training of weights and every internal signal, inside formats that do not change any more."""
     row = _place(cell, seed, IN, arithmetic, weight_bits, activation_bits)
     try:
-        trained, plan = quantised_training(task, model, observation, weight_bits, activation_bits, arithmetic=arithmetic,
-                                           tuning=tuning, seed=seed, name=cell)
+        emulated, plan, file = _emulated(task, model, observation, weight_bits, activation_bits, arithmetic, tuning, seed, cell)
+    except ValueError as error:
+        return row | {"refused": str(error)}
+    trained = _tuned(task, emulated, tuning, seed, file)  # what is wrong here says nothing of the formats
+    try:
         packed = pack(trained, plan)
     except ValueError as error:
         return row | {"refused": str(error)}
+    row["mismatches %"] = max(found["mismatches %"] for found in mismatch_rate(trained, packed, [sample_batch(task)]))
     return row | _sizes(packed) | _measured(task, attach(trained, packed), tuning.device)
 
 
@@ -260,30 +287,43 @@ def quantised_training(task: Task | LanguageTask, model: torch.nn.Module, observ
                        name: str) -> tuple[torch.nn.Module, Plan]:
     """The model trained inside its plan: the emulated model, and the plan, with which `pack` gives its integers.
 
-    name: tells models of one task and seed apart, for example the cell. A plan that an earlier call with the same arguments
-    left among the checkpoints is used again, and so is its training.
+    name: of the model, in the names of files. A plan that an earlier call with the same model and arguments left among the
+    checkpoints is used again, whatever the observation, and so is its training.
     """
+    emulated, plan, file = _emulated(task, model, observation, weight_bits, activation_bits, arithmetic, tuning, seed, name)
+    return _tuned(task, emulated, tuning, seed, file), plan
+
+
+def _emulated(task, model, observation, weight_bits, activation_bits, arithmetic, tuning, seed, name):
+    """The emulated model before its training, its plan, and the file of the training."""
     key = (f"{name} {arithmetic.method} {weight_bits}-{activation_bits} {arithmetic.clip} {arithmetic.activation} "
            f"cell {arithmetic.cell_bits}")
-    file = _checkpoint(task, tuning, seed, key).with_suffix(".plan.json")
-    if file.is_file():
-        plan = Plan.read(json.loads(file.read_text()))
+    file = _checkpoint(task, model, tuning, seed, key)
+    stored = file.with_suffix(".plan.json")
+    if stored.is_file():
+        plan = Plan.read(json.loads(stored.read_text()))
     else:
         plan = _plan(model, arithmetic, weight_bits, arithmetic.signals(observation, activation_bits))
-        file.write_text(json.dumps(plan.to_json()))
-    return _tuned(task, emulate(model, plan), tuning, seed, key), plan
+        _write(stored, plan)
+    return emulate(model, plan), plan, file
 
 
-def _tuned(task, model, tuning, seed, key):
+def _write(path, plan):
+    """The plan's JSON, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.write_text(json.dumps(plan.to_json()))
+    os.replace(temporary, path)
+
+
+def _tuned(task, model, tuning, seed, file):
     fit(model, task, seed=seed, epochs=tuning.epochs, lr=tuning.lr, optimizer="adamw", device=tuning.device, progress=False,
-        checkpoint=_checkpoint(task, tuning, seed, key))
+        checkpoint=file)
     return model
 
 
-def _checkpoint(task, tuning, seed, key) -> Path:
-    """File of a training inside the checkpoints, named after what decides it but for the weights that it starts from; those
-    are written into it, and `fit` refuses a file of others."""
-    about = f"{task.digest} {task.split} {task.recipe} {seed} {key} {tuning.epochs} {tuning.lr}"
+def _checkpoint(task, model, tuning, seed, key) -> Path:
+    """File of a training inside the checkpoints, named after what decides it; model: the float one that it starts from."""
+    about = f"{task.digest} {task.split} {task.recipe} {seed} {key} {tuning.epochs} {tuning.lr} {fingerprint(model)}"
     folder = Path(os.environ.get("WB_RESULTS", "results")) / tuning.checkpoints
     folder.mkdir(parents=True, exist_ok=True)
     words = re.sub(r"[^\w.]+", "-", key)
@@ -297,7 +337,8 @@ def _plan(model, arithmetic, bits, signals) -> Plan:
 
 def _place(cell, seed, when, arithmetic, weight_bits, activation_bits) -> dict:
     return {"cell": cell, "seed": seed, "when": when, "method": arithmetic.method, "weight_bits": weight_bits,
-            "activation_bits": activation_bits}
+            "activation_bits": activation_bits,
+            "cell_bits": max(activation_bits, arithmetic.cell_bits) if cell == "LSTM" else None}
 
 
 def _sizes(packed: PackedModel) -> dict:
@@ -343,8 +384,10 @@ def mix_precision(task: Task | LanguageTask, models: dict[tuple[str, int], torch
                   observations: dict[tuple[str, int], Observation], target_cr_disks: list[float], activation_bits: int, *,
                   arithmetic: Arithmetic, tuning: Tuning, workers: int) -> Mixture:
     """Mixed precision after training: one width for each block, allocated by a one-shot sensitivity table of every width from 2
-    to 8 bits, beside the widest uniform width of the same budget. Columns: cell, seed, target_cr_disk, kind, bits (of a weight,
-    mean), cr_disk, valid and test quality, lost."""
+    to 8 bits (with signals in float), beside the widest uniform width of the method within the same budget.
+
+    Columns: cell, seed, target_cr_disk, kind, bits (of a weight, mean), cr_disk, valid and test quality, lost.
+    """
     jobs = [(task, *place, model, observations[place], target_cr_disks, activation_bits, arithmetic, tuning.device)
             for place, model in models.items()]
     done = parallel(_mixed_points, jobs, workers, "mixed precision") if target_cr_disks else []
@@ -360,7 +403,7 @@ def _mixed_points(task, cell, seed, model, observation, target_cr_disks, activat
     control, rows, allocations = _measured(task, copy.deepcopy(model), device), [], {}
     for target in target_cr_disks:
         allocations[cell, seed, target] = found = allocate(model, table, target, signals)
-        plans = {"mixed": found.plan, "uniform": uniform_plan(model, type(method), WIDTHS[-1], target, signals)}
+        plans = {"mixed": found.plan, "uniform": uniform(model, method, _widest(model, method, target), signals)}
         for kind, plan in plans.items():
             packed = pack(model, replace(plan, activation=arithmetic.activation))
             measured = _measured(task, attach(model, packed), device)
@@ -369,6 +412,16 @@ def _mixed_points(task, cell, seed, model, observation, target_cr_disks, activat
                          "cr_disk": packed.cr_disk, "valid": measured["valid"], "test": measured["test"],
                          "lost": _lost(task, control, measured)})
     return rows, allocations
+
+
+def _widest(model, method, target_cr_disk) -> int:
+    """The widest uniform width of the method that meets the ratio."""
+    weights = [weight(model, name) for name in blocks(model)]
+    budget_bits = 32 * dense_weights(blocks(model)) / target_cr_disk
+    fitting = [bits for bits in WIDTHS if sum(full_bits(w, method, bits) for w in weights) <= budget_bits]
+    if not fitting:
+        raise OutOfReach(f"no width of {method_label(method)} meets cr_disk {target_cr_disk}")
+    return fitting[-1]
 
 
 @dataclass(frozen=True)
@@ -387,9 +440,9 @@ class Anatomy:
 
 def anatomy(task: Task | LanguageTask, model: torch.nn.Module, observation: Observation, pair: str, *,
             arithmetic: Arithmetic) -> Anatomy:
-    """Where the error of one pair of widths ("4/6") arises, on the first batch of the calibration data."""
+    """Where the error of one pair of widths ("4/6") arises, on sample_batch of the training split."""
     weight_bits, activation_bits = widths_of(pair)
-    batch = list(itertools.islice(calibration_batches(task, ANATOMY_ITEMS), 1))
+    batch = [sample_batch(task)]
     signals = arithmetic.signals(observation, activation_bits)
     plan = _plan(model, arithmetic, weight_bits, signals)
     packed = pack(model, plan)

@@ -1,4 +1,4 @@
-"""Published compression ratios with an accuracy loss, to stand beside ours. Every figure was read in its source's abstract."""
+"""Published figures to stand beside ours: ratios with a loss, of abstracts, and the perplexities of one table."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,8 @@ PUBLISHED = (
 class PublishedPerplexity:
     """Penn Treebank, one layer of 300 units: float and quantised test perplexity as table 3 of the source gives them.
 
-    Of how the widths are applied, and of the trainings, the table says no more than "in training" or not.
+    in_training: whether the table says that the network was trained in its formats; None where it says nothing. How the
+    widths are applied is not stated.
     """
 
     work: str
@@ -38,13 +39,13 @@ class PublishedPerplexity:
     activation_bits: int
     float_perplexity: float
     perplexity: float
-    in_training: bool
+    in_training: bool | None
 
 
 PERPLEXITY_SOURCE = (
-    "Table 3 of Rapuano, Pacini, Fanucci: Computational Intelligence and Neuroscience 2022, 9485933 (PMC9117057), which the "
-    "publisher retracted in 2023 in a batch; the method is reproduced here, its figures stand for comparison only. [n] are "
-    "references of that article"
+    "Table 3 of Rapuano, Pacini, Fanucci: Computational Intelligence and Neuroscience 2022, 9485933 (PMC9117057), retracted in "
+    "2023 according to its publisher's list (the notice itself was not seen); the method is reproduced here, its figures stand "
+    "for comparison only. [n] are references of that article"
 )
 PUBLISHED_PERPLEXITIES = (
     PublishedPerplexity("Rapuano 2022 (retracted)", "LSTM", 11, 10, 92.8, 93.7, False),
@@ -53,6 +54,6 @@ PUBLISHED_PERPLEXITIES = (
     PublishedPerplexity("[13]", "GRU", 3, 3, 92.5, 92.9, True),
     PublishedPerplexity("[1]", "LSTM", 4, 4, 109.0, 114.0, True),
     PublishedPerplexity("[1]", "GRU", 4, 4, 100.0, 102.0, True),
-    PublishedPerplexity("[41]", "LSTM", 4, 4, 97.0, 100.0, True),
-    PublishedPerplexity("[42] HitNet", "LSTM", 2, 2, 97.2, 110.3, True),
+    PublishedPerplexity("[41]", "LSTM", 4, 4, 97.0, 100.0, None),
+    PublishedPerplexity("[42] HitNet", "LSTM", 2, 2, 97.2, 110.3, None),
 )

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from workbench.fixedpoint import QFormat
 from workbench.gates import Layer, cell_name, check_supported, layers, layers_of, rnns
-from workbench.packed import PackedLayer, signals_of
+from workbench.packed import SIGNALS, PackedLayer, signals_of
 
 # Finest weight and finest signal: with a 16-bit hidden state (15 fraction bits) the 32-bit bias then still reaches 4.
 MAX_WEIGHT_FRAC = 14
@@ -160,6 +160,8 @@ class Observation:
         formats = {}
         for layer, (cell, projected) in self.cells.items():
             names = signals_of(cell, projected)
+            if isinstance(bits, dict) and (unknown := set(bits) - {s for cell in SIGNALS for s in signals_of(cell, True)}):
+                raise ValueError(f"calibrate knows no signals {', '.join(sorted(unknown))}")
             if isinstance(bits, dict) and (missing := [name for name in names if name not in bits]):
                 raise ValueError(f"calibrate needs bits for every signal of {layer.name}, got none for {', '.join(missing)}")
             widths = bits if isinstance(bits, dict) else dict.fromkeys(names, bits)
@@ -254,7 +256,7 @@ def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
         for module, mode in training.items():
             module.training = mode
     if not seen:
-        raise ValueError("calibrate needs at least one batch, got none")
+        raise ValueError("calibrate needs at least one batch, got none: empty, or a generator used before")
 
 
 def time_first(rnn: nn.RNNBase, x, state):

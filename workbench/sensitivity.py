@@ -6,25 +6,53 @@ how much accuracy comes back and how fast. Everything here looks at the validati
 
 import itertools
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn.utils import parametrize
 
 from workbench.budget import OutOfReach, check_target, largest_member
 from workbench.constrain import compress, pack
-from workbench.gates import blocks, dense_weights, weight
+from workbench.gates import blocks, check_supported, dense_weights, weight
 from workbench.methods import BlockCirculant, Dense, Method, TopK, method_label
+from workbench.models import seeded
 from workbench.plan import Plan, pack_block, plan_block, uniform
 from workbench.quantise import calibrate
 from workbench.tasks import LanguageTask, Task
-from workbench.train import evaluate, fit
+from workbench.train import evaluate, evaluating, fit
 
 CALIBRATION_STEPS = 100_000  # time steps that are enough to see how large signals become
 PIECE = 100  # words of a text that are read from a fresh state
 LOSSLESS_BITS = 16  # width of the blocks that a measurement leaves alone
 RECOVERED = 0.9  # a block has recovered when this share of the lost validation loss is back
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A user's own data, metric and training, where sensitivity_table and search_hybrid otherwise take a task.
+
+    evaluate: model -> one number, the lower the better; called in evaluation mode, without gradients. batches: the model's
+    arguments, as `calibrate` takes them. train: trains a model in place; called in training mode, each call is one epoch.
+    Both functions draw from the seed of the measurement. Without `train` only epochs 0 can be measured.
+    """
+
+    evaluate: Callable[[torch.nn.Module], float]
+    batches: Iterable
+    train: Callable[[torch.nn.Module], None] | None = None
+
+
+def _batches(task, epochs):
+    """What signals are calibrated on; refuses what cannot be measured for that many epochs."""
+    if isinstance(task, Loop):
+        if epochs and task.train is None:
+            raise ValueError(f"{epochs} epochs of retraining need a Loop with the function train, got one without")
+        return task.batches
+    if not isinstance(task, (Task, LanguageTask)):
+        raise TypeError(f"a measurement needs a task, or a Loop of your own functions, got {type(task).__name__}")
+    return calibration_batches(task)
 
 
 def calibration_batches(task: Task | LanguageTask, size: int = 256):
@@ -42,6 +70,19 @@ def calibration_batches(task: Task | LanguageTask, size: int = 256):
         yield x[batch, : lengths[batch].max()], lengths[batch]
 
 
+def sample_batch(task: Task | LanguageTask, items: int = 32) -> tuple:
+    """The model's arguments for some sequences of the training split, spread over it, as long as its median and cut there, so
+    that nothing is padded; of a language task pieces of its text."""
+    split = task.splits["train"]
+    if isinstance(task, LanguageTask):
+        pieces = torch.from_numpy(split)[: len(split) // PIECE * PIECE].view(-1, PIECE)  # (pieces, PIECE)
+        return (pieces[_spread(len(pieces), items)].T,)
+    length = int(np.median(split.lengths))
+    long = np.flatnonzero(split.lengths >= length)
+    x = torch.from_numpy(split.x[long[_spread(len(long), items)], :length])
+    return x, torch.full((len(x),), length)
+
+
 def _spread(count, most):
     """At most `most` of the numbers from 0 to count - 1, at equal distances."""
     return np.arange(0, count, max(1, math.ceil(count / most)))
@@ -55,6 +96,7 @@ def check_sensitivity(model: torch.nn.Module, methods: list[Method], bits: int |
             raise ValueError(f"a sensitivity measurement needs different {what}, got {', '.join(map(str, asked)) or 'none'}")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
         raise ValueError(f"a sensitivity measurement needs whole epochs of at least 0, got {epochs!r}")
+    check_supported(model)
     for name in blocks(model):
         for method in methods:
             for width in widths:
@@ -68,8 +110,8 @@ def _widths(bits):
     return [bits] if isinstance(bits, int) else list(bits)
 
 
-def sensitivity_table(model: torch.nn.Module, task: Task, methods: list[Method], *, bits: int | list[int] = 8,
-                      epochs: int = 0, seed: int = 0) -> pd.DataFrame:
+def sensitivity_table(model: torch.nn.Module, task: Task | LanguageTask | Loop, methods: list[Method], *,
+                      bits: int | list[int] = 8, epochs: int = 0, seed: int = 0) -> pd.DataFrame:
     """One row per block, method and width: that block alone compressed, the others left at 16 bits.
 
     epochs 0 is the one-shot mode. Otherwise the model is retrained for that many epochs, and so is the uncompressed one,
@@ -78,23 +120,24 @@ def sensitivity_table(model: torch.nn.Module, task: Task, methods: list[Method],
     loss_before, accuracy_before, loss_after, accuracy_after, recovered (share of the excess loss that came back, None
     where none was lost or nothing was retrained), recovery_epochs (first epoch with 90 % back, None if never or none was lost),
     excess_loss: the validation loss above the reference in nats, averaged over the epochs 0 (before retraining) to
-    `epochs`, so that slow and incomplete recovery both raise it. ValueError as check_sensitivity.
+    `epochs`, so that slow and incomplete recovery both raise it. With a Loop the losses are in the unit of its metric and the
+    accuracies NaN. ValueError as check_sensitivity, and for a loss that is not finite.
     """
     check_sensitivity(model, methods, bits, epochs)
-    signals = calibrate(model, calibration_batches(task))
+    signals = calibrate(model, _batches(task, epochs))
     reference = uniform(model, Dense(), LOSSLESS_BITS, signals)
-    dense = _curve(model, reference, task, epochs, seed)
+    dense = _curve(model, reference, task, epochs, seed, f"all blocks at {LOSSLESS_BITS} bits")
     rows = []
     for name, block in blocks(model).items():
         for method, width in itertools.product(methods, _widths(bits)):
             w = weight(model, name)
-            entry = plan_block(w, method, width)
-            curve = _curve(model, Plan(reference.blocks | {name: entry}, signals), task, epochs, seed)
+            entry, compression = plan_block(w, method, width), f"{method_label(method)} at {width} bits"
+            curve = _curve(model, Plan(reference.blocks | {name: entry}, signals), task, epochs, seed, f"{name}, {compression}")
             excess = curve["loss"] - dense["loss"]  # (epochs + 1,)
             recovered, recovery_epochs = _recovery(excess) if epochs else (None, None)
             rows.append({
                 "block": name, "gate": block.gate, "method": method_label(method), "bits": width,
-                "compression": f"{method_label(method)} at {width} bits", "cr_disk": pack_block(w, entry).cr_disk,
+                "compression": compression, "cr_disk": pack_block(w, entry).cr_disk,
                 "loss_dense": dense["loss"].iloc[-1], "accuracy_dense": dense["accuracy"].iloc[-1],
                 "loss_before": curve["loss"].iloc[0], "accuracy_before": curve["accuracy"].iloc[0],
                 "loss_after": curve["loss"].iloc[-1], "accuracy_after": curve["accuracy"].iloc[-1],
@@ -112,15 +155,39 @@ def _recovery(excess):
     return float(back.iloc[-1]), int(recovered_at[0]) if len(recovered_at) else None
 
 
-def _curve(model, plan, task, epochs, seed):
-    """Validation loss and accuracy of the compressed model, before (epoch 0) and after each epoch of retraining."""
-    compressed = compress(model, plan)
-    before = evaluate(compressed, task, "valid")
-    rows = [(before.loss, before.accuracy)]
-    if epochs:
-        history = fit(compressed, task, seed=seed, epochs=epochs, progress=False)
-        rows += [(row["valid_loss"], row["valid_accuracy"]) for row in history.epochs]
+def _curve(model, plan, task, epochs, seed, what):
+    """Validation loss and accuracy of the compressed model, before (epoch 0) and after each epoch of retraining. what: the
+    compression, for the message."""
+    compressed, rows = compress(model, plan), []
+    with seeded(seed, next(compressed.parameters()).device):
+        for loss, accuracy in (_own_curve if isinstance(task, Loop) else _task_curve)(compressed, task, epochs, seed):
+            if not math.isfinite(loss):
+                when = f"after epoch {len(rows)} of retraining" if rows else "before any retraining"
+                raise ValueError(f"a measurement needs finite losses, got {loss} {when} ({what})")
+            rows.append((loss, accuracy))
     return pd.DataFrame(rows, columns=["loss", "accuracy"])
+
+
+def _task_curve(model, task, epochs, seed):
+    before = evaluate(model, task, "valid")
+    yield before.loss, before.accuracy
+    if epochs:
+        history = fit(model, task, seed=seed, epochs=epochs, progress=False)
+        yield from ((row["valid_loss"], row["valid_accuracy"]) for row in history.epochs)
+
+
+def _own_curve(model, loop, epochs, _):
+    for epoch in range(epochs + 1):
+        if epoch:
+            model.train()
+            loop.train(model)
+        with torch.no_grad(), evaluating(model), parametrize.cached():
+            found = loop.evaluate(model)
+        try:
+            loss = float(found)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"a measurement needs one number from the Loop's evaluate, got {found!r}") from error
+        yield loss, math.nan
 
 
 def classify(table: pd.DataFrame) -> pd.DataFrame:
@@ -257,7 +324,7 @@ def hybrid_plan(model: torch.nn.Module, sensitive: list[str], strength: Strength
     return Plan({name: (circulant | sparse)[name] for name in known}, signals)
 
 
-def search_hybrid(model: torch.nn.Module, task: Task, sensitive: list[str], target_cr_disk: float,
+def search_hybrid(model: torch.nn.Module, task: Task | LanguageTask | Loop, sensitive: list[str], target_cr_disk: float,
                   strengths: list[Strength], *, epochs: int, seed: int) -> pd.DataFrame:
     """Every strength that meets the target, with its validation loss after `epochs` of retraining, best first.
 
@@ -265,7 +332,7 @@ def search_hybrid(model: torch.nn.Module, task: Task, sensitive: list[str], targ
     OutOfReach when none meets it.
     """
     check_target(target_cr_disk)
-    signals = calibrate(model, calibration_batches(task))
+    signals = calibrate(model, _batches(task, epochs))
     rows, refused = [], []
     for strength in strengths:
         try:
@@ -273,7 +340,7 @@ def search_hybrid(model: torch.nn.Module, task: Task, sensitive: list[str], targ
         except OutOfReach as error:
             refused.append(str(error))
             continue
-        curve = _curve(model, plan, task, epochs, seed)
+        curve = _curve(model, plan, task, epochs, seed, str(strength))
         keeps = [e.method.keep for e in plan.blocks.values() if isinstance(e.method, TopK)]
         rows.append({"strength": strength, "keep": keeps[0] if keeps else None, "cr_disk": pack(model, plan).cr_disk,
                      "valid_loss": curve["loss"].iloc[-1], "valid_accuracy": curve["accuracy"].iloc[-1]})

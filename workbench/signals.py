@@ -1,4 +1,7 @@
-"""Where a packed model's error arises: every signal of the integer engine beside the same signal in float."""
+"""Where a packed model's error arises: every signal that the integer engine stores beside the same signal in float.
+
+Pre-activations and tanh(c), which go into a table or a product at once, are not among them.
+"""
 
 import numpy as np
 import pandas as pd
@@ -11,7 +14,7 @@ from workbench.quantise import float_signals, format_of, recurrent_calls
 
 
 def signal_errors(model: torch.nn.Module, packed: PackedModel, batches) -> pd.DataFrame:
-    """Signal-to-quantisation-noise ratio of every signal at every time step, and how it uses its number format.
+    """Signal-to-quantisation-noise ratio of every stored signal at every time step, and how it uses its number format.
 
     model: in float, uncompressed or as it was packed: what the integers are compared with. batches: as calibrate takes them;
     every recurrent module gets its float inputs, so that errors of one module do not reach the next, while those of a layer

@@ -10,7 +10,19 @@ import pandas as pd
 from workbench.array import ASSUMPTIONS, ArraySpec, Schedule
 from workbench.array.cost import ENERGY_NOTE, PJ_PER_EVENT, STATIC_POWER, compare, energy
 from workbench.array.schedule import EVENTS, SPLIT
-from workbench.precision import AFTER, FLOAT, IN, Mixture, Precision, is_language, lost_name, quality_name
+from workbench.packed import GATES
+from workbench.precision import (
+    AFTER,
+    AS_TRAINED,
+    FLOAT,
+    IN,
+    TRAINED_ON,
+    Mixture,
+    Precision,
+    is_language,
+    lost_name,
+    quality_name,
+)
 from workbench.published import PERPLEXITY_SOURCE, PUBLISHED, PUBLISHED_PERPLEXITIES
 from workbench.runs import listed, record
 from workbench.sensitivity import class_stability, method_agreement, rank_blocks, seed_agreement
@@ -374,14 +386,14 @@ def _plain(frame):
 
 def precision_table(precision: Precision) -> pd.DataFrame:
     """One row a point: means over the seeds with their standard deviations, and of accuracies the 95 % interval of the loss."""
-    quality, lost = quality_name(precision.task), lost_name(precision.task)
+    quality = quality_name(precision.task)
     rows = precision.summary.to_dict("records")
     for row in rows:
         row["95 % interval"] = _bounds(row.get("low", np.nan), row.get("high", np.nan))
         row["widths"] = row["method"] if row["when"] == FLOAT else f"{row['weight_bits']}/{row['activation_bits']}"
     names = {"cell": "cell", "when": "quantised", "widths": "weights/signals", "cr_disk": "cr_disk", "cr_model": "cr_model",
-             "rnn_bytes": "RNN bytes", "valid": "validation", "test": f"test {quality}", "test std": "std", "lost": lost,
-             "lost std": "std lost", "95 % interval": "95 % interval", "seeds": "seeds"}
+             "rnn_bytes": "RNN bytes", "valid": "validation", "test": f"test {quality}", "test std": "std", "lost": "lost",
+             "lost std": "std lost", "95 % interval": "95 % interval", "control": "against float", "seeds": "seeds"}
     table = pd.DataFrame(rows)[list(names)].rename(columns=names)
     return table.drop(columns="95 % interval") if is_language(precision.task) else table
 
@@ -392,9 +404,8 @@ def precision_published(precision: Precision, hidden_size: int) -> pd.DataFrame:
     columns = ["work", "cell", "weight_bits", "activation_bits", "float_perplexity", "perplexity", "in_training", "kilobytes"]
     if precision.task.name != "ptb" or hidden_size != 300:
         return pd.DataFrame(columns=columns)
-    gates = {"LSTM": 4, "GRU": 3}
     return pd.DataFrame([{field.name: getattr(p, field.name) for field in fields(p)}
-                         | {"kilobytes": gates[p.cell] * hidden_size * 2 * hidden_size * p.weight_bits / 8000}
+                         | {"kilobytes": len(GATES[p.cell]) * hidden_size * 2 * hidden_size * p.weight_bits / 8000}
                          for p in PUBLISHED_PERPLEXITIES], columns=columns)
 
 
@@ -407,25 +418,37 @@ def precision_verdict(precision: Precision, published: pd.DataFrame, tolerance: 
     quality, unit = quality_name(task).removesuffix(" %"), "%" if is_language(task) else "points"
     paragraphs = []
     for cell, mine in summary.groupby("cell", sort=False):
-        control = mine[(mine["when"] == FLOAT)].iloc[0]
-        text = [f"**{cell}.** In float, test {quality} {control['test']:.2f}."]
+        floats = mine[mine["when"] == FLOAT].set_index("method")
+        further = f", trained on as long {floats.loc[TRAINED_ON, 'test']:.2f}" if TRAINED_ON in floats.index else ""
+        text = [f"**{cell}.** In float, test {quality} {floats.loc[AS_TRAINED, 'test']:.2f}{further}."]
+        if (widths := mine["cell_bits"].dropna()).size:
+            text.append(f"Its cell state has {widths.min():.0f} bits or more where the other signals have fewer.")
         for when in (AFTER, IN):
             rows = mine[mine["when"] == when]
             if not len(rows):
                 continue
+            control = floats.loc[floats["valid"].idxmin() if is_language(task) else floats["valid"].idxmax()]
+            control = control if when == IN else floats.loc[AS_TRAINED]
+            rows = rows[rows["seeds"] == control["seeds"]]  # none that was refused for one of them
             worse = (100 * (rows["valid"] / control["valid"] - 1) if is_language(task) else control["valid"] - rows["valid"])
-            within = rows[worse <= tolerance].sort_values(["rnn_bytes", "activation_bits"])
+            within = rows[worse.round(9) <= tolerance].sort_values(["rnn_bytes", "activation_bits"])
             if not len(within):
                 text.append(f"Quantised {when}, no pair of widths stays within {tolerance:g} {unit} on the validation split.")
                 continue
             row = within.iloc[0]
             text.append(f"Quantised {when}, the smallest matrices within {tolerance:g} {unit} on the validation split have "
                         f"{row['weight_bits']}-bit weights with {row['activation_bits']}-bit signals: test {quality} "
-                        f"{row['test']:.2f}, lost {row['lost']:.2f} {unit} at cr_disk {row['cr_disk']:.1f}.")
+                        f"{row['test']:.2f}, lost {row['lost']:.2f} {unit}{_bounded(row)} against the float model "
+                        f"{row['control']}, at cr_disk {row['cr_disk']:.1f}.")
         paragraphs.append(" ".join(text))
     if len(published):
         paragraphs.append(f"Published points: {PERPLEXITY_SOURCE}.")
     return Markdown("\n\n".join(paragraphs))
+
+
+def _bounded(row) -> str:
+    low, high = row.get("low", np.nan), row.get("high", np.nan)
+    return f" ({low:.2f} to {high:.2f})" if low == low else ""
 
 
 def mixture_table(mixture: Mixture) -> pd.DataFrame:

@@ -142,9 +142,9 @@ def fit(
 
     file = None
     if checkpoint is not None:
-        distillation = teacher and [_fingerprint(teacher), distillation_weight, distillation_temperature]
+        distillation = teacher and [fingerprint(teacher), distillation_weight, distillation_temperature]
         about = {"task": task.name, "split": task.split, "data": task.digest, "seed": seed, "distillation": distillation}
-        file = _File(Path(checkpoint), about | asdict(recipe) | {"initial weights": _fingerprint(model)}, device)
+        file = _File(Path(checkpoint), about | asdict(recipe) | {"initial weights": fingerprint(model)}, device)
         if history := file.finished(model):
             for row in history.epochs if on_epoch else ():
                 on_epoch(row)
@@ -299,7 +299,7 @@ class _Streams:
         logits = logits.flatten(0, 1)  # (up to bptt * B, words)
         loss = functional.cross_entropy(logits, piece[1:].flatten())
         if self.distil:
-            with torch.no_grad(), _evaluating(self.distil.teacher), parametrize.cached():
+            with torch.no_grad(), evaluating(self.distil.teacher), parametrize.cached():
                 soft, self.teacher_state = self.distil.teacher(piece[:-1], self.teacher_state)
             loss = self.distil.mixed(loss, logits, self.distil.soft(soft.flatten(0, 1)))
         return loss, (len(piece) - 1) / (len(self.text) - 1)
@@ -310,7 +310,7 @@ class _Streams:
         streams = torch.from_numpy(tokens).tensor_split(min(EVALUATION_STREAMS, len(tokens) // 2))
         text = nn.utils.rnn.pad_sequence(streams).to(_device(model))  # (T, streams): lengths differ by at most one
         losses, correct, state = [], [], None
-        with torch.no_grad(), _evaluating(model), parametrize.cached():
+        with torch.no_grad(), evaluating(model), parametrize.cached():
             for start in range(0, len(text) - 1, EVALUATION_TOKENS):
                 piece = text[start : start + EVALUATION_TOKENS + 1]
                 logits, state = model(piece[:-1], state)
@@ -326,7 +326,8 @@ def _detached(state):
 
 
 @contextlib.contextmanager
-def _evaluating(model):
+def evaluating(model):
+    """Inside, the model is in evaluation mode; afterwards in the mode that it was in."""
     was_training = model.training
     model.eval()
     try:
@@ -404,7 +405,7 @@ def _logits(model, split, batch_size):
     """Logits (N, classes) and labels (N,) of a split, on the processor."""
     x, lengths, labels = _tensors(split)
     device = _device(model)
-    with torch.no_grad(), _evaluating(model), parametrize.cached():
+    with torch.no_grad(), evaluating(model), parametrize.cached():
         # Sorted by length, so that little of a batch is padding.
         batches = lengths.argsort(stable=True).split(batch_size)
         logits = [model(x[batch, : lengths[batch].max()].to(device), lengths[batch].to(device)).cpu() for batch in batches]
@@ -505,7 +506,7 @@ def _part(tensors, part):
             if name.startswith(f"{part}/")}  # fmt: skip
 
 
-def _fingerprint(model) -> str:
+def fingerprint(model) -> str:
     """Short digest of names, shapes and values of a model's state."""
     digest = hashlib.sha256()
     for name, array in _named("", model.state_dict()).items():
