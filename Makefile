@@ -45,7 +45,7 @@ report: setup
 	@$(BIN)/python -m workbench run notebooks/hybrid.ipynb --report
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check
