@@ -284,7 +284,7 @@ def one_diagonal_a_tile(mask, period):
     (Structured(2), (4, 3), lambda mask: one_diagonal_a_tile(mask, 2)),
     (Structured(3), (3, 4), lambda mask: one_diagonal_a_tile(mask, 3)),
     (Structured(4), (4, 3), lambda mask: one_diagonal_a_tile(mask, 4)),
-], ids=str)  # fmt: skip
+], ids=lambda value: "rule" if callable(value) else str(value))  # fmt: skip
 @pytest.mark.parametrize("seed", range(3))
 def test_the_support_has_the_most_energy_of_all_lawful_ones(method, shape, lawful, seed):
     """By trial of every subset of the positions."""
