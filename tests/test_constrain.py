@@ -514,7 +514,7 @@ def test_what_the_integer_engine_cannot_take(kind):
     x, state = torch.randn(5, 3, 6), random_state(rnn, 3)
     attached, h = attach(rnn, fine(rnn, (x, state))), state if kind == "GRU" else state[0]
     bad = h[:3] if kind == "GRU" else (h[:3], state[1])
-    with pytest.raises(ValueError, match="the integer engine needs the hidden state of 4 layers and directions, got 3"):
+    with pytest.raises(ValueError, match="the integer engine of '' needs the hidden state of 4 layers and directions, got 3"):
         attached(x, bad)
     with pytest.raises(ValueError, match="the engine needs x of shape"):
         attached(x[:, :, :5])

@@ -144,7 +144,7 @@ def attach(model: nn.Module, packed: PackedModel) -> nn.Module:
             expected = cell_name(rnn), w_ih.shape[1], rnn.hidden_size, rnn.proj_size or rnn.hidden_size
             if expected != (sizes := (found.cell, found.input_size, found.hidden_size, found.output_size)):
                 raise ValueError(f"attach needs cell, input, hidden and output sizes {expected} for {layer.name}, got {sizes}")
-        integer = IntegerRNN(packed.stack(path), rnn)
+        integer = IntegerRNN(packed.stack(path), rnn, path)
         if not path:
             return integer
         # Under every name that the model has for it: under another one the float layer would go on running.
@@ -160,8 +160,9 @@ class IntegerRNN(nn.Module):
     It has the sizes that the module around it may ask for, for example to make an initial state.
     """
 
-    def __init__(self, stack, rnn: nn.RNNBase):
+    def __init__(self, stack, rnn: nn.RNNBase, path: str = ""):
         super().__init__()
+        self.path = path
         self.stack, self.engine = stack, StackEngine(stack)
         self.cell, self.batch_first = cell_name(rnn), rnn.batch_first
         self.input_size, self.hidden_size, self.proj_size = rnn.input_size, rnn.hidden_size, rnn.proj_size
@@ -196,22 +197,22 @@ class IntegerRNN(nn.Module):
             if states is None:
                 return None
             if len(states) != len(flat):
-                raise ValueError(f"the integer engine needs {what} of {len(flat)} layers and directions, got {len(states)}")
-            return [_quantised(what, layer.signals[name], s) for layer, s in zip(flat, states, strict=True)]
+                raise ValueError(f"the integer engine of {self.path!r} needs {what} of {len(flat)} layers and directions, "
+                                 f"got {len(states)}")
+            return [self._quantised(what, layer.signals[name], s) for layer, s in zip(flat, states, strict=True)]
 
         def floats(name, states):
             values = [layer.signals[name].dequantise(s) for layer, s in zip(flat, states, strict=True)]
             return torch.stack([torch.from_numpy(v) for v in values]).to(x)
 
-        result = self.engine.run(_quantised("the input", flat[0].signals["input"], x),
+        result = self.engine.run(self._quantised("the input", flat[0].signals["input"], x),
                                  integers("the hidden state", "hidden", h), integers("the cell state", "cell", c), lengths)
         output = torch.from_numpy(flat[-1].signals["hidden"].dequantise(result.output)).to(x)
         h = floats("hidden", result.h)
         return output, (h, floats("cell", result.c)) if self.cell == "LSTM" else h
 
-
-def _quantised(what, fmt, values):
-    try:
-        return fmt.quantise(values.detach().cpu())
-    except ValueError as error:
-        raise ValueError(f"the integer engine cannot take {what}: {error}") from error
+    def _quantised(self, what, fmt, values):
+        try:
+            return fmt.quantise(values.detach().cpu())
+        except ValueError as error:
+            raise ValueError(f"the integer engine of {self.path!r} cannot take {what}: {error}") from error
