@@ -5,13 +5,24 @@ import copy
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from workbench.engine import StackEngine
 from workbench.fixedpoint import TABLES
-from workbench.gates import blocks, cell_name, check_supported, layers, layers_of, parameters_of, rnns, weight, weights
-from workbench.packed import GATES, PackedLayer, PackedModel, table_uses
+from workbench.gates import (
+    blocks,
+    cell_name,
+    check_supported,
+    layers,
+    layers_of,
+    merged_bias,
+    parameters_of,
+    rnns,
+    weight,
+    weights,
+)
+from workbench.packed import PackedLayer, PackedModel, table_uses
 from workbench.plan import Plan, pack_block
+from workbench.quantise import as_given, time_first
 
 
 class _GateWeights(nn.Module):
@@ -95,7 +106,7 @@ def pack(model: nn.Module, plan) -> PackedModel:
     for name, layer in layers(model).items():
         rnn, signals = rnns(model)[layer.rnn], plan.signals[name]
         mine = {b.name: _packed_block(model, plan, b.name) for b in known.values() if b.layer == layer}
-        bias = _merged_bias(rnn, layer.suffix)
+        bias = {name: b.detach().cpu().numpy() for name, b in merged_bias(rnn, layer.suffix, torch.float64).items()}
         try:
             tables = {function: TABLES[plan.activation].build(function, uses)
                       for function, uses in table_uses(cell_name(rnn), signals).items()}
@@ -113,18 +124,6 @@ def _packed_block(model, plan, name):
         return pack_block(weight(model, name), plan.blocks[name])
     except ValueError as error:
         raise ValueError(f"block {name}: {error}") from error
-
-
-def _merged_bias(rnn, suffix):
-    """Bias -> (hidden_size,) float64: b_ih + b_hh of each gate, a GRU's n apart, as n and hn; zeros without biases."""
-    gates = GATES[cell_name(rnn)]
-    zeros = torch.zeros(len(gates) * rnn.hidden_size)
-    both = [getattr(rnn, f"bias_{part}_{suffix}") if rnn.bias else zeros for part in ("ih", "hh")]
-    b_ih, b_hh = (dict(zip(gates, b.detach().cpu().double().chunk(len(gates)), strict=True)) for b in both)
-    merged = {gate: b_ih[gate] + b_hh[gate] for gate in gates}
-    if cell_name(rnn) == "GRU":
-        merged |= {"n": b_ih["n"], "hn": b_hh["n"]}
-    return {gate: values.numpy() for gate, values in merged.items()}
 
 
 def attach(model: nn.Module, packed: PackedModel) -> nn.Module:
@@ -173,21 +172,9 @@ class IntegerRNN(nn.Module):
 
     def forward(self, input, hx=None):
         """input and hx as the replaced module takes and names them; returns what it returns, in input's shapes and dtype."""
-        if isinstance(input, PackedSequence):
-            padded, lengths = pad_packed_sequence(input)  # (T, B, input_size); sorted back to the caller's order
-            output, hx = self._run(padded, hx, lengths.numpy())
-            order = torch.arange(len(lengths)) if input.sorted_indices is None else input.sorted_indices.cpu()
-            packed = pack_padded_sequence(output[:, order.to(output.device)], lengths[order])
-            return PackedSequence(packed.data, input.batch_sizes, input.sorted_indices, input.unsorted_indices), hx
-        if input.ndim == 2:
-            hx = None if hx is None else self._states(lambda s: s.unsqueeze(1), hx)
-            output, hx = self._run(input.unsqueeze(1), hx, None)
-            return output.squeeze(1), self._states(lambda s: s.squeeze(1), hx)
-        output, hx = self._run(input.transpose(0, 1) if self.batch_first else input, hx, None)
-        return output.transpose(0, 1) if self.batch_first else output, hx
-
-    def _states(self, function, hx):
-        return tuple(map(function, hx)) if self.cell == "LSTM" else function(hx)
+        x, hx, lengths = time_first(self, input, hx)
+        output, hx = self._run(x, hx, None if lengths is None else lengths.numpy())
+        return as_given(self, input, output, hx, lengths)
 
     def _run(self, x, hx, lengths):
         flat = [layer for directions in self.stack for layer in directions]

@@ -16,16 +16,16 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from workbench.constrain import bake, constrain_weights, pack
 from workbench.engine import StackEngine
 from workbench.fixedpoint import FUNCTIONS, HardTable, QFormat
-from workbench.gates import cell_name, layers, layers_of, parts_of, rnns
+from workbench.gates import cell_name, layers, layers_of, merged_bias, parts_of, rnns
 from workbench.methods.base import fake_quantise
-from workbench.packed import GATES, PackedLayer, PackedModel
+from workbench.packed import PackedLayer, PackedModel
 from workbench.plan import Plan
-from workbench.quantise import recurrent_calls, time_first
+from workbench.quantise import as_given, quantised_states, recurrent_calls, time_first
 
 MAX_TABLE_BITS = 20  # of a table's input: the emulation holds one entry for every code
 # What a sum takes with it, in units of the last place of what it is rounded to, so that its floor rounds half up. Sums have at
@@ -268,16 +268,6 @@ class _GRU(torch.autograd.Function):
         return d_x, d_h, d_w_ih, d_w_hh, flat.sum(0), None
 
 
-def _merged_bias(rnn, suffix):
-    """Bias -> (hidden_size,): b_ih + b_hh of each gate, a GRU's n apart, as n and hn; zeros without biases."""
-    gates = GATES[cell_name(rnn)]
-    zeros = getattr(rnn, f"weight_hh_{suffix}").new_zeros(len(gates) * rnn.hidden_size)
-    both = [getattr(rnn, f"bias_{part}_{suffix}") if rnn.bias else zeros for part in ("ih", "hh")]
-    b_ih, b_hh = (dict(zip(gates, bias.chunk(len(gates)), strict=True)) for bias in both)
-    merged = {gate: b_ih[gate] + b_hh[gate] for gate in gates}
-    return merged if cell_name(rnn) == "LSTM" else merged | {"n": b_ih["n"], "hn": b_hh["n"]}
-
-
 def _check_finite(suffix, tensors):
     """Beyond this no index into a table may be NaN. Where all is well it takes one transfer to the host."""
     if not torch.isfinite(torch.stack([values.detach().sum() for values in tensors.values()]).sum()):
@@ -291,7 +281,7 @@ def _run_layer(rnn, suffix, x, h, c, last):
     a, s = rnn.rounding[suffix], rnn.rounding[suffix].signals
     pre, hidden = s["pre"].frac, s["hidden"].frac
     weights = {part: getattr(rnn, f"weight_{part}_{suffix}") for part in parts_of(rnn)}
-    bias = {name: fake_quantise(b, QFormat(32, a.bias_fracs[name])) for name, b in _merged_bias(rnn, suffix).items()}
+    bias = {name: fake_quantise(b, QFormat(32, a.bias_fracs[name])) for name, b in merged_bias(rnn, suffix).items()}
     given = {"input": x, "hidden": h} | ({} if c is None else {"cell": c})
     given = {name: fake_quantise(values, s[name]) for name, values in given.items()}  # infinities saturate
     _check_finite(suffix, given | weights | {f"bias {name}": b for name, b in bias.items()})
@@ -329,15 +319,7 @@ class _Quantised:
         outputs, states = zip(*self.layer_outputs(x, hx, lengths), strict=True)
         output, states = outputs[-1], zip(*(state for directions in states for state in directions), strict=True)
         hx = tuple(map(torch.stack, states))  # h and c: (layers * directions, B, ...)
-        if isinstance(input, PackedSequence):
-            order = torch.arange(len(lengths)) if input.sorted_indices is None else input.sorted_indices.cpu()
-            packed = pack_padded_sequence(output[:, order.to(output.device)], lengths[order])
-            output = PackedSequence(packed.data, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
-        elif input.ndim == 2:
-            output, hx = output.squeeze(1), tuple(state.squeeze(1) for state in hx)
-        elif self.batch_first:
-            output = output.transpose(0, 1)
-        return output, hx if isinstance(self, nn.LSTM) else hx[0]
+        return as_given(self, input, output, hx if isinstance(self, nn.LSTM) else hx[0], lengths)
 
     def layer_outputs(self, x, hx=None, lengths=None) -> Iterator[tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]]]:
         """For each index of the stack: its outputs (T, B, directions * output_size) and each direction's last states, (h, c) or
@@ -420,9 +402,7 @@ def mismatch_rate(model: nn.Module, packed: PackedModel, batches) -> list[dict]:
         ends = None if lengths is None else lengths.numpy()
         alive = np.broadcast_to(np.arange(len(x))[:, None] < (len(x) if ends is None else ends), x.shape[:2])  # (T, B)
         flat, names = [layer for directions in stack for layer in directions], iter(layers_of(rnn, path))
-        states = () if state is None else state if isinstance(state, tuple) else (state,)
-        states = [[layer.signals[name].quantise(s.cpu()) for layer, s in zip(flat, values, strict=True)]
-                  for name, values in zip(("hidden", "cell"), states, strict=False)]
+        states = quantised_states(flat, state)
         inputs = flat[0].signals["input"].quantise(x.cpu())
         for depth, (output, _) in enumerate(rnn.layer_outputs(x, state, lengths), 1):
             directions = stack[depth - 1]

@@ -111,6 +111,17 @@ def blocks(model: nn.Module) -> dict[str, Block]:
     return found
 
 
+def merged_bias(rnn: nn.RNNBase, suffix: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Bias -> (hidden_size,): b_ih + b_hh of each gate, added in dtype, their own by default; a GRU's n apart, as n and hn;
+    zeros without biases. suffix: of the layer's parameters."""
+    gates = GATES[cell_name(rnn)]
+    zeros = getattr(rnn, f"weight_hh_{suffix}").new_zeros(len(gates) * rnn.hidden_size)
+    both = [getattr(rnn, f"bias_{part}_{suffix}") if rnn.bias else zeros for part in ("ih", "hh")]
+    b_ih, b_hh = (dict(zip(gates, b.to(dtype or b.dtype).chunk(len(gates)), strict=True)) for b in both)
+    merged = {gate: b_ih[gate] + b_hh[gate] for gate in gates}
+    return merged if cell_name(rnn) == "LSTM" else merged | {"n": b_ih["n"], "hn": b_hh["n"]}
+
+
 def dense_weights(known: dict[str, Block]) -> int:
     """Weights of these blocks (as `blocks` gives them) before any compression: what every compression ratio starts from."""
     return sum(block.shape[0] * block.shape[1] for block in known.values())

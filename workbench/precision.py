@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import operator
-import os
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,11 +29,12 @@ from workbench.models import build_classifier, build_language_model
 from workbench.packed import GATES, PackedModel, signals_of, table_uses
 from workbench.plan import Plan, uniform
 from workbench.quantise import CLIPPINGS, Observation, observe
+from workbench.runs import replace_file
 from workbench.sensitivity import LOSSLESS_BITS, calibration_batches, check_sensitivity, sample_batch, sensitivity_table
 from workbench.signals import signal_errors
 from workbench.study import check_seeds, parallel
 from workbench.tasks import LanguageTask, Task
-from workbench.train import baseline, evaluate, fingerprint, fit, paired_interval
+from workbench.train import baseline, checkpoint_folder, evaluate, fingerprint, fit, paired_interval
 
 FLOAT, AFTER, IN = "float", "after training", "in training"
 AS_TRAINED, TRAINED_ON = "as trained", "trained on"  # the float models: once, and for the epochs of those trained in integers
@@ -304,15 +304,8 @@ def _emulated(task, model, observation, weight_bits, activation_bits, arithmetic
         plan = Plan.read(json.loads(stored.read_text()))
     else:
         plan = _plan(model, arithmetic, weight_bits, arithmetic.signals(observation, activation_bits))
-        _write(stored, plan)
+        replace_file(stored, json.dumps(plan.to_json()).encode())
     return emulate(model, plan), plan, file
-
-
-def _write(path, plan):
-    """The plan's JSON, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(json.dumps(plan.to_json()))
-    os.replace(temporary, path)
 
 
 def _tuned(task, model, tuning, seed, file):
@@ -324,10 +317,9 @@ def _tuned(task, model, tuning, seed, file):
 def _checkpoint(task, model, tuning, seed, key) -> Path:
     """File of a training inside the checkpoints, named after what decides it; model: the float one that it starts from."""
     about = f"{task.digest} {task.split} {task.recipe} {seed} {key} {tuning.epochs} {tuning.lr} {fingerprint(model)}"
-    folder = Path(os.environ.get("WB_RESULTS", "results")) / tuning.checkpoints
-    folder.mkdir(parents=True, exist_ok=True)
     words = re.sub(r"[^\w.]+", "-", key)
-    return folder / f"{task.name}-{words}-seed{seed}-{hashlib.sha256(about.encode()).hexdigest()[:8]}.safetensors"
+    name = f"{task.name}-{words}-seed{seed}-{hashlib.sha256(about.encode()).hexdigest()[:8]}.safetensors"
+    return checkpoint_folder(tuning.checkpoints) / name
 
 
 def _plan(model, arithmetic, bits, signals) -> Plan:

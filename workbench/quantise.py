@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from workbench.fixedpoint import QFormat
 from workbench.gates import Layer, cell_name, check_supported, layers, layers_of, rnns
@@ -266,9 +266,27 @@ def time_first(rnn: nn.RNNBase, x, state):
         return x, state, lengths
     if x.ndim == 2:
         if state is not None:
-            state = tuple(s.unsqueeze(1) for s in state) if isinstance(state, tuple) else state.unsqueeze(1)
+            state = tuple(s.unsqueeze(1) for s in state) if isinstance(state, (tuple, list)) else state.unsqueeze(1)
         return x.unsqueeze(1), state, None
     return x.transpose(0, 1) if rnn.batch_first else x, state, None
+
+
+def as_given(rnn, input, output, hx, lengths):
+    """(output, state) of a recurrent module in the form of its input, the inverse of time_first. output: (T, B, ...)."""
+    if isinstance(input, PackedSequence):
+        order = torch.arange(len(lengths)) if input.sorted_indices is None else input.sorted_indices.cpu()
+        packed = pack_padded_sequence(output[:, order.to(output.device)], lengths[order])
+        return PackedSequence(packed.data, input.batch_sizes, input.sorted_indices, input.unsorted_indices), hx
+    if input.ndim == 2:
+        return output.squeeze(1), tuple(s.squeeze(1) for s in hx) if isinstance(hx, tuple) else hx.squeeze(1)
+    return output.transpose(0, 1) if rnn.batch_first else output, hx
+
+
+def quantised_states(layers, state) -> list:
+    """torch's hx in integers: [], [h] or [h, c], each one array for each of the packed layers, in torch's order."""
+    states = () if state is None else state if isinstance(state, tuple) else (state,)
+    return [[layer.signals[name].quantise(s.cpu()) for layer, s in zip(layers, values, strict=True)]
+            for name, values in zip(("hidden", "cell"), states, strict=False)]
 
 
 def float_signals(rnn: nn.RNNBase, x, state=None, lengths=None, path: str = ""):

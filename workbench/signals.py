@@ -10,7 +10,7 @@ import torch
 from workbench.engine import StackEngine
 from workbench.gates import layers_of, rnns
 from workbench.packed import PackedModel
-from workbench.quantise import float_signals, format_of, recurrent_calls
+from workbench.quantise import float_signals, format_of, quantised_states, recurrent_calls
 
 
 def signal_errors(model: torch.nn.Module, packed: PackedModel, batches) -> pd.DataFrame:
@@ -29,12 +29,8 @@ def signal_errors(model: torch.nn.Module, packed: PackedModel, batches) -> pd.Da
     for path, (x, state, lengths) in recurrent_calls(model, batches):
         rnn, found = rnns(model)[path], {}
         flat = [packed.layers[layer.name] for layer in layers_of(rnn, path)]
-        states = () if state is None else state if isinstance(state, tuple) else (state,)
-        integers = [[layer.signals[name].quantise(s.cpu()) for layer, s in zip(flat, state, strict=True)]
-                    for name, state in zip(("hidden", "cell"), states, strict=False)]
-        integers += [None] * (2 - len(integers))
-        fmt = flat[0].signals["input"]
-        engines[path].run(fmt.quantise(x.cpu()), *integers, None if lengths is None else lengths.numpy(),
+        inputs, ends = flat[0].signals["input"].quantise(x.cpu()), None if lengths is None else lengths.numpy()
+        engines[path].run(inputs, *quantised_states(flat, state), lengths=ends,
                           trace=lambda place, step, name, values, found=found: found.__setitem__((place, step, name), values))
         for place, (layer, signals, alive, _) in enumerate(float_signals(rnn, x, state, lengths, path)):
             for (_, step, name), values in ((key, v) for key, v in found.items() if key[0] == place):

@@ -514,6 +514,13 @@ def fingerprint(model) -> str:
     return digest.hexdigest()[:16]
 
 
+def checkpoint_folder(checkpoints: str | Path) -> Path:
+    """The directory of checkpoints, made where it is missing: a relative one below a run's results, elsewhere `results`."""
+    folder = Path(os.environ.get("WB_RESULTS", "results")) / checkpoints
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def baseline(
     task: Task | LanguageTask,
     *,
@@ -537,9 +544,7 @@ def baseline(
     model = build(task, hidden_size, seed=seed, cell=cell, num_layers=num_layers)
     about = [task.digest, task.split, asdict(recipe), cell, hidden_size, num_layers, seed]
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
-    folder = Path(os.environ.get("WB_RESULTS", "results")) / checkpoints
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{task.name}-{cell}-{hidden_size}-seed{seed}-{digest}.safetensors"
+    path = checkpoint_folder(checkpoints) / f"{task.name}-{cell}-{hidden_size}-seed{seed}-{digest}.safetensors"
     history = fit(model, replace(task, recipe=recipe), seed=seed, device=device, checkpoint=path, on_epoch=on_epoch,
                   progress=progress)  # fmt: skip
     return model, history

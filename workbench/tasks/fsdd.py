@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 
-from workbench.tasks.task import Recipe, Task, data_folders, pad, standardise
+from workbench.tasks.task import Recipe, Task, check_published, data_folders, pad, standardise
 
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 RECORDING = re.compile(rf"([0-9])_({'|'.join(SPEAKERS)})_([0-9]+)\.wav")
@@ -138,12 +138,5 @@ def _checked(where, files):
     recordings = {name: files[name] for name in sorted(files) if RECORDING.fullmatch(name)}
     if len(recordings) != NUM_RECORDINGS:
         raise ValueError(f"fsdd: {where} needs {NUM_RECORDINGS} recordings, got {len(recordings)}; source: {ADDRESS}")
-    total = hashlib.sha256()
-    for name, recording in recordings.items():
-        total.update(name.encode() + recording)
-    if total.hexdigest() != RECORDINGS_SHA256:
-        raise ValueError(
-            f"fsdd: the recordings in {where} are not the published ones: SHA-256 over names and bytes "
-            f"{total.hexdigest()}, expected {RECORDINGS_SHA256}; source: {ADDRESS}"
-        )
+    check_published(f"fsdd: the recordings in {where}", recordings, RECORDINGS_SHA256, ADDRESS)
     return recordings

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from workbench.tasks.task import Recipe, Task, data_folders, missing, pad, read_files
+from workbench.tasks.task import Recipe, Task, check_published, data_folders, missing, pad, read_files
 
 FILES = {  # name -> SHA-256
     "train.jsonl.xz": "296d044eb7e97f5f28701cf3e1f03b7730e4d5e25e877c88123dec95c0da5de1",
@@ -126,12 +126,5 @@ def _read():
 def _checked(root):
     reviews = {f"{folder}/{path.name}": path.read_bytes() for folder in FOLDERS for path in (root / folder).glob("*.txt")}
     reviews = dict(sorted(reviews.items()))
-    total = hashlib.sha256()
-    for name, text in reviews.items():
-        total.update(name.encode() + text)
-    if total.hexdigest() != REVIEWS_SHA256:
-        raise ValueError(
-            f"imdb: the {len(reviews)} reviews in {root} are not the published ones: SHA-256 over names and bytes "
-            f"{total.hexdigest()}, expected {REVIEWS_SHA256}; source: {ADDRESS}"
-        )
+    check_published(f"imdb: the {len(reviews)} reviews in {root}", reviews, REVIEWS_SHA256, ADDRESS)
     return reviews

@@ -149,6 +149,16 @@ def _check_tokens(name, part, tokens, vocabulary):
         raise ValueError(f"{name}: {part} needs tokens from 0 to {len(vocabulary) - 1}, got {tokens.min()} to {tokens.max()}")
 
 
+def check_published(what: str, files: dict[str, bytes], expected: str, source: str) -> None:
+    """Refuse files, in the order given, whose SHA-256 over names and bytes is not the expected one. what: who and where."""
+    total = hashlib.sha256()
+    for name, content in files.items():
+        total.update(name.encode() + content)
+    if total.hexdigest() != expected:
+        raise ValueError(f"{what} are not the published ones: SHA-256 over names and bytes {total.hexdigest()}, expected "
+                         f"{expected}; source: {source}")
+
+
 def data_folders(name: str) -> list[Path]:
     """Folders where the files of data set `name` may lie, in the order of the search."""
     folders = [Path(__file__).parents[2] / "data" / name]
