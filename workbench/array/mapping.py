@@ -6,6 +6,7 @@ Nothing here knows a cycle; schedule.py says when, interpreter.py executes liter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product, zip_longest
+from typing import NamedTuple
 
 import numpy as np
 
@@ -130,9 +131,11 @@ def _stored_words(packed, pe_cols, unit):
     return FORMS[type(packed)](packed, pe_cols, unit)
 
 
-def _unit_loads(words, rows, pe_cols, unit):
+def _unit_loads(packed, pe_cols, unit):
     """(units, pe_cols): multiply-accumulates of each unit of rows in each PE column."""
-    units = ceil_div(rows, unit)
+    if isinstance(packed, PackedDense):
+        return np.tile(_columns_of(packed.shape[1], pe_cols), (packed.shape[0], 1))
+    words, units = _stored_words(packed, pe_cols, unit), ceil_div(packed.shape[0], unit)
     place = words.first_row // unit * pe_cols + words.first_col // unit % pe_cols
     loads = np.bincount(place, weights=words.used.sum(axis=1), minlength=units * pe_cols)
     return loads.astype(np.int64).reshape(units, pe_cols)
@@ -163,6 +166,8 @@ def place_units(loads, pe_rows: int) -> np.ndarray:
     Heaviest unit first, to the PE row whose fullest PE stays least full (ties: the first), at most ceil(units / pe_rows)
     units each. Equal loads are dealt in turn.
     """
+    if loads.any() and (loads == loads[0]).all():
+        return np.arange(len(loads)) % pe_rows
     room = np.full(pe_rows, ceil_div(len(loads), pe_rows))
     filled = np.zeros((pe_rows, loads.shape[1]), dtype=np.int64)
     pe_row = np.empty(len(loads), dtype=np.int64)
@@ -175,45 +180,84 @@ def place_units(loads, pe_rows: int) -> np.ndarray:
     return pe_row
 
 
+class PlacedWords(NamedTuple):
+    """All words of a block, ordered by PE, then by the order in which the PE uses them; each feeds up to m
+    multiply-accumulates."""
+
+    pe: np.ndarray  # (words,) pe_row * pe_cols + pe_col
+    local_row: np.ndarray  # (words,) the first local row of the word's unit
+    values: np.ndarray  # (words,)
+    rows: np.ndarray  # (words, m) block rows
+    cols: np.ndarray  # (words, m) block columns, padding included
+    used: np.ndarray  # (words, m) bool: which of the m there are
+    padding: np.ndarray  # (words,) multiply-accumulates that only padding causes
+    word_bits: int
+
+
+def _of_words(name):
+    return property(lambda block: getattr(block.words, name), doc=f"{name} of PlacedWords")
+
+
 @dataclass(frozen=True)
 class BlockMapping:
     """The words of one block in the PEs of one region, ordered by PE, then by the order in which the PE uses them.
 
+    Lists of words are written out when they are asked for; how many words, multiply-accumulates and so on lie in a part of
+    each list is read off sums along the lists (_Lists), for a dense block in closed form.
     Time of the block alone = multiply-accumulates of the fullest PE + mac_latency + local rows + (pe_cols - 1) * link_cycles.
     """
 
-    shape: tuple[int, int]
-    fmt: QFormat
+    packed: object
     pe_rows: int
     pe_cols: int
     unit: int  # rows and columns that stay together on one PE
-    word_bits: int  # value, and for sparse words local column and end-of-row flag
     pe_row_of_row: np.ndarray  # (out,)
     local_of_row: np.ndarray  # (out,) accumulator number within the PE row
-    pe: np.ndarray  # (words,) pe_row * pe_cols + pe_col
-    local_row: np.ndarray  # (words,) the first local row of the word's unit
-    values: np.ndarray  # (words,)
-    rows: np.ndarray  # (words, m) block rows; up to m multiply-accumulates per word
-    cols: np.ndarray  # (words, m) block columns, padding included
-    used: np.ndarray  # (words, m) bool: which of the m there are
-    padding: np.ndarray  # (words,) multiply-accumulates that only padding causes
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape
+
+    @property
+    def fmt(self) -> QFormat:
+        return self.packed.fmt
+
+    @property
+    def word_bits(self) -> int:
+        """Of a value, and for sparse words local column and end-of-row flag."""
+        return self._lists.word_bits
 
     @cached_property
-    def word_macs(self) -> np.ndarray:
-        """(words,) multiply-accumulates of each word."""
-        return self.used.sum(axis=1)
+    def _lists(self):
+        return _DenseLists(self) if isinstance(self.packed, PackedDense) else _WrittenLists(self)
+
+    def written_out(self) -> PlacedWords:
+        """Every word with its place, anew (a large block's words take much memory; `words` keeps them)."""
+        words = _stored_words(self.packed, self.pe_cols, self.unit)
+        pe = self.pe_row_of_row[words.first_row] * self.pe_cols + words.first_col // self.unit % self.pe_cols
+        local_row = self.local_of_row[words.first_row]
+        order = np.lexsort((words.first_col, local_row, pe))
+        return PlacedWords(pe[order], local_row[order], words.values[order], words.rows[order], words.cols[order],
+                           words.used[order], words.padding[order], words.word_bits)
+
+    @cached_property
+    def words(self) -> PlacedWords:
+        return self.written_out()
+
+    pe, local_row, values, rows, cols, used, padding = map(_of_words, PlacedWords._fields[:-1])
 
     @cached_property
     def weight_words(self) -> np.ndarray:
         """(pe_rows, pe_cols) words stored in each PE, padding words included."""
-        return self._per_pe(np.arange(self.pe.size))
+        return self.words_between(0, self.shape[0])
 
     @cached_property
     def macs(self) -> np.ndarray:
         """(pe_rows, pe_cols) multiply-accumulates of each PE, those of padding included."""
-        return self._per_pe(np.arange(self.pe.size), self.word_macs)
+        all_words = np.array([int(self.weight_words.max())])
+        return self.slice_counts(0, self.shape[0], 0 * all_words, all_words)[1].reshape(self.pe_rows, self.pe_cols)
 
-    @property
+    @cached_property
     def local_rows(self) -> np.ndarray:
         """(pe_rows,) rows accumulated in each PE row."""
         return np.bincount(self.pe_row_of_row, minlength=self.pe_rows)
@@ -221,12 +265,13 @@ class BlockMapping:
     @property
     def on_chip_bits(self) -> int:
         """Bits of the words that the array stores, padding words included."""
-        return self.values.size * self.word_bits
+        return int(self.weight_words.sum()) * self.word_bits
 
     def dense(self) -> np.ndarray:
         """(out, in) int64 rebuilt from the mapped words, so that a lost or doubled word shows."""
-        out = np.zeros((self.shape[0], max(self.shape[1], int(self.cols.max()) + 1)), dtype=np.int64)
-        np.add.at(out, (self.rows, self.cols), self.values[:, None] * self.used)
+        words = self.written_out()
+        out = np.zeros((self.shape[0], max(self.shape[1], int(words.cols.max()) + 1)), dtype=np.int64)
+        np.add.at(out, (words.rows, words.cols), words.values[:, None] * words.used)
         return out[:, : self.shape[1]]
 
     def data_columns(self) -> np.ndarray:
@@ -234,30 +279,66 @@ class BlockMapping:
         columns = ceil_div(self.shape[1], self.unit) * self.unit
         return (np.arange(columns) // self.unit % self.pe_cols) == np.arange(self.pe_cols)[:, None]
 
-    def word_order(self, low: int, high: int) -> np.ndarray:
-        """(words,) place of each word in its PE's list for the local rows [low, high); -1 outside."""
-        inside = np.flatnonzero((self.local_row >= low) & (self.local_row < high))  # words are ordered by PE
-        pe = self.pe[inside]
-        order = np.full(self.pe.size, -1)
-        order[inside] = np.arange(inside.size) - np.searchsorted(pe, pe)
-        return order
-
     def words_between(self, low: int, high: int) -> np.ndarray:
         """(pe_rows, pe_cols) words for the local rows [low, high)."""
-        return self._per_pe(np.flatnonzero((self.local_row >= low) & (self.local_row < high)))
+        return self._lists.count(low, high).reshape(self.pe_rows, self.pe_cols)
 
-    def _per_pe(self, chosen, weights=None):
-        """chosen: indices of words. (pe_rows, pe_cols) sums of their weights, or how many they are."""
-        counts = np.bincount(self.pe[chosen], weights, minlength=self.pe_rows * self.pe_cols)
-        return counts.astype(np.int64).reshape(self.pe_rows, self.pe_cols)
+    def slice_counts(self, low: int, high: int, first, end) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of the slices [first, end), both (n,), of each PE's list for the local rows [low, high): words and
+        multiply-accumulates, both (n, PEs), the multiply-accumulates that only padding causes (n,), and the runs of
+        multiply-accumulates of one PE on one row (n,)."""
+        count = self._lists.count(low, high)
+        first, end = (np.minimum(bound[:, None], count) for bound in (first, end))
+        macs, padding, runs = self._lists.sums(low, first, end)
+        return end - first, macs, padding.sum(axis=1), runs.sum(axis=1)
 
-    def slice_counts(self, chosen) -> tuple[np.ndarray, np.ndarray, int, int]:
-        """chosen: indices of words. Their number and their multiply-accumulates, both (pe_rows, pe_cols), the
-        multiply-accumulates that only padding causes, and the runs of multiply-accumulates of one PE on one row."""
-        used = self.used[chosen]
-        rows, pe = self.rows[chosen][used], np.repeat(self.pe[chosen], used.sum(axis=1))
-        runs = (pe.size > 0) + int(((np.diff(rows) != 0) | (np.diff(pe) != 0)).sum())
-        return self._per_pe(chosen), self._per_pe(chosen, self.word_macs[chosen]), int(self.padding[chosen].sum()), runs
+
+class _WrittenLists:
+    """Sums along the lists of all PEs, one behind the other."""
+
+    def __init__(self, block):
+        words = block.written_out()
+        self.word_bits, self.rows, self.pes = words.word_bits, block.shape[0], np.arange(block.pe_rows * block.pe_cols)
+        self.place = words.pe * self.rows + words.local_row  # ascending
+        macs = words.used.sum(axis=1)
+        self.macs, self.padding = (np.concatenate([[0], np.cumsum(values)]) for values in (macs, words.padding))
+        row, pe = words.rows[words.used], np.repeat(words.pe, macs)
+        turns = np.cumsum(np.concatenate([[0, 0], (np.diff(row) != 0) | (np.diff(pe) != 0)]))  # to a row, until each
+        self.turns, self.turned = turns[self.macs], turns[np.minimum(self.macs + 1, row.size)]
+
+    def _begin(self, local_row):
+        return np.searchsorted(self.place, self.pes * self.rows + local_row)
+
+    def count(self, low, high):
+        """(PEs,) words for the local rows [low, high)."""
+        return self._begin(min(high, self.rows)) - self._begin(low)
+
+    def sums(self, low, first, end):
+        """first, end: (n, PEs) places in each PE's list from local row `low` on. Multiply-accumulates, those of padding and
+        runs on a row, all (n, PEs)."""
+        first, end = self._begin(low) + first, self._begin(low) + end
+        macs = self.macs[end] - self.macs[first]
+        return macs, self.padding[end] - self.padding[first], (macs > 0) * (1 + self.turns[end] - self.turned[first])
+
+
+class _DenseLists:
+    """The same of a dense block, in closed form: each PE takes its columns of one row after the other."""
+
+    def __init__(self, block):
+        self.word_bits, self.local_rows = block.fmt.bits, block.local_rows
+        self.columns = _columns_of(block.shape[1], block.pe_cols)
+
+    def count(self, low, high):
+        return np.outer(np.clip(self.local_rows - low, 0, high - low), self.columns).ravel()
+
+    def sums(self, low, first, end):
+        columns, macs = np.tile(np.maximum(self.columns, 1), self.local_rows.size), end - first
+        return macs, np.zeros_like(macs), (macs > 0) * (-(-end // columns) - first // columns)
+
+
+def _columns_of(columns, pe_cols):
+    """(pe_cols,) of a block's columns, dealt round the PE columns, how many each has."""
+    return (columns + np.arange(pe_cols)[::-1]) // pe_cols
 
 
 def map_block(packed, pe_rows: int, pe_cols: int, unit: int | None = None, pe_row_of_unit=None) -> BlockMapping:
@@ -268,20 +349,13 @@ def map_block(packed, pe_rows: int, pe_cols: int, unit: int | None = None, pe_ro
     """
     if unit is None:
         unit = packed.block if isinstance(packed, PackedCirculant) else 1
-    words = _stored_words(packed, pe_cols, unit)
     if pe_row_of_unit is None:
-        pe_row_of_unit = place_units(_unit_loads(words, packed.shape[0], pe_cols, unit), pe_rows)
+        pe_row_of_unit = place_units(_unit_loads(packed, pe_cols, unit), pe_rows)
     pe_row_of_row = np.repeat(pe_row_of_unit, unit)
+    order = np.argsort(pe_row_of_row, kind="stable")
     local_of_row = np.empty_like(pe_row_of_row)
-    for pe_row in range(pe_rows):
-        mine = pe_row_of_row == pe_row
-        local_of_row[mine] = np.arange(mine.sum())
-    pe = pe_row_of_row[words.first_row] * pe_cols + words.first_col // unit % pe_cols
-    local_row = local_of_row[words.first_row]
-    order = np.lexsort((words.first_col, local_row, pe))
-    return BlockMapping(packed.shape, packed.fmt, pe_rows, pe_cols, unit, words.word_bits, pe_row_of_row, local_of_row,
-                        pe[order], local_row[order], words.values[order], words.rows[order], words.cols[order],
-                        words.used[order], words.padding[order])
+    local_of_row[order] = np.arange(order.size) - np.searchsorted(pe_row_of_row[order], pe_row_of_row[order])
+    return BlockMapping(packed, pe_rows, pe_cols, unit, pe_row_of_row, local_of_row)
 
 
 # A GRU: r first and z last, as the way from r and W_hn h to n is the longest.
@@ -310,8 +384,7 @@ def map_blocks(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> dict[tupl
         unit = {p: tile_unit(block, region[p], spec.acc_depth, layout.split_tiles) for p, block in blocks.items()}
         placement = None
         if _share_accumulators(layer, layout, products, unit):
-            loads = [_unit_loads(_stored_words(blocks[p], region[p].cols, unit[p]), layer.hidden_size, region[p].cols, unit[p])
-                     for p in products]
+            loads = [_unit_loads(blocks[p], region[p].cols, unit[p]) for p in products]
             placement = place_units(sum(loads), region[products[0]].rows)
         for p, block in blocks.items():
             mapped[p] = map_block(block, region[p].rows, region[p].cols, unit[p], placement)

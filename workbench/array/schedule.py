@@ -74,17 +74,14 @@ class Timed:
 
 def _time_program(mapping: LayerMapping) -> tuple[Timed, ...]:
     """Cycles and events of every instruction."""
-    spec, layer, orders = mapping.spec, mapping.layer, {}
-    needs = _needs(mapping)
+    spec, layer = mapping.spec, mapping.layer
+    needs, counted = _needs(mapping), _slice_counts(mapping)
 
-    def timed(i, needs):
+    def timed(n, i, needs):
         if i.kind in ("mac", "load"):
             block = mapping.blocks[i.parts[0], i.gate]
-            key = i.parts, i.gate, i.rows
-            if key not in orders:
-                orders[key] = block.word_order(*i.rows)
-            chosen = np.flatnonzero((orders[key] >= i.words[0]) & (orders[key] < i.words[1]))
-            words, macs, padding, runs = block.slice_counts(chosen)
+            words, macs, padding, runs = counted[n]
+            padding, runs = int(padding), int(runs)
             total, taken = int(macs.sum()), words_taken(block, spec)
             accesses = int(words.sum()) * taken
             if i.kind == "load":
@@ -108,7 +105,20 @@ def _time_program(mapping: LayerMapping) -> tuple[Timed, ...]:
                          {"multicast_words": i.values, "data_writes": writes})
         return Timed(ceil_div(i.values, spec.act_units) * spec.act_ii, spec.act_latency, needs, {i.event: i.values})
 
-    return tuple(timed(i, n) for i, n in zip(mapping.program, needs, strict=True))
+    return tuple(timed(n, i, needed) for n, (i, needed) in enumerate(zip(mapping.program, needs, strict=True)))
+
+
+def _slice_counts(mapping):
+    """Number of each mac and load -> what BlockMapping.slice_counts says of its words."""
+    slices, counted = defaultdict(list), {}
+    for n, i in enumerate(mapping.program):
+        if i.kind in ("mac", "load"):
+            slices[i.parts[0], i.gate, i.rows].append(n)
+    for (part, gate, rows), numbers in slices.items():
+        words = np.array([mapping.program[n].words for n in numbers])
+        counts = mapping.blocks[part, gate].slice_counts(*rows, words[:, 0], words[:, 1])
+        counted |= dict(zip(numbers, zip(*counts, strict=True), strict=True))
+    return counted
 
 
 def _needs(mapping):
