@@ -7,9 +7,10 @@ from numbers import Number
 import numpy as np
 import pandas as pd
 
-from workbench.array import ASSUMPTIONS, ArraySpec, Schedule
+from workbench.array import ASSUMPTIONS, SYSTOLIC, ArraySpec, Schedule, last_cycle, layer_products
 from workbench.array.cost import ENERGY_NOTE, PJ_PER_EVENT, STATIC_POWER, compare, energy
 from workbench.array.schedule import EVENTS, SPLIT
+from workbench.array.systolic import OMITTED
 from workbench.packed import GATES
 from workbench.precision import (
     AFTER,
@@ -238,6 +239,20 @@ def assumption_table() -> pd.DataFrame:
 def spec_table(spec: ArraySpec) -> pd.DataFrame:
     """Every field of the array and its value."""
     return pd.DataFrame([{"field": f.name, "value": getattr(spec, f.name)} for f in fields(spec)])
+
+
+def systolic_table(layers) -> pd.DataFrame:
+    """Cycles of one time step (label -> packed layer, as dense matrices) on systolic arrays, for comparison with SCALE-Sim
+    only: a row a matrix product. What they leave out is in omission_table."""
+    return pd.DataFrame([
+        {"layer": label, "product": name, "rows x columns": " x ".join(map(str, w.shape))}
+        | {array: int(last_cycle(1, *w.shape, spec)) for array, spec in SYSTOLIC.items()}
+        for label, layer in layers.items() for name, w in layer_products(layer).items()])
+
+
+def omission_table() -> pd.DataFrame:
+    """What the systolic model leaves out, as SCALE-Sim does, beside what the array processor does."""
+    return pd.DataFrame(OMITTED, columns=["left out", "systolic model", "array processor"])
 
 
 def hardware_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
