@@ -126,9 +126,9 @@ class Reference:
         return output, c
 
 
-def reference(layer, x, h=None, c=None, lengths=None, reverse=False):
+def reference(layer, x, h=None, c=None, lengths=None, reverse=False, make=None):
     """(T, B, I) -> output (T, B, width), h and c as nested lists; c None for a GRU."""
-    model = Reference(layer)
+    model = (make or Reference)(layer)
     width = len(model.weights["hh", layer.gates[0]][0])
     output = [[[0] * width for _ in range(x.shape[1])] for _ in range(x.shape[0])]
     last_h, last_c = [], []

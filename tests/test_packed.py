@@ -593,7 +593,7 @@ def test_foreign_files_are_refused(model, tmp_path):
         (rewrite(good, tmp_path / "forged", lambda h: h.update(text=h["text"].replace("LSTM", "GRUU"))),
          "load found damage in .*forged"),
         (write_tensors(tmp_path / "older", {}, who="", what="packed model", version=FILE_VERSION - 1, about={}),
-         "load reads version 3 of a packed model, got version 2 in .*older"),
+         "load reads version 4 of a packed model, got version 3 in .*older"),
         (write_tensors(tmp_path / "other", {}, who="", what="checkpoint", version=FILE_VERSION, about={}),
          "load needs a packed model, got .*other, a checkpoint"),
         (write_tensors(tmp_path / "broken", {}, who="", what="packed model", version=FILE_VERSION, about={"layers": []}),

@@ -143,7 +143,7 @@ def edit(data, *path, value):
     (("blocks",), [1], r"a plan needs an object as blocks, got \[1\]"),
     (("signals",), "auto", "a plan needs an object as signals, got 'auto'"),
     (("activation",), "cubic", "Plan knows the activations linear, exact, hard, got 'cubic'"),
-    (("extra",), 1, "a plan needs exactly the keys activation, blocks, signals, got blocks, signals, activation, extra"),
+    (("extra",), 1, "a plan needs exactly the keys .* and, if any, delta, got blocks, signals, activation, extra"),
     (("blocks", BLOCK), "Dense", rf"block {BLOCK} of a plan needs exactly the keys method and format, got 'Dense'"),
     (("blocks", BLOCK, "bits"), 8, rf"block {BLOCK} of a plan needs exactly the keys .*, got method, format, bits"),
     (("blocks", BLOCK, "method"), "Dense", rf"block {BLOCK}: a method needs .*, got 'Dense'"),
@@ -165,7 +165,7 @@ def test_read_refuses(data, path, value, message):
 
 
 @pytest.mark.parametrize(("source", "message"), [
-    ({}, "a plan needs exactly the keys activation, blocks, signals, got "),
+    ({}, "a plan needs exactly the keys activation, blocks, signals and, if any, delta, got "),
     (None, "a plan needs exactly the keys .*, got None"),
     (7, "a plan needs exactly the keys .*, got 7"),
     ("{]", "Plan.read needs JSON, got text that is not: "),

@@ -110,7 +110,8 @@ def pack(model: nn.Module, plan) -> PackedModel:
         try:
             tables = {function: TABLES[plan.activation].build(function, uses)
                       for function, uses in table_uses(cell_name(rnn), signals).items()}
-            packed[name] = PackedLayer.from_float_bias(cell_name(rnn), mine, bias, signals, tables)
+            packed[name] = PackedLayer.from_float_bias(cell_name(rnn), mine, bias, signals, tables,
+                                                       delta=plan.delta.get(name))
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
         rnn_bias_params += sum(b.size for b in bias.values()) if rnn.bias else 0

@@ -45,7 +45,10 @@ class Rounding:
 
     @classmethod
     def of(cls, layer: PackedLayer) -> "Rounding":
-        """ValueError where a table would need too many entries."""
+        """ValueError where a table would need too many entries, and for delta thresholds."""
+        if layer.delta:
+            raise ValueError("the emulation sends every signal whole in every step: train without delta thresholds and pack "
+                             f"with them, got {layer.delta}")
         for name in {"pre", "cell"} & set(layer.signals):
             if layer.signals[name].bits > MAX_TABLE_BITS:
                 raise ValueError(f"the emulation holds a table of every code of {name} and needs at most {MAX_TABLE_BITS} "

@@ -61,6 +61,35 @@ def gru_update(layer: PackedLayer, z, n, h) -> np.ndarray:
     return requantise((layer.one - z) * n + z * h, s["sigmoid"].frac + s["hidden"].frac, s["hidden"])
 
 
+def sent_again(values, sent, threshold: int) -> np.ndarray:
+    """What has been sent of a signal after a step: elements that moved by more than the threshold since they were last sent are
+    sent again. values, sent: integers of one format; nothing (0) is sent before the first step."""
+    return np.where(np.abs(values - sent) > threshold, values, sent)
+
+
+def sent_steps(x, threshold: int) -> np.ndarray:
+    """sent_again over all steps of x (T, ...)."""
+    sent, steps = np.zeros(x.shape[1:], x.dtype), np.empty_like(x)
+    for t, values in enumerate(x):
+        steps[t] = sent = sent_again(values, sent, threshold)
+    return steps
+
+
+def _sender(layer, name, shape, dtype):
+    """A function (a signal's values in a step) -> what weights multiply: the values, or with a delta threshold what has been
+    sent of them. Hardware adds W times what changed to sums that it keeps; being exact, they are W times what was sent."""
+    if name not in layer.delta:
+        return lambda values: values
+    sent, threshold = np.zeros(shape, dtype), layer.delta[name]
+
+    def send(values):
+        nonlocal sent
+        sent = sent_again(values, sent, threshold)
+        return sent
+
+    return send
+
+
 @dataclass(frozen=True)
 class LayerResult:
     output: np.ndarray  # (T, B, output_size) int64 in the hidden format
@@ -110,26 +139,28 @@ class _Integers:
     def stepper(self, h, c):
         """A function (what from_input gives for a step, array for the new h) -> the new c."""
         layer, products, steps = self.layer, self.products, itertools.count()
+        send_h = _sender(layer, "hidden", h.shape, h.dtype)
+        send_m = _sender(layer, "unprojected", c.shape, c.dtype) if layer.projected else None
 
-        def gate(name, from_input):
-            return gate_values(layer, name, from_input[name] + (products["hh", name](h) << layer.alignment(name)[2]))
+        def gate(name, from_input, sent):
+            return gate_values(layer, name, from_input[name] + (products["hh", name](sent) << layer.alignment(name)[2]))
 
-        def lstm(from_input):
-            gates = {name: gate(name, from_input) for name in layer.gates}
+        def lstm(from_input, sent):
+            gates = {name: gate(name, from_input, sent) for name in layer.gates}
             new_h, new_c = cell_update(layer, *gates.values(), c)
             if not layer.projected:
                 return gates | {"cell": new_c, "hidden": new_h}
-            return gates | {"cell": new_c, "unprojected": new_h, "hidden": project(layer, products["hr", "p"](new_h))}
+            return gates | {"cell": new_c, "unprojected": new_h, "hidden": project(layer, products["hr", "p"](send_m(new_h)))}
 
-        def gru(from_input):
-            r, z = gate("r", from_input), gate("z", from_input)
-            s = hidden_product(layer, products["hh", "n"](h) + layer.bias["hn"])
+        def gru(from_input, sent):
+            r, z = gate("r", from_input, sent), gate("z", from_input, sent)
+            s = hidden_product(layer, products["hh", "n"](sent) + layer.bias["hn"])
             n = candidate(layer, r, s, from_input["n"])
             return {"r": r, "z": z, "hidden_product": s, "n": n, "hidden": gru_update(layer, z, n, h)}
 
         def step(from_input, out):
             nonlocal h, c
-            signals = lstm(from_input) if layer.cell == "LSTM" else gru(from_input)
+            signals = (lstm if layer.cell == "LSTM" else gru)(from_input, send_h(h))
             out[...] = h = signals["hidden"]
             c = signals.get("cell")
             t = next(steps)
@@ -280,10 +311,12 @@ class _Floats:
             m, products = np.empty(c.shape, types["hr"]), np.empty(h.shape, types["hr"])
             h_sums, h_code = np.empty(h.shape, types["sums"]), np.empty(h.shape, np.intp)
             h_offset = np.array(_offset(signals["hidden"]), types["sums"])
+            send_m = _sender(self.layer, "unprojected", c.shape, types["hr"])
+        send_h = _sender(self.layer, "hidden", h.shape, self.dtype)
 
         def step(from_input, out):
             nonlocal h
-            h.dot(weights["hh"], recurrent)
+            send_h(h).dot(weights["hh"], recurrent)
             np.add(by_gate, from_input, sums)
             index[...] = sums
             sigmoid(fio_index, None, fio, "clip")
@@ -299,7 +332,7 @@ class _Floats:
             code[...] = total
             if projected:
                 take["unprojected"](code, None, m, "clip")
-                m.dot(weights["hr"], products)
+                send_m(m).dot(weights["hr"], products)
                 np.add(products, h_offset, h_sums)
                 h_code[...] = h_sums
                 hidden(h_code, None, out, "clip")
@@ -319,10 +352,11 @@ class _Floats:
         s, n, total = (np.empty(h.shape, types["cell"]) for _ in range(3))
         n_sums = np.empty(h.shape, np.promote_types(types["sums"], types["cell"]))
         offset = np.array(_offset(self.layer.signals["hidden"]), types["cell"])
+        send_h = _sender(self.layer, "hidden", h.shape, self.dtype)
 
         def step(from_input, out):
             nonlocal h
-            h.dot(weights["hh"], recurrent)
+            send_h(h).dot(weights["hh"], recurrent)
             np.add(rz_products, from_input[:2], rz_sums)
             np.add(s_products, hidden_bias, s_sums)
             index[...] = sums
@@ -366,6 +400,7 @@ class LayerEngine:
         ValueError."""
         layer, steps = self.layer, _Integers(self.layer, trace) if trace else self.steps
         x = _integers("x", x, ("T", "B", layer.input_size), layer.signals["input"])
+        x = sent_steps(x, layer.delta["input"]) if "input" in layer.delta else x
         length, batch, _ = x.shape
         h = np.zeros((batch, layer.output_size), dtype=np.int64) if h is None else h
         h = _integers("h", h, (batch, layer.output_size), layer.signals["hidden"])

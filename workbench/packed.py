@@ -24,7 +24,7 @@ SIGNALS = {"LSTM": ("input", "pre", "sigmoid", "tanh", "cell", "hidden"),
 PARTS = {"ih": "input", "hh": "hidden", "hr": "unprojected"}  # part of a gate -> the signal that it multiplies
 MOST_WEIGHTS = 1 << 27  # of a block that is read from a file: its description alone must not take all memory
 FILE_KIND = "packed model"
-FILE_VERSION = 3
+FILE_VERSION = 4
 
 
 def signals_of(cell: str, projected: bool = False) -> tuple[str, ...]:
@@ -458,6 +458,10 @@ class PackedLayer:
     blocks: block name -> packed block. bias: gate -> (hidden_size,) integers at the gate's aligned fraction bits; a GRU's n is
     that of the input product, and `hn`, at the fraction bits of the recurrent product, that of the hidden product.
     signals: signals_of -> QFormat; tables: sigmoid, tanh -> activation table, of one kind.
+    delta: delta thresholds in units of the last place, of those signals that weights multiply (PARTS) and that are sent only
+    where they changed: an element is sent again if it moved by more than this since it was last sent (delta networks, Neil et
+    al. 2017, arXiv 1612.05571). Nothing (0) is sent before the first step of a run. A signal that is not named is sent whole in
+    every step.
     Refused when an operand exceeds the 18 x 27 bits of a DSP48E2, a bias exceeds 32 bits or a sum could leave acc_bits.
     """
 
@@ -467,6 +471,7 @@ class PackedLayer:
     signals: dict[str, QFormat]
     tables: dict[str, object]
     acc_bits: int = 48
+    delta: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.cell not in GATES:
@@ -478,8 +483,16 @@ class PackedLayer:
         expected = signals_of(self.cell, self.projected)
         if set(self.signals) != set(expected):
             raise ValueError(f"PackedLayer needs the signals {', '.join(expected)}, got {', '.join(self.signals)}")
+        multiplied = {PARTS[part] for part, _ in self.products}
+        if not isinstance(self.delta, dict) or not set(self.delta) <= multiplied:
+            raise ValueError(f"PackedLayer takes delta thresholds of what its weights multiply, "
+                             f"{', '.join(sorted(multiplied))}, got {self.delta!r}")
+        for name, threshold in self.delta.items():
+            fmt = self.signals[name]
+            check_whole("PackedLayer", f"delta threshold of {name}", threshold, 0, fmt.max - fmt.min)
         for part, gate in self.products:
-            _check_product(self.block_name(part, gate), self.block(part, gate).fmt, self.signals[PARTS[part]])
+            what = " with differences" * (PARTS[part] in self.delta)
+            _check_product(self.block_name(part, gate) + what, self.block(part, gate).fmt, self.operand(part))
             shape = {"ih": (self.hidden_size, self.input_size), "hh": (self.hidden_size, self.output_size),
                      "hr": (self.output_size, self.hidden_size)}[part]
             if self.block(part, gate).shape != shape:
@@ -539,10 +552,13 @@ class PackedLayer:
                              f"({bound.bit_length() + 1} bits) with {formats}")
 
     @classmethod
-    def from_float_bias(cls, cell, blocks, bias, signals, tables, acc_bits=48) -> "PackedLayer":
-        """bias: gate -> (hidden_size,) floats, stored in 32 bits at the gate's aligned fraction bits or refused."""
+    def from_float_bias(cls, cell, blocks, bias, signals, tables, acc_bits=48, delta=None) -> "PackedLayer":
+        """bias: gate -> (hidden_size,) floats, stored in 32 bits at the gate's aligned fraction bits or refused. delta: signal
+        -> threshold in real units. Integers move by whole units, so cutting its fraction off changes nothing."""
+        units = {name: math.floor(math.ldexp(min(threshold, 2.0**64), signals[name].frac)) if name in signals else threshold
+                 for name, threshold in (delta or {}).items()}
         layer = cls(cell, blocks, {gate: np.zeros(len(b), dtype=np.int64) for gate, b in bias.items()}, signals, tables,
-                    acc_bits)
+                    acc_bits, units)
         integers = {}
         for gate, values in bias.items():
             if not np.isfinite(values).all():
@@ -606,6 +622,11 @@ class PackedLayer:
         """Kind of its activation tables."""
         return next(kind for kind, cls in TABLES.items() if isinstance(self.tables["sigmoid"], cls))
 
+    def operand(self, part: str) -> QFormat:
+        """What the weights of a part multiply: its signal, or with a delta threshold the difference of two of its values."""
+        fmt = self.signals[PARTS[part]]
+        return QFormat(min(fmt.bits + 1, 32), fmt.frac) if PARTS[part] in self.delta else fmt
+
     def product_frac(self, part: str, gate: str) -> int:
         """Fraction bits of the products of a block."""
         return self.block(part, gate).fmt.frac + self.signals[PARTS[part]].frac
@@ -627,7 +648,7 @@ class PackedLayer:
 
     def _row_sums(self, part, gate, shift=0, bias=None) -> list[int]:
         sums = np.abs(self.block(part, gate).dense()).sum(axis=1)
-        magnitude = self.signals[PARTS[part]].magnitude
+        magnitude = self.operand(part).magnitude
         biases = [0] * len(sums) if bias is None else [int(b) for b in np.abs(self.bias[bias])]
         return [b + ((int(s) * magnitude) << shift) for b, s in zip(biases, sums, strict=True)]
 
@@ -766,7 +787,7 @@ class PackedModel:
                         for key, array in table.arrays.items()}
             layers[layer_name] = {
                 "cell": layer.cell, "acc_bits": layer.acc_bits, "blocks": about, "tables": tables,
-                "signals": {name: fmt.to_json() for name, fmt in layer.signals.items()},
+                "signals": {name: fmt.to_json() for name, fmt in layer.signals.items()}, "delta": layer.delta,
             }
         about = {"layers": layers, "rnn_bias_params": self.rnn_bias_params, "other_params": self.other_params,
                  "metadata": self.metadata}
@@ -798,7 +819,7 @@ def _restore_layer(layer_name, about, tensors) -> PackedLayer:
               for name, kind in kinds.items()}
     bias = {gate: array.astype(np.int64) for gate, array in _arrays(tensors, f"{layer_name}.bias").items()}
     signals = {name: QFormat.from_json(fmt) for name, fmt in about["signals"].items()}
-    return PackedLayer(about["cell"], blocks, bias, signals, tables, about["acc_bits"])
+    return PackedLayer(about["cell"], blocks, bias, signals, tables, about["acc_bits"], about["delta"])
 
 
 def _arrays(tensors, name):

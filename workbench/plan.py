@@ -1,8 +1,9 @@
 """Plan: which method and number format each block gets, and the formats of the signals. Plain data, JSON in and out."""
 
 import json
+import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from workbench.fixedpoint import TABLES, QFormat
 from workbench.gates import blocks, cell_name, layers, rnns, weights
 from workbench.methods import Method, method_from_json, method_label, method_to_json
-from workbench.packed import PackedModel, signals_of
+from workbench.packed import PARTS, PackedModel, signals_of
 from workbench.quantise import weight_format
 
 ACTIVATIONS = tuple(TABLES)  # the kinds of activation table
@@ -24,28 +25,47 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """blocks: block name -> BlockPlan; signals: layer name -> {signal -> QFormat}; activation: table kind."""
+    """blocks: block name -> BlockPlan; signals: layer name -> {signal -> QFormat}; activation: table kind.
+
+    delta: layer name -> {signal -> delta threshold}, in units of the signal's own values (`pack` turns it into integers): an
+    element of what weights multiply, "input", "hidden" or "unprojected", is sent again only if it moved by more than this since
+    it was last sent. What is not named is sent whole in every step.
+    """
 
     blocks: dict[str, BlockPlan]
     signals: dict[str, dict[str, QFormat]]
     activation: str = "linear"
+    delta: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"Plan knows the activations {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        if not isinstance(self.delta, dict) or not all(isinstance(mine, dict) for mine in self.delta.values()):
+            raise ValueError(f"Plan needs delta thresholds by layer and signal, got {self.delta!r}")
+        for layer, mine in self.delta.items():
+            for name, threshold in mine.items():
+                number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+                if not number or not 0 <= threshold < math.inf:
+                    raise ValueError(f"Plan needs a delta threshold of at least 0 for {name} of {layer}, got {threshold!r}")
 
     def check(self, model: torch.nn.Module) -> None:
         """Refuse a plan that misses a block or layer of the model, names one it does not have, or does not fit a shape."""
         for what, planned, known in (("block", self.blocks, blocks(model)),
-                                     ("layer", self.signals, layers(model))):
+                                     ("layer", self.signals, layers(model)), ("layer", self.delta, layers(model))):
             if unknown := [name for name in planned if name not in known]:
                 raise ValueError(f"the plan names the {what}s {', '.join(unknown)}, the model has {', '.join(known)}")
+            if planned is self.delta:  # it may leave out layers
+                continue
             if missing := [name for name in known if name not in planned]:
                 raise ValueError(f"the plan misses the {what}s {', '.join(missing)}")
         for name, layer in layers(model).items():
             rnn, signals = rnns(model)[layer.rnn], self.signals[name]
             if set(signals) != set(expected := signals_of(cell_name(rnn), bool(rnn.proj_size))):
                 raise ValueError(f"Plan needs the signals {', '.join(expected)} of {name}, got {', '.join(signals) or 'none'}")
+            multiplied = [signal for signal in PARTS.values() if signal in signals]
+            if unknown := set(self.delta.get(name, ())) - set(multiplied):
+                raise ValueError(f"Plan takes delta thresholds of {', '.join(multiplied)} of {name}, got "
+                                 f"{', '.join(sorted(unknown))}")
         for name, w in weights(model).items():
             try:
                 self.blocks[name].method.constrain(w, self.blocks[name].format)
@@ -55,6 +75,10 @@ class Plan:
     def with_signals(self, signals) -> "Plan":
         return replace(self, signals=signals)
 
+    def with_delta(self, **thresholds: float) -> "Plan":
+        """The same delta thresholds for every layer, for example input=0.1, hidden=0.05; none: no delta."""
+        return replace(self, delta={layer: dict(thresholds) for layer in self.signals} if thresholds else {})
+
     def to_json(self) -> dict:
         return {
             "blocks": {name: {"method": method_to_json(entry.method), "format": entry.format.to_json()}
@@ -62,7 +86,7 @@ class Plan:
             "signals": {layer: {name: fmt.to_json() for name, fmt in signals.items()}
                         for layer, signals in self.signals.items()},
             "activation": self.activation,
-        }
+        } | ({"delta": self.delta} if self.delta else {})
 
     @classmethod
     def read(cls, source) -> "Plan":
@@ -80,8 +104,8 @@ class Plan:
             except json.JSONDecodeError as error:
                 raise ValueError(f"Plan.read needs JSON, got text that is not: {error}") from error
         keys = {"blocks", "signals", "activation"}
-        if not isinstance(source, dict) or set(source) != keys:
-            raise ValueError(f"a plan needs exactly the keys {', '.join(sorted(keys))}, got {_keys(source)}")
+        if not isinstance(source, dict) or set(source) - {"delta"} != keys:
+            raise ValueError(f"a plan needs exactly the keys {', '.join(sorted(keys))} and, if any, delta, got {_keys(source)}")
         for key in ("blocks", "signals"):
             if not isinstance(source[key], dict):
                 raise ValueError(f"a plan needs an object as {key}, got {source[key]!r}")
@@ -100,7 +124,7 @@ class Plan:
                 signals[layer] = {name: QFormat.from_json(fmt) for name, fmt in formats.items()}
             except (ValueError, TypeError) as error:
                 raise ValueError(f"the signals of layer {layer}: {error}") from error
-        return cls(planned, signals, source["activation"])
+        return cls(planned, signals, source["activation"], source.get("delta", {}))
 
     def table(self, packed: PackedModel) -> list[dict]:
         """One row a block of the packed model, for the eye: method, format, stored values, bits on disk, its own ratio."""

@@ -550,6 +550,8 @@ def fitting_mappings(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> lis
 
 def _check_layer(layer, spec):
     """Refuse a layer whose words or sums are wider than the array's."""
+    if layer.delta:
+        raise ValueError(f"the array sends every signal whole so far, got delta thresholds {layer.delta}")
     widest = max([layer.signals[PARTS[part]] for part in parts_of(layer)] + [block.fmt for block in layer.blocks.values()],
                  key=lambda fmt: fmt.bits)
     if widest.bits > spec.word_bits:
