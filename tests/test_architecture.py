@@ -22,7 +22,7 @@ LEVELS = (
     ("container", "fixedpoint", "packed"),
     ("engine", "array"),
     ("gates", "methods"),
-    ("plan", "budget", "constrain", "quantise", "emulation"),
+    ("plan", "budget", "constrain", "quantise", "emulation", "units"),
     ("tasks", "models", "train"),
     ("sensitivity", "allocation", "signals"),
     ("runs", "pareto", "published", "sweep", "index", "report", "plots", "study", "precision", "tables", "__main__"),

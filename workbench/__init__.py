@@ -36,6 +36,7 @@ _NAMES = {
         " published_table ranking_table record_precision record_sensitivity record_study record_tradeoff"
         " sensitivity_summary sensitivity_verdict signal_table spec_table split_table stability_table systolic_table task_table"
         " tradeoff_table tradeoff_verdict unreachable_table verdict",
+        "units": "remove_units unit_scores",
         "train": "baseline evaluate fit load_checkpoint paired_interval save_checkpoint",
     }.items()
     for name in names.split()
@@ -43,7 +44,7 @@ _NAMES = {
 _SUBMODULES = (
     "allocation", "array", "budget", "constrain", "container", "emulation", "engine", "fixedpoint", "gates", "index", "methods",
     "models", "packed", "pareto", "plan", "plots", "precision", "published", "quantise", "report", "runs", "sensitivity",
-    "signals", "study", "sweep", "tables", "tasks", "train",
+    "signals", "study", "sweep", "tables", "tasks", "train", "units",
 )  # fmt: skip
 
 __all__ = ["__version__", *_NAMES, *_SUBMODULES]

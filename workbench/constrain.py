@@ -12,6 +12,7 @@ from workbench.gates import (
     blocks,
     cell_name,
     check_supported,
+    dense_weights,
     layers,
     layers_of,
     merged_bias,
@@ -93,10 +94,11 @@ def constrain_weights(model: nn.Module, plan: Plan) -> None:
         parametrize.register_parametrization(model.get_submodule(path), parameter, _GateWeights(modules))
 
 
-def pack(model: nn.Module, plan) -> PackedModel:
+def pack(model: nn.Module, plan, original: nn.Module | None = None) -> PackedModel:
     """The integers of a model under a plan. A model that is not constrained is projected first (one-shot).
 
-    Overflow is decided here: a row that could leave the accumulator, or a bias that does not fit 32 bits, is refused.
+    original: the model before remove_units; compression ratios then start from its weights, in the file too. Overflow is
+    decided here: a row that could leave the accumulator, or a bias that does not fit 32 bits, is refused.
     """
     plan = Plan.read(plan)
     check_supported(model)
@@ -115,9 +117,17 @@ def pack(model: nn.Module, plan) -> PackedModel:
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
         rnn_bias_params += sum(b.size for b in bias.values()) if rnn.bias else 0
+    packed = PackedModel(packed, rnn_bias_params, _other_params(model))
+    if original is None:
+        return packed
+    biases = sum(b.numel() for name, layer in layers(original).items() if rnns(original)[layer.rnn].bias
+                 for b in merged_bias(rnns(original)[layer.rnn], layer.suffix).values())
+    return packed.with_original(dense_weights(blocks(original)), biases + _other_params(original))
+
+
+def _other_params(model):
     recurrent = {id(p) for rnn in rnns(model).values() for p in rnn.parameters()}
-    other_params = sum(p.numel() for p in model.parameters() if id(p) not in recurrent)
-    return PackedModel(packed, rnn_bias_params, other_params)
+    return sum(p.numel() for p in model.parameters() if id(p) not in recurrent)
 
 
 def _packed_block(model, plan, name):

@@ -65,6 +65,11 @@ class SequenceClassifier(nn.Module):
     def rnn(self) -> nn.Module:
         return getattr(self, self.cell.lower())
 
+    @property
+    def consumers(self) -> dict[str, list[str]]:
+        """What takes the output of the recurrent module, for remove_units."""
+        return {self.cell.lower(): ["classifier"]}
+
     def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Logits (B, classes) of the padded sequences `x`, (B, T, F) or tokens (B, T), of `lengths` (B,) frames; padding
         has no influence."""
@@ -107,6 +112,11 @@ class LanguageModel(nn.Module):
     @property
     def rnn(self) -> nn.Module:
         return getattr(self, self.cell.lower())
+
+    @property
+    def consumers(self) -> dict[str, list[str]]:
+        """What takes the output of the recurrent module; remove_units refuses it: a unit is a feature of every word too."""
+        return {self.cell.lower(): ["embedding"]}
 
     def forward(self, tokens: torch.Tensor, state=None):
         """(logits (T, B, vocab) of the tokens after each of `tokens` (T, B), state of the recurrent layers)."""

@@ -692,6 +692,8 @@ class PackedModel:
     def __post_init__(self):
         for name in ("rnn_bias_params", "other_params"):
             check_whole("PackedModel", name, getattr(self, name), 0)
+        for what, count in zip(("weights", "other parameters"), self.metadata.get("original", ()), strict=False):
+            check_whole("PackedModel", f"number of original {what}", count, 0)
         for name, layer in self.layers.items():
             path, index, reverse = _layer_place(name)
             start, suffix = f"{path}." * bool(path), f"l{index}{'_reverse' * reverse}"
@@ -738,6 +740,15 @@ class PackedModel:
     def dense_weights(self) -> int:
         return self._sum(lambda b: b.shape[0] * b.shape[1])
 
+    def with_original(self, weights: int, others: int) -> "PackedModel":
+        """The same, its ratios counted from a larger model (of which whole units were removed): RNN weights, all others."""
+        return replace(self, metadata=self.metadata | {"original": [weights, others]})
+
+    @property
+    def counted_weights(self) -> int:
+        """Weights that the ratios start from: dense_weights, or those of the original."""
+        return self.metadata.get("original", [self.dense_weights])[0]
+
     @property
     def value_bits(self) -> int:
         return self._sum(lambda b: b.value_bits)
@@ -753,23 +764,24 @@ class PackedModel:
     @property
     def cr_params(self) -> float:
         """Dense weights / stored values."""
-        return _ratio(self.dense_weights, self._sum(lambda b: b.stored_values))
+        return _ratio(self.counted_weights, self._sum(lambda b: b.stored_values))
 
     @property
     def cr_bits(self) -> float:
         """32 * dense weights / value bits."""
-        return _ratio(32 * self.dense_weights, self.value_bits)
+        return _ratio(32 * self.counted_weights, self.value_bits)
 
     @property
     def cr_disk(self) -> float:
         """32 * dense weights / every bit written for the RNN weight matrices."""
-        return _ratio(32 * self.dense_weights, self.storage_bits)
+        return _ratio(32 * self.counted_weights, self.storage_bits)
 
     @property
     def cr_model(self) -> float:
         """The whole model: biases and all other parameters stay at 32 bits."""
-        rest = 32 * (self.rnn_bias_params + self.other_params)
-        return _ratio(32 * self.dense_weights + rest, self.storage_bits + rest)
+        rest = self.rnn_bias_params + self.other_params
+        _, before = self.metadata.get("original", [None, rest])
+        return _ratio(32 * (self.counted_weights + before), self.storage_bits + 32 * rest)
 
     def save(self, path) -> Path:
         """Write one file (see container.py): bit-packed payload and a JSON manifest."""

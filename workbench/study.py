@@ -291,12 +291,6 @@ def array_layers(model: torch.nn.Module, task: Task, comparison: Comparison, see
     return {label: next(iter(packed[label].layers.values())) for label in order}
 
 
-def _stored_parameters(model) -> int:
-    """Parameters of a dense classifier as it would be stored: the two biases of its LSTM merged into one."""
-    merged = sum(p.numel() for name, p in model.named_parameters() if "bias_hh" in name)
-    return sum(p.numel() for p in model.parameters()) - merged
-
-
 def small_hidden_size(num_features: int, payload_bits: int) -> int:
     """Units of the smallest 8-bit dense LSTM whose matrices take at least payload_bits (ties go to the control)."""
     hidden_size = 1
@@ -356,13 +350,10 @@ def _compressed(task, dense, start, plan, variant, seed, retraining) -> dict:
     retraining.run(compressed, task, dense, seed, f"{_units(start)} {json.dumps(plan.to_json())}", constraints)
     # Retraining moves the ranges of the signals, so their formats are calibrated on the model that is packed.
     plan = plan.with_signals(calibrate(compressed, calibration_batches(task)))
-    packed = pack(compressed, plan)
-    dense_bits = 32 * dense_weights(blocks(dense))
-    rest = 32 * (packed.rnn_bias_params + packed.other_params)
+    packed = pack(compressed, plan, original=dense)
     return _identity(variant, seed, start) | {
-        "arithmetic": "integers", "cr_params": dense_bits / 32 / _stored_values(packed),
-        "cr_bits": dense_bits / packed.value_bits, "cr_disk": dense_bits / packed.storage_bits,
-        "cr_model": 32 * _stored_parameters(dense) / (packed.storage_bits + rest),
+        "arithmetic": "integers", "cr_params": packed.cr_params, "cr_bits": packed.cr_bits, "cr_disk": packed.cr_disk,
+        "cr_model": packed.cr_model,
         "rnn_bytes": packed.storage_bits // 8, "plan": plan, "packed": packed,
     } | _measurement(attach(compressed, packed), task, before)
 

@@ -1,0 +1,227 @@
+"""Hidden units: what is left computes what the full model does with the removed units at zero; scores and sizes by hand."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import workbench as wb
+from workbench.gates import blocks, dense_weights, layers, rnns
+
+
+class Tagger(nn.Module):
+    """Recurrent layers whose output, padded again, goes to two heads; the last state goes nowhere."""
+
+    def __init__(self, rnn, width):
+        super().__init__()
+        self.rnn, self.head, self.gate = rnn, nn.Linear(width, 3), nn.Linear(width, 1)
+
+    def forward(self, x, lengths=None):
+        if lengths is not None:
+            packed = pack_padded_sequence(x, lengths, batch_first=self.rnn.batch_first, enforce_sorted=False)
+            out, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=self.rnn.batch_first)
+        else:
+            out, _ = self.rnn(x)
+        return self.head(out) * self.gate(out).sigmoid()
+
+
+HEADS = {"rnn": ["head", "gate"]}
+FORMS = {
+    "LSTM": nn.LSTM(3, 6),
+    "GRU": nn.GRU(3, 6),
+    "no biases": nn.LSTM(3, 6, bias=False),
+    "two layers": nn.LSTM(3, 6, num_layers=2),
+    "bidirectional": nn.GRU(3, 6, bidirectional=True, batch_first=True),
+    "two bidirectional layers": nn.LSTM(3, 6, num_layers=2, bidirectional=True, batch_first=True),
+    "projected": nn.LSTM(3, 6, num_layers=2, bidirectional=True, proj_size=2),
+}
+
+
+def tagger(form):
+    torch.manual_seed(0)
+    rnn = FORMS[form]
+    for parameter in rnn.parameters():
+        nn.init.normal_(parameter)
+    return Tagger(rnn, (rnn.proj_size or rnn.hidden_size) * (1 + rnn.bidirectional)).double()
+
+
+def units_zero(model, removed):
+    """The full model in which nothing takes the h of the removed units: layer name -> units."""
+    model = wb.bake(model)
+    with torch.no_grad():
+        for name, layer in layers(model).items():
+            rnn, units = rnns(model)[layer.rnn], removed[name]
+            places = torch.tensor(units) + rnn.hidden_size * layer.reverse
+            if rnn.proj_size:
+                getattr(rnn, f"weight_hr_{layer.suffix}")[:, units] = 0
+                continue
+            getattr(rnn, f"weight_hh_{layer.suffix}")[:, units] = 0
+            above = [f"weight_ih_l{layer.index + 1}{end}" for end in ("", "_reverse")]
+            above = [getattr(rnn, parameter) for parameter in above if hasattr(rnn, parameter)]
+            for w in above or [model.head.weight, model.gate.weight]:
+                w[:, places] = 0
+    return model
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_outputs_are_those_of_the_full_model_with_the_units_at_zero(form):
+    model = tagger(form)
+    kept = {name: sorted(torch.randperm(6, generator=torch.Generator().manual_seed(n))[:4].tolist())
+            for n, name in enumerate(layers(model))}
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    smaller = wb.remove_units(model, kept, None if form == "projected" else HEADS)
+    full = units_zero(model, {name: [u for u in range(6) if u not in units] for name, units in kept.items()})
+    x = torch.randn(5, 4, 3, dtype=torch.float64)
+    for arguments in ((x,), (x, torch.tensor([2, 4, 1, 3, 4][: 5 if model.rnn.batch_first else 4]))):
+        torch.testing.assert_close(smaller(*arguments), full(*arguments), rtol=0, atol=1e-14)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert smaller.rnn.hidden_size == 4 and all(b.shape[0] in (4, 2) for b in blocks(smaller).values())
+    assert {type(p) for p in smaller.parameters()} == {nn.Parameter} and str(4) in repr(smaller.rnn)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_zero_means_the_h_of_every_step(cell):
+    """The reference above by the letter: after each step the h of the removed units is set to zero."""
+    model = tagger(cell)
+    kept = [0, 3, 4]
+    smaller = wb.remove_units(model, {"rnn.l0": kept}, HEADS)
+    x, state, outputs = torch.randn(7, 2, 3, dtype=torch.float64), None, []
+    for frame in x:
+        out, state = model.rnn(frame[None], state)
+        keep = torch.zeros(6, dtype=torch.float64).index_fill_(0, torch.tensor(kept), 1)
+        state = (state[0] * keep, state[1]) if cell == "LSTM" else state * keep
+        outputs.append(out * keep)
+    expected = torch.cat(outputs)
+    torch.testing.assert_close(smaller.rnn(x)[0], expected[:, :, kept], rtol=0, atol=1e-14)
+    torch.testing.assert_close(smaller(x), model.head(expected) * model.gate(expected).sigmoid(), rtol=0, atol=1e-14)
+
+
+def test_scores_by_hand():
+    """One feature, two units, GRU without biases; a head. Unit 0: W_ih 1 2 3, its rows of W_hh (own weights 1, 1, 1, from
+    unit 1 2, 0, 0), its column of W_hh below that (0, 3, 0), head 4: squares 14 + 3 + 4 + 9 + 16 = 46. Unit 1: W_ih 0, rows of
+    W_hh the 3 and its own 0, 0, 5; column the 2; head 0: 9 + 25 + 4 = 38."""
+    model = Tagger(nn.GRU(1, 2, bias=False), 2)
+    with torch.no_grad():
+        model.rnn.weight_ih_l0.copy_(torch.tensor([[1.0], [0], [2], [0], [3], [0]]))  # rows r0 r1 z0 z1 n0 n1
+        model.rnn.weight_hh_l0.copy_(torch.tensor([[1.0, 2], [0, 0], [1, 0], [3, 0], [1, 0], [0, 5]]))
+        model.head.weight.copy_(torch.tensor([[4.0, 0], [0, 0], [0, 0]]))
+        model.gate.weight.zero_()
+    scores = wb.unit_scores(model, HEADS)
+    torch.testing.assert_close(scores, {"rnn.l0": torch.tensor([46.0, 38.0]).sqrt()})
+    assert wb.remove_units(model, 1, HEADS).rnn.weight_ih_l0.tolist() == [[1], [2], [3]]
+
+
+def test_scores_count_what_takes_the_unit_in_the_layer_above_and_the_projection():
+    for form, columns in (("two bidirectional layers", ["weight_ih_l1", "weight_ih_l1_reverse"]),
+                          ("projected", ["weight_hr_l0"])):
+        model = tagger(form)
+        before = wb.unit_scores(model, HEADS)
+        with torch.no_grad():
+            for parameter in columns:
+                getattr(model.rnn, parameter)[:, 2] *= 100
+        after = wb.unit_scores(model, HEADS)
+        assert (after["rnn.l0"] > 10 * before["rnn.l0"]).nonzero().tolist() == [[2]]
+        assert list(after) == list(layers(model))
+
+
+def test_ratios_start_from_the_original_when_it_is_given(tiny_task, tmp_path):
+    """16 units of 3 features: 4 * 16 * 19 = 1,216 weights; of 5 units 4 * 5 * 8 = 160, in 8 bits: 1,216 * 32 / 1,280."""
+    model = wb.build_classifier(tiny_task, 16, seed=0)
+    smaller = wb.remove_units(model, 5)  # the classifier is known
+    assert smaller.lstm.hidden_size == smaller.classifier.in_features == 5
+    plan = wb.uniform(smaller, wb.Dense(), 8, wb.calibrate(smaller, [(torch.randn(2, 4, 3), torch.tensor([4, 4]))]))
+    packed = wb.pack(smaller, plan, original=model)
+    assert (packed.cr_disk, packed.cr_bits, packed.cr_params) == (30.4, 30.4, 7.6)
+    # The rest in 32 bits: 4 * 16 merged biases and 16 * 2 + 2 of the head, after it 4 * 5 and 5 * 2 + 2.
+    assert packed.cr_model == 32 * (1216 + 64 + 34) / (1280 + 32 * (20 + 12))
+    read = wb.load(packed.save(tmp_path / "model"))
+    assert read.cr_disk == 30.4 and read.cr_model == packed.cr_model and read.dense_weights == 160
+    assert wb.pack(smaller, plan).cr_disk == 4
+    with pytest.raises(ValueError, match="PackedModel needs a whole number of original weights of at least 0, got 1.5"):
+        packed.with_original(1.5, 0)
+
+
+def test_what_is_smaller_goes_the_whole_way(tiny_task):
+    model = wb.build_classifier(tiny_task, 16, seed=0, cell="GRU", num_layers=2, bidirectional=True)
+    smaller = wb.remove_units(wb.compress(model, wb.uniform(model, wb.TopK(0.5), 8, signals_of(model))), 8)
+    assert not any(parametrize.is_parametrized(m) for m in smaller.modules())
+    assert dense_weights(blocks(smaller)) == 3 * 2 * (8 * 11 + 8 * 24)
+    compressed = wb.compress(smaller, wb.uniform(smaller, wb.BlockCirculant(4), 8, signals_of(smaller)))
+    wb.fit(compressed, tiny_task, seed=0, epochs=1, progress=False)
+    packed = wb.pack(compressed, plan := wb.uniform(smaller, wb.BlockCirculant(4), 8, signals_of(compressed)))
+    assert plan.blocks.keys() == packed.blocks.keys()
+    assert wb.evaluate(wb.attach(compressed, packed), tiny_task, "valid").losses.shape == (40,)
+
+
+def signals_of(model):
+    return wb.calibrate(model, [(torch.randn(2, 4, 3), torch.tensor([4, 4]))])
+
+
+def test_another_recurrent_module_may_take_the_output():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.GRU(3, 4, bidirectional=True), nn.LSTM(8, 5, bidirectional=True)
+            self.head = nn.Linear(10, 2)
+
+        def forward(self, x):
+            return self.head(self.decoder(self.encoder(x)[0])[0])
+
+    torch.manual_seed(0)
+    model = Both()
+    consumers = {"encoder": ["decoder"], "decoder": ["head"]}
+    smaller = wb.remove_units(model, 3, consumers)
+    sizes = [(m.input_size, m.hidden_size, m.weight_ih_l0_reverse.shape[1]) for m in (smaller.encoder, smaller.decoder)]
+    assert sizes == [(3, 3, 3), (6, 3, 6)] and smaller(torch.randn(2, 1, 3)).shape == (2, 1, 2)
+    only = wb.remove_units(model, {"encoder.l0": [1, 2], "encoder.l0_reverse": [0, 3]}, {"encoder": ["decoder"]})
+    assert torch.equal(only.decoder.weight_ih_l0, model.decoder.weight_ih_l0[:, [1, 2, 4, 7]])
+    assert torch.equal(only.head.weight, model.head.weight) and only.decoder.hidden_size == 5
+
+
+def test_a_recurrent_module_alone_has_nothing_outside():
+    rnn = nn.LSTM(3, 4)
+    assert wb.remove_units(rnn, 2)(torch.randn(5, 1, 3))[0].shape == (5, 1, 2)
+
+
+def head(width=6, **modules):
+    model = Tagger(nn.LSTM(3, 6), width)
+    for name, module in modules.items():
+        setattr(model, name, module)
+    return model
+
+
+@pytest.mark.parametrize(("model", "keep", "consumers", "message"), [
+    (head(), 3, None, r"to know what takes the output of 'rnn': give consumers=\{'rnn': \[...\]\}; nn.Linear of 6 features are "
+                      "head, gate"),
+    (head(), 3, {"lstm": []}, "needs consumers of the recurrent modules rnn, got those of lstm"),
+    (head(), 3, {"rnn": ["head", "head"]}, "needs each consumer once, got 'head' twice"),
+    (head(), 3, {"rnn": ["tail"]}, "the consumer 'tail' of 'rnn' is no module of the model"),
+    (head(norm=nn.LayerNorm(6)), 3, {"rnn": ["norm"]}, "the consumer 'norm' of 'rnn' is an nn.LayerNorm"),
+    (head(7), 3, HEADS, "needs a consumer of the 6 features of 'rnn', 'head' takes 7"),
+    (head(head=nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))), 3, HEADS,
+     "needs plain weights, and the consumer 'head' of 'rnn' is parametrized"),
+    (wb.LanguageModel(9, 6), 3, None, "the consumer 'embedding' of 'lstm' is an nn.Embedding"),
+    (head(), 0, HEADS, "needs a whole number of units to keep of at least 1, got 0"),
+    (head(), 0.5, HEADS, "needs a whole number of units to keep of at least 1, got 0.5"),
+    (head(), 7, HEADS, "cannot keep 7 units of rnn.l0, which has 6"),
+    (head(), {"rnn.l1": [0]}, HEADS, "knows the layers rnn.l0, got rnn.l1"),
+    (head(), {"rnn.l0": [0, 0]}, HEADS, r"needs different units of rnn.l0 from 0 to 5, at least one, got \[0, 0\]"),
+    (head(), {"rnn.l0": [1, 6, -1]}, HEADS, r"from 0 to 5, at least one, got \[6, -1\]"),
+    (head(), {"rnn.l0": []}, HEADS, r"at least one, got \[\]"),
+    (head(rnn=nn.LSTM(3, 6, num_layers=2)), {"rnn.l0": [0, 1], "rnn.l1": [0]}, HEADS,
+     "needs equally many units in every layer of 'rnn', which has one hidden size, got 2 of rnn.l0, 1 of rnn.l1"),
+    (head(rnn=nn.LSTM(3, 6, num_layers=2)), {"rnn.l0": [0, 1]}, HEADS, "got 2 of rnn.l0, 0 of rnn.l1"),
+    (head(rnn=nn.LSTM(3, 6, proj_size=2)), 2, None, "needs to keep more units of 'rnn' than its proj_size 2, got 2"),
+    (head(rnn=nn.RNN(3, 6)), 3, HEADS, "'rnn' is an nn.RNN: the workbench takes nn.LSTM and nn.GRU"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_refused_by_name(model, keep, consumers, message):
+    with pytest.raises(ValueError, match=message):
+        wb.remove_units(model, keep, consumers)
+
+
+def test_a_head_that_shares_its_weights_is_refused():
+    model = head(words=nn.Embedding(3, 6))
+    model.head.weight = model.words.weight
+    with pytest.raises(ValueError, match="needs weights of one module each, and 'head' shares its weight with 'words'"):
+        wb.remove_units(model, 3, HEADS)

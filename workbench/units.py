@@ -1,0 +1,195 @@
+"""Hidden units: removed whole, from every matrix that makes or takes them, so that the layer really gets smaller.
+
+After ISS, "Learning intrinsic sparse structures within long short-term memory" (Wen et al. 2018, arXiv 1709.05027): to a unit
+belong its row of every gate in W_ih and W_hh, its biases, and its column of everything that takes its h: W_hh, the projection
+W_hr or else the next layer's W_ih, and what reads the output. A transform of the model, done before a plan.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from workbench.constrain import bake
+from workbench.gates import check_supported, layers, layers_of, rnns
+from workbench.packed import check_whole
+
+Consumers = dict[str, list[str]]
+
+
+class _Taker(NamedTuple):
+    """A matrix that takes the h of a layer and direction: a module's parameter, and the column that unit 0 has in it."""
+
+    module: nn.Module
+    parameter: str
+    first: int
+
+
+def unit_scores(model: nn.Module, consumers: Consumers | None = None) -> dict[str, torch.Tensor]:
+    """Layer name -> (hidden_size,) L2 norm of all weights that belong to each unit, biases apart. consumers: see
+    remove_units."""
+    check_supported(model)
+    model = bake(model)
+    return _scores(model, _takers(model, consumers, rnns(model)))
+
+
+def remove_units(model: nn.Module, keep: int | dict[str, Iterable[int]], consumers: Consumers | None = None) -> nn.Module:
+    """A smaller copy of the model that computes what the full one would if the h of the removed units were zero.
+
+    keep: how many units of every layer and direction stay, those of the largest unit_scores; or layer name -> the units that
+    stay, for every layer of the recurrent modules that are to shrink. All layers of one module must keep equally many.
+    consumers: path of a recurrent module -> paths of the modules that take its output (or last state, directions side by side
+    as torch gives them): nn.Linear, nn.LSTM or nn.GRU. A module that bears an attribute `consumers` of that form, as
+    SequenceClassifier does, need not name them; with a projection nothing outside changes, so none is needed. Code that looks
+    at the output in another way, or makes initial states of a size of its own, cannot be seen here. A compressed model is
+    baked first. Ratios of the smaller model count against the full one with pack(..., original=model).
+    """
+    check_supported(model)
+    model = bake(model)
+    known = layers(model)
+    shrinking = {known[name].rnn for name in keep if name in known} if isinstance(keep, dict) else rnns(model)
+    takers = _takers(model, consumers, shrinking)
+    kept = _kept(model, keep, takers)
+    rows, columns = {}, {}  # (module, parameter) -> those that stay
+    for name, units in kept.items():
+        rnn, suffix = rnns(model)[known[name].rnn], known[name].suffix
+        for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if rnn.bias else 2]:
+            gates = len(getattr(rnn, f"{part}_{suffix}")) // rnn.hidden_size
+            rows[rnn, f"{part}_{suffix}"] = torch.cat([gate * rnn.hidden_size + units for gate in range(gates)])
+        for module, parameter, first in takers[name]:
+            columns.setdefault((module, parameter), []).append(first + units)
+    _check_not_shared(model, rows | columns)
+    for module, parameter in rows | columns:
+        w = getattr(module, parameter)
+        smaller = w.detach()
+        if (module, parameter) in rows:
+            smaller = smaller[rows[module, parameter].to(w.device)]
+        if (module, parameter) in columns:
+            smaller = smaller[:, torch.cat(columns[module, parameter]).to(w.device)]
+        setattr(module, parameter, nn.Parameter(smaller.clone(), w.requires_grad))
+    for rnn in rnns(model).values():  # sizes last: above they tell where things lie
+        rnn.hidden_size = rnn.weight_hh_l0.shape[0] // (4 if isinstance(rnn, nn.LSTM) else 3)
+        rnn.input_size = rnn.weight_ih_l0.shape[1]
+        rnn._init_flat_weights()
+    for module, parameter in columns:
+        if isinstance(module, nn.Linear):
+            module.in_features = getattr(module, parameter).shape[1]
+    return model
+
+
+def _takers(model, consumers, shrinking) -> dict[str, list[_Taker]]:
+    """Layer name -> everything that takes the h of its units, for the layers of the modules that shrink."""
+    outside = _consumers(model, getattr(model, "consumers", None) if consumers is None else consumers, shrinking)
+    takers = {}
+    for path in shrinking:
+        rnn = rnns(model)[path]
+        for layer in layers_of(rnn, path):
+            if rnn.proj_size:
+                takers[layer.name] = [_Taker(rnn, f"weight_hr_{layer.suffix}", 0)]
+                continue
+            first = rnn.hidden_size * layer.reverse  # both directions are taken side by side
+            inside = [_Taker(rnn, f"weight_ih_{above.suffix}", first) for above in layers_of(rnn)
+                      if above.index == layer.index + 1]
+            takers[layer.name] = [_Taker(rnn, f"weight_hh_{layer.suffix}", 0), *inside]
+            if not inside:
+                takers[layer.name] += [_Taker(module, parameter, first) for module, parameter in outside.get(path, ())]
+    return takers
+
+
+def _consumers(model, named, shrinking) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Path of a recurrent module -> (module, weight) of everything outside that takes its output."""
+    known, modules, found = rnns(model), dict(model.named_modules(remove_duplicate=False)), {}
+    named = {} if named is None else named
+    if unknown := [path for path in named if path not in known]:
+        raise ValueError(f"remove_units needs consumers of the recurrent modules {', '.join(known)}, got those of "
+                         f"{', '.join(unknown)}")
+    takes = [path for paths in named.values() for path in paths]
+    if doubled := [path for path in takes if takes.count(path) > 1]:
+        raise ValueError(f"remove_units needs each consumer once, got {doubled[0]!r} twice")
+    for path in shrinking:
+        rnn = known[path]
+        if rnn.proj_size or not path:  # nothing outside changes, or there is no outside
+            continue
+        width = rnn.hidden_size * (1 + rnn.bidirectional)
+        if path not in named:
+            fitting = [name for name, m in modules.items() if isinstance(m, nn.Linear) and m.in_features == width]
+            raise ValueError(f"remove_units needs to know what takes the output of {path!r}: give consumers={{{path!r}: "
+                             f"[...]}}; nn.Linear of {width} features are {', '.join(fitting) or 'none'}")
+        found[path] = [weight for name in named[path] for weight in _weights_of(modules, path, name, width)]
+    return found
+
+
+def _weights_of(modules, path, name, width):
+    module = modules.get(name)
+    if not isinstance(module, (nn.Linear, nn.LSTM, nn.GRU)):
+        what = "no module of the model" if module is None else f"an nn.{type(module).__name__}"
+        raise ValueError(f"remove_units can take units from nn.Linear, nn.LSTM and nn.GRU, and the consumer {name!r} of "
+                         f"{path!r} is {what}")
+    linear = isinstance(module, nn.Linear)
+    if parametrize.is_parametrized(module):
+        raise ValueError(f"remove_units needs plain weights, and the consumer {name!r} of {path!r} is parametrized")
+    if (size := module.in_features if linear else module.input_size) != width:
+        raise ValueError(f"remove_units needs a consumer of the {width} features of {path!r}, {name!r} takes {size}")
+    names = ["weight"] if linear else [f"weight_ih_{layer.suffix}" for layer in layers_of(module) if layer.index == 0]
+    return [(module, parameter) for parameter in names]
+
+
+def _check_not_shared(model, changed):
+    """Refuse a weight that another module uses too: what the one loses the other would lose with it."""
+    for module, parameter in changed:
+        for name, other in model.named_modules():
+            if other is not module and any(p is getattr(module, parameter) for p in other.parameters(recurse=False)):
+                own = next(name for name, m in model.named_modules() if m is module)
+                raise ValueError(f"remove_units needs weights of one module each, and {own!r} shares its {parameter} with "
+                                 f"{name!r}")
+
+
+def _scores(model, takers):
+    scores = {}
+    for name in takers:
+        layer = layers(model)[name]
+        rnn = rnns(model)[layer.rnn]
+        ih, hh = (getattr(rnn, f"weight_{part}_{layer.suffix}").detach() for part in ("ih", "hh"))
+        total = sum(w.view(-1, rnn.hidden_size, w.shape[1]).square().sum((0, 2)) for w in (ih, hh))
+        for module, parameter, first in takers[name]:
+            total += getattr(module, parameter).detach()[:, first : first + rnn.hidden_size].square().sum(0)
+        if not rnn.proj_size:  # a unit's own weight is in its row and in its column of W_hh
+            total -= hh.view(-1, rnn.hidden_size, rnn.hidden_size).diagonal(dim1=1, dim2=2).square().sum(0)
+        scores[name] = total.sqrt()
+    return scores
+
+
+def _kept(model, keep, takers) -> dict[str, torch.Tensor]:
+    """Layer name -> sorted units that stay, for the layers that shrink."""
+    known = layers(model)
+    if isinstance(keep, dict):
+        if unknown := [name for name in keep if name not in known]:
+            raise ValueError(f"remove_units knows the layers {', '.join(known)}, got {', '.join(unknown)}")
+        kept = {name: _units(name, rnns(model)[known[name].rnn].hidden_size, units) for name, units in keep.items()}
+    else:
+        check_whole("remove_units", "number of units to keep", keep, 1)
+        kept = {}
+        for name, score in _scores(model, takers).items():
+            if keep > len(score):
+                raise ValueError(f"remove_units cannot keep {keep} units of {name}, which has {len(score)}")
+            kept[name] = score.topk(keep).indices.sort().values
+    for path, rnn in rnns(model).items():
+        counts = {layer.name: len(kept.get(layer.name, ())) for layer in layers_of(rnn, path)}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"remove_units needs equally many units in every layer of {path!r}, which has one hidden size, "
+                             "got " + ", ".join(f"{count} of {name}" for name, count in counts.items()))
+        if rnn.proj_size and 0 < min(counts.values()) <= rnn.proj_size:
+            raise ValueError(f"remove_units needs to keep more units of {path!r} than its proj_size {rnn.proj_size}, got "
+                             f"{min(counts.values())}")
+    return kept
+
+
+def _units(name, hidden_size, units):
+    units = list(units)
+    wrong = [u for u in units if isinstance(u, bool) or not isinstance(u, int) or not 0 <= u < hidden_size]
+    if wrong or not units or len(set(units)) != len(units):
+        raise ValueError(f"remove_units needs different units of {name} from 0 to {hidden_size - 1}, at least one, got "
+                         f"{wrong or units}")
+    return torch.tensor(sorted(units))
