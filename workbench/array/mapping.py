@@ -109,17 +109,22 @@ def _circulant_words(packed, pe_cols, unit):
     """Pieces of unit x unit: each diagonal is one word, read once and multiplied with its inputs in turn. A whole tile
     (unit = k) has k wrapped diagonals, a smaller piece 2 * unit - 1, so that pieces of a tile hold some weights twice."""
     k, columns = packed.block, packed.shape[1]
-    diagonals = np.arange(k) if unit == k else np.arange(1 - unit, unit)
+    diagonals, i = _diagonals(k, unit)
     pieces = np.arange(packed.shape[0] // unit), np.arange(ceil_div(columns, unit))
-    piece_row, piece_col, d = (axis.ravel() for axis in np.meshgrid(*pieces, diagonals, indexing="ij"))
+    piece_row, piece_col, n = (axis.ravel() for axis in np.meshgrid(*pieces, np.arange(diagonals.size), indexing="ij"))
     first_row, first_col = piece_row * unit, piece_col * unit
-    j = np.arange(unit)
-    i = (j + d[:, None]) % k  # (words, unit) row within the piece, wrapped in a whole tile
-    used = i < unit
-    cols = first_col[:, None] + j
-    values = packed.vectors[first_row // k, first_col // k, (first_row - first_col + d) % k]
-    return _Words(values, first_row[:, None] + np.where(used, i, 0), cols, used, (used & (cols >= columns)).sum(axis=1),
+    used = (i < unit)[n]
+    cols = first_col[:, None] + np.arange(unit)
+    values = packed.vectors[first_row // k, first_col // k, (first_row - first_col + diagonals[n]) % k]
+    return _Words(values, first_row[:, None] + np.where(i < unit, i, 0)[n], cols, used, (used & (cols >= columns)).sum(axis=1),
                   first_row, first_col, packed.fmt.bits)
+
+
+def _diagonals(k, unit):
+    """Numbers of a piece's diagonals (n,), and (n, unit) the row in which each meets the columns of the piece; from `unit`
+    on there is none."""
+    diagonals = np.arange(k) if unit == k else np.arange(1 - unit, unit)
+    return diagonals, (np.arange(unit) + diagonals[:, None]) % k
 
 
 FORMS = {PackedDense: _dense_words, PackedSparse: _sparse_words, PackedCirculant: _circulant_words}
@@ -131,10 +136,15 @@ def _stored_words(packed, pe_cols, unit):
     return FORMS[type(packed)](packed, pe_cols, unit)
 
 
+def _alike(packed) -> bool:
+    """Whether a block is cut into pieces of unit x unit with alike words; a dense block's pieces are its weights."""
+    return isinstance(packed, PackedDense) or (isinstance(packed, PackedCirculant) and packed.datapath == "time")
+
+
 def _unit_loads(packed, pe_cols, unit):
     """(units, pe_cols): multiply-accumulates of each unit of rows in each PE column."""
-    if isinstance(packed, PackedDense):
-        return np.tile(_columns_of(packed.shape[1], pe_cols), (packed.shape[0], 1))
+    if _alike(packed):
+        return np.tile(unit * unit * _dealt(ceil_div(packed.shape[1], unit), pe_cols), (packed.shape[0] // unit, 1))
     words, units = _stored_words(packed, pe_cols, unit), ceil_div(packed.shape[0], unit)
     place = words.first_row // unit * pe_cols + words.first_col // unit % pe_cols
     loads = np.bincount(place, weights=words.used.sum(axis=1), minlength=units * pe_cols)
@@ -168,15 +178,17 @@ def place_units(loads, pe_rows: int) -> np.ndarray:
     """
     if loads.any() and (loads == loads[0]).all():
         return np.arange(len(loads)) % pe_rows
-    room = np.full(pe_rows, ceil_div(len(loads), pe_rows))
+    room = [ceil_div(len(loads), pe_rows)] * pe_rows
     filled = np.zeros((pe_rows, loads.shape[1]), dtype=np.int64)
     pe_row = np.empty(len(loads), dtype=np.int64)
-    for unit in np.argsort(-loads.sum(axis=1), kind="stable"):
-        fullest = (filled + loads[unit]).max(axis=1)
-        best = np.argmin(np.where(room > 0, fullest, np.iinfo(np.int64).max))
+    more_than_all = loads.sum() + 1
+    for unit in np.argsort(-loads.sum(axis=1), kind="stable").tolist():
+        best = int((filled + loads[unit]).max(axis=1).argmin())
         pe_row[unit] = best
         filled[best] += loads[unit]
         room[best] -= 1
+        if not room[best]:
+            filled[best] = more_than_all
     return pe_row
 
 
@@ -203,7 +215,8 @@ class BlockMapping:
     """The words of one block in the PEs of one region, ordered by PE, then by the order in which the PE uses them.
 
     Lists of words are written out when they are asked for; how many words, multiply-accumulates and so on lie in a part of
-    each list is read off sums along the lists (_Lists), for a dense block in closed form.
+    each list is read off sums along the lists (_WrittenLists), in closed form where all pieces of a block are alike
+    (_PieceLists).
     Time of the block alone = multiply-accumulates of the fullest PE + mac_latency + local rows + (pe_cols - 1) * link_cycles.
     """
 
@@ -229,14 +242,14 @@ class BlockMapping:
 
     @cached_property
     def _lists(self):
-        return _DenseLists(self) if isinstance(self.packed, PackedDense) else _WrittenLists(self)
+        return _PieceLists(self) if _alike(self.packed) else _WrittenLists(self)
 
     def written_out(self) -> PlacedWords:
         """Every word with its place, anew (a large block's words take much memory; `words` keeps them)."""
         words = _stored_words(self.packed, self.pe_cols, self.unit)
         pe = self.pe_row_of_row[words.first_row] * self.pe_cols + words.first_col // self.unit % self.pe_cols
         local_row = self.local_of_row[words.first_row]
-        order = np.lexsort((words.first_col, local_row, pe))
+        order = np.argsort((pe * self.shape[0] + local_row) * self.shape[1] + words.first_col, kind="stable")
         return PlacedWords(pe[order], local_row[order], words.values[order], words.rows[order], words.cols[order],
                            words.used[order], words.padding[order], words.word_bits)
 
@@ -301,7 +314,7 @@ class _WrittenLists:
         self.word_bits, self.rows, self.pes = words.word_bits, block.shape[0], np.arange(block.pe_rows * block.pe_cols)
         self.place = words.pe * self.rows + words.local_row  # ascending
         macs = words.used.sum(axis=1)
-        self.macs, self.padding = (np.concatenate([[0], np.cumsum(values)]) for values in (macs, words.padding))
+        self.macs, self.padding = (_running(values) for values in (macs, words.padding))
         row, pe = words.rows[words.used], np.repeat(words.pe, macs)
         turns = np.cumsum(np.concatenate([[0, 0], (np.diff(row) != 0) | (np.diff(pe) != 0)]))  # to a row, until each
         self.turns, self.turned = turns[self.macs], turns[np.minimum(self.macs + 1, row.size)]
@@ -321,24 +334,58 @@ class _WrittenLists:
         return macs, self.padding[end] - self.padding[first], (macs > 0) * (1 + self.turns[end] - self.turned[first])
 
 
-class _DenseLists:
-    """The same of a dense block, in closed form: each PE takes its columns of one row after the other."""
+class _PieceLists:
+    """The same in closed form where a block is cut into pieces of unit x unit with alike words (one word where it is dense):
+    a PE takes its pieces of a row of pieces one after the other, then those of its next row."""
 
     def __init__(self, block):
-        self.word_bits, self.local_rows = block.fmt.bits, block.local_rows
-        self.columns = _columns_of(block.shape[1], block.pe_cols)
+        packed, unit, pieces = block.packed, block.unit, ceil_div(block.shape[1], block.unit)
+        row = _diagonals(packed.block, unit)[1] if isinstance(packed, PackedCirculant) else np.zeros((1, 1), dtype=np.int64)
+        used = row < unit
+        rows = [row[word, of_word] for word, of_word in enumerate(used)]  # of each word, in the order of its products
+        turned = [word > 0 and rows[word][0] != rows[word - 1][-1] for word in range(len(rows))]
+        self.word_bits, self.unit, self.local_rows = block.fmt.bits, unit, block.local_rows
+        self.pieces = np.tile(_dealt(pieces, block.pe_cols), block.pe_rows)  # (PEs,) in a row of pieces
+        self.last = np.arange(self.pieces.size) % block.pe_cols == (pieces - 1) % block.pe_cols  # PEs with the last of a row
+        # Of a piece's words: multiply-accumulates, those of padding in the last piece of a row, turns to another row.
+        self.macs = _running(used.sum(axis=1))
+        self.padding = _running(used[:, block.shape[1] - (pieces - 1) * unit :].sum(axis=1))
+        self.turns = _running(used.sum(axis=1) - 1 + turned)
+        self.turned, self.turned_again = np.array(turned), rows[0][0] != rows[-1][-1]  # at the next piece of the same row
 
     def count(self, low, high):
-        return np.outer(np.clip(self.local_rows - low, 0, high - low), self.columns).ravel()
+        rows = np.clip(self.local_rows - low, 0, high - low) // self.unit
+        return np.repeat(rows, self.pieces.size // rows.size) * self.pieces * self.turned.size
 
     def sums(self, low, first, end):
-        columns, macs = np.tile(np.maximum(self.columns, 1), self.local_rows.size), end - first
-        return macs, np.zeros_like(macs), (macs > 0) * (-(-end // columns) - first // columns)
+        across = np.maximum(self.pieces, 1)
+
+        def place(at):
+            piece, word = np.divmod(at, self.turned.size)
+            return piece, word, *np.divmod(piece, across)
+
+        def until(at):
+            piece, word, rows, in_row = place(at)
+            begun = piece + (word > 0)
+            turns = np.where(self.turned_again, begun, -(-begun // across))
+            return (piece * self.macs[-1] + self.macs[word],
+                    self.last * (rows * self.padding[-1] + (in_row == across - 1) * self.padding[word]),
+                    piece * self.turns[-1] + self.turns[word] + turns)
+
+        macs, padding, turns = (b - a for a, b in zip(until(first), until(end), strict=True))
+        _, word, _, in_row = place(first)
+        turned = np.where(word > 0, self.turned[word], self.turned_again | (in_row == 0))
+        return macs, padding, (macs > 0) * (1 - turned + turns)
 
 
-def _columns_of(columns, pe_cols):
-    """(pe_cols,) of a block's columns, dealt round the PE columns, how many each has."""
-    return (columns + np.arange(pe_cols)[::-1]) // pe_cols
+def _running(values):
+    """Sums of the first 0, 1, 2, ... values."""
+    return np.concatenate([[0], np.cumsum(values)])
+
+
+def _dealt(number, pe_cols):
+    """(pe_cols,) how many each PE column gets of columns, or of pieces, that go round the PE columns."""
+    return (number + np.arange(pe_cols)[::-1]) // pe_cols
 
 
 def map_block(packed, pe_rows: int, pe_cols: int, unit: int | None = None, pe_row_of_unit=None) -> BlockMapping:
