@@ -14,7 +14,7 @@ from workbench.constrain import attach, bake, compress, pack
 from workbench.emulation import QuantisedGRU, QuantisedLSTM, emulate, mismatch_rate, quantise_signals
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, cell_name, layers
-from workbench.methods import Dense, TopK
+from workbench.methods import Dense, LowRank, TopK
 from workbench.models import SequenceClassifier
 from workbench.packed import signals_of
 from workbench.plan import BlockPlan, Plan, uniform
@@ -99,6 +99,21 @@ def assert_same(first, second):
 
 
 # --- equal to the integer engine
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_low_rank_in_float64_is_the_engine_too(kind):
+    """Also after training, which moves the factors; the sums of a product have twice their fraction bits."""
+    rnn, x = make(kind), torch.randn(STEPS, BATCH, INPUTS).double()
+    plan = uniform(rnn, LowRank(2), 6, calibrate(rnn, [x], 10))
+    emulated = emulate(rnn, plan)
+    for _ in range(2):
+        packed = pack(emulated, plan)
+        assert_same(attach(emulated, packed)(x), emulated(x))
+        assert all(row["mismatches %"] == 0 for row in mismatch_rate(emulated, packed, [x]))
+        optimizer = torch.optim.SGD(emulated.parameters(), 1.0)
+        emulated(x)[0].square().mean().backward()
+        optimizer.step()
 
 
 @pytest.mark.parametrize("kind", KINDS)

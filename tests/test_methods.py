@@ -12,6 +12,7 @@ from workbench.methods import (
     BlockCirculant,
     BlockSparse,
     Dense,
+    LowRank,
     RowBalanced,
     Structured,
     TopK,
@@ -20,7 +21,7 @@ from workbench.methods import (
     method_to_json,
 )
 from workbench.methods.base import fake_quantise
-from workbench.quantise import weight_format
+from workbench.plan import plan_block
 
 # Every method is under contract here: (method, shape), with shapes that a parameter divides and does not divide.
 CASES = [
@@ -46,12 +47,33 @@ CASES = [
     (BlockCirculant(3), (6, 6)),
     (BlockCirculant(4), (8, 3)),
     (BlockCirculant(8), (16, 19)),
+    (LowRank(1), (6, 5)),
+    (LowRank(2), (8, 3)),
+    (LowRank(3), (3, 9)),
+    (LowRank(9), (4, 7)),
 ]
 contract = pytest.mark.parametrize(("method", "shape"), CASES, ids=str)
 
 
 def random_matrix(shape, seed=0):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def integers(method, w, fmt):
+    """The integers that a packed block shows: each stored value rounded once. Of a low-rank block by another decomposition, the
+    eigenvectors of W^T W, each turned so that the largest entry of its column of U is positive."""
+    if not isinstance(method, LowRank):
+        return fmt.quantise(method.project(w).numpy())
+    w = w.numpy().astype(np.float64)
+    energy, v = (part[..., ::-1][..., : min(method.rank, *w.shape)] for part in scipy.linalg.eigh(w.T @ w))
+    u, root, balance = w @ v, energy**0.25, (w.shape[0] / w.shape[1]) ** 0.25
+    sign = np.sign(np.take_along_axis(u, np.abs(u).argmax(0)[None], 0))
+    return fmt.quantise(sign * u / root * balance) @ fmt.quantise((sign * v * root / balance).T)
+
+
+def value_format(method, fmt):
+    """The grid of a block's weights, as wide as it takes."""
+    return QFormat(32, fmt.frac * (2 if isinstance(method, LowRank) else 1))
 
 
 def test_the_contract_covers_every_method():
@@ -65,7 +87,7 @@ def test_project_is_idempotent_and_leaves_its_input(method, shape):
     before = w.clone()
     projected = method.project(w)
     assert projected.shape == w.shape and projected.data_ptr() != w.data_ptr()
-    torch.testing.assert_close(method.project(projected), projected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(method.project(projected), projected, rtol=1e-14, atol=1e-14 * isinstance(method, LowRank))
     assert torch.equal(w, before)
 
 
@@ -87,8 +109,8 @@ def test_pack_holds_the_quantised_projection(method, shape):
     projected = method.project(random_matrix(shape))
     for fmt in (QFormat(8, 5), QFormat(3, 1), QFormat(16, 12)):  # the narrow one rounds weights to zero and saturates
         packed = method.pack(projected, fmt)
-        assert packed.shape == shape and packed.fmt == fmt
-        np.testing.assert_array_equal(packed.dense(), fmt.quantise(projected.numpy()))
+        assert packed.shape == shape and packed.fmt == fmt and packed.frac == value_format(method, fmt).frac
+        np.testing.assert_array_equal(packed.dense(), integers(method, projected, fmt))
 
 
 @contract
@@ -103,10 +125,11 @@ def test_json_round_trip(method, shape):
 def test_constrained_weights_are_the_quantised_projection(method, shape):
     w, fmt = random_matrix(shape), QFormat(8, 5)
     module = method.constrain(w, fmt)
-    expected = fmt.dequantise(fmt.quantise(method.project(w).numpy()))
+    expected = value_format(method, fmt).dequantise(integers(method, w, fmt))
     np.testing.assert_array_equal(module(module.right_inverse(w)).numpy(), expected)
     without = method.constrain(w, None)
-    torch.testing.assert_close(without(without.right_inverse(w)), method.project(w), rtol=1e-15, atol=0)
+    torch.testing.assert_close(without(without.right_inverse(w)), method.project(w), rtol=1e-15,
+                               atol=1e-14 * isinstance(method, LowRank))
 
 
 @contract
@@ -124,8 +147,10 @@ def test_the_constrained_set_is_trained_in(method, shape):
     module = method.constrain(w, fmt)
     stored = module.right_inverse(w)
     shown = module(stored + random_matrix(stored.shape, 7))
-    torch.testing.assert_close(method.project(shown), shown, rtol=0, atol=0)
-    np.testing.assert_array_equal(method.pack(shown, fmt).dense(), fmt.quantise(shown.numpy()))
+    torch.testing.assert_close(method.project(shown), shown, rtol=0, atol=1e-14 * isinstance(method, LowRank))
+    known = {"stored": module.shown(stored + random_matrix(stored.shape, 7))} if isinstance(method, LowRank) else {}
+    packed = method.pack(shown, fmt, **known)
+    np.testing.assert_array_equal(packed.dense(), value_format(method, fmt).quantise(shown.numpy()))
 
 
 @contract
@@ -134,7 +159,9 @@ def test_float32_training_shows_the_same_grid(method, shape):
     module = method.constrain(w, fmt)
     shown = module(module.right_inverse(w))
     assert shown.dtype == torch.float32
-    np.testing.assert_array_equal(fmt.dequantise(method.pack(shown, fmt).dense()), shown.double().numpy())
+    known = {"stored": module.shown(module.right_inverse(w))} if isinstance(method, LowRank) else {}
+    packed = method.pack(shown, fmt, **known)
+    np.testing.assert_array_equal(value_format(method, fmt).dequantise(packed.dense()), shown.double().numpy())
 
 
 @contract
@@ -183,6 +210,7 @@ def test_no_member_of_a_ladder_is_larger_than_the_one_before(family, shapes):
     (BlockCirculant, [(16, 3), (8, 5)], [BlockCirculant(2), BlockCirculant(4), BlockCirculant(8)]),
     (BlockCirculant, [(12, 12)], [BlockCirculant(2), BlockCirculant(4)]),
     (BlockCirculant, [(8, 8), (3, 8)], []),
+    (LowRank, [(4, 9), (2, 5)], [LowRank(4), LowRank(3), LowRank(2), LowRank(1)]),
 ])  # fmt: skip
 def test_ladders_by_hand(family, shapes, members):
     assert family.ladder(shapes) == members
@@ -418,6 +446,53 @@ def test_what_is_no_member_is_not_packed(method, message):
         method.pack(random_matrix((4, 8)), QFormat(8, 5))
 
 
+# --- LowRank
+
+
+def test_low_rank_by_hand():
+    """Singular values 8 and 2; shared out evenly, as rows and columns are equally many: 2 sqrt(2) and sqrt(2)."""
+    w = torch.tensor([[0.0, 8.0], [-2.0, 0.0]], dtype=torch.float64)
+    np.testing.assert_allclose(LowRank(1).project(w), [[0, 8], [0, 0]], atol=1e-14)
+    stored = LowRank(2).decompose(w)
+    root = 2**0.5
+    np.testing.assert_allclose(stored, [[2 * root, 0], [0, root], [0, -root], [2 * root, 0]], atol=1e-15)
+    packed = LowRank(1).pack(w, QFormat(4, 1))  # 2.83 in halves is 6
+    assert (packed.left.tolist(), packed.right.tolist()) == ([[6], [0]], [[0, 6]])
+    assert packed.dense().tolist() == [[0, 36], [0, 0]] and packed.frac == 2  # 9 in quarters
+
+
+@pytest.mark.parametrize("shape", [(64, 8), (8, 64), (16, 16)], ids=str)
+def test_both_factors_have_entries_of_equal_mean_square(shape):
+    stored = LowRank(4).decompose(random_matrix(shape))
+    u, v = stored[: shape[0]], stored[shape[0] :]
+    torch.testing.assert_close(u.square().mean(0), v.square().mean(0))
+    assert stored.shape == (sum(shape), 4)
+
+
+@pytest.mark.parametrize(("rank", "shape", "stored"), [(2, (16, 12), 56), (20, (16, 12), 336), (1, (5, 9), 14)])
+def test_low_rank_stores_two_factors(rank, shape, stored):
+    packed = LowRank(rank).pack(random_matrix(shape), QFormat(8, 5))
+    assert packed.stored_values == stored and packed.value_bits == 8 * stored and packed.index_bits == 0
+
+
+def test_factors_of_other_weights_are_not_taken():
+    w, fmt = random_matrix((6, 5)), QFormat(8, 5)
+    module = LowRank(2).constrain(w, fmt)
+    stored = module.shown(module.right_inverse(w) + 1)
+    shown = module(stored)
+    assert torch.equal(LowRank(2).constrain(shown, fmt, stored).right_inverse(shown), stored)
+    for other, method in ((w, LowRank(2)), (shown + 2.0**-10, LowRank(2)), (shown, LowRank(1))):
+        again = method.constrain(other, fmt, stored).right_inverse(other)
+        torch.testing.assert_close(again, method.decompose(other))
+        assert again.shape != stored.shape or not torch.allclose(again, stored)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.0, "2", True, None])
+def test_low_rank_refuses_the_rank(rank):
+    with pytest.raises(ValueError, match="LowRank needs a whole rank of at least 1, got"):
+        LowRank(rank)
+
+
 # --- BlockCirculant
 
 
@@ -488,7 +563,7 @@ def test_circulant_refuses_other_datapaths():
 @pytest.mark.parametrize(("data", "message"), [
     ("TopK", "a method needs .*, got 'TopK'"),
     ({"keep": 0.5}, "a method needs"),
-    ({"name": "Topk", "keep": 0.5}, "the methods are Dense, TopK, .*, BlockCirculant, got 'Topk'"),
+    ({"name": "Topk", "keep": 0.5}, "the methods are Dense, TopK, .*, LowRank, got 'Topk'"),
     ({"name": ["TopK"]}, r"the methods are .*, got \['TopK'\]"),
     ({"name": "TopK"}, r"TopK needs keep, got \{\}"),
     ({"name": "TopK", "keep": 0.5, "k": 3, "a": 1}, "TopK has the parameters keep, got a, k"),
@@ -505,6 +580,7 @@ def test_labels():
     assert method_label(Dense()) == "Dense"
     assert method_label(TopK(0.169412)) == "TopK 0.1694"
     assert method_label(BlockCirculant(8)) == "BlockCirculant 8"
+    assert method_label(LowRank(3)) == "LowRank 3"
 
 
 def test_methods_suit_the_format_that_is_chosen_for_them():
@@ -512,6 +588,6 @@ def test_methods_suit_the_format_that_is_chosen_for_them():
     w = random_matrix((16, 16))
     for method in (Dense(), TopK(0.25), BankBalanced(0.25, 4), Structured(4), BlockCirculant(4)):
         projected = method.project(w)
-        fmt = weight_format(projected, 12)
+        fmt = plan_block(w, method, 12).format
         error = np.abs(fmt.dequantise(method.pack(projected, fmt).dense()) - projected.numpy())
         assert np.sqrt((error**2).mean()) < 2.0**-fmt.frac

@@ -28,6 +28,7 @@ from workbench.packed import (
     PackedCirculant,
     PackedDense,
     PackedLayer,
+    PackedLowRank,
     PackedModel,
     PackedSparse,
     Relative,
@@ -59,14 +60,18 @@ def block_circulant(shape, rng, block=4, fmt=INT5):
     return PackedCirculant(shape, fmt, block, vectors)
 
 
-MAKERS = {"dense": dense, "sparse": sparse, "circulant": block_circulant}
+def low_rank(shape, rng, rank=2, fmt=INT5):
+    return PackedLowRank(fmt, *(rng.integers(fmt.min, fmt.max + 1, sides) for sides in ((shape[0], rank), (rank, shape[1]))))
+
+
+MAKERS = {"dense": dense, "sparse": sparse, "circulant": block_circulant, "lowrank": low_rank}
 
 
 def layer_of(make=None, hidden=8, inputs=6, seed=0, signals=None, acc_bits=48, bias=None, cell="LSTM", projection=0,
              kind="linear", suffix="l0", path="lstm"):
     """make(part, gate, shape, rng) -> block; without it the forms alternate over the gates. signals: those that differ."""
     rng, gates, width = np.random.default_rng(seed), GATES[cell], projection or hidden
-    forms = dict(zip("ifgorznp", ("dense", "sparse", "circulant", "sparse") * 2, strict=True))
+    forms = dict(zip("ifgorznp", ("dense", "sparse", "circulant", "lowrank") * 2, strict=True))
     make = make or (lambda part, gate, shape, rng: MAKERS[forms[gate]](shape, rng))
     known = SIGNALS | OTHER_SIGNALS | (signals or {})
     signals = {name: known[name] for name in signals_of(cell, bool(projection))}
@@ -338,6 +343,20 @@ def test_circulant_against_scipy(shape, block):
     # The definition, element by element.
     assert all(packed.dense()[i, j] == packed.vectors[i // block, j // block, (i - j) % block] for i in range(shape[0])
                for j in range(shape[1]))
+
+
+def test_low_rank_bits_and_matrix_by_hand():
+    block = PackedLowRank(INT4, np.array([[1], [-2], [7]]), np.array([[3, -8]]))
+    assert block.dense().tolist() == [[3, -8], [-6, 16], [21, -56]] and (block.shape, block.rank, block.frac) == ((3, 2), 1, 6)
+    assert (block.stored_values, block.value_bits, block.index_bits) == (5, 20, 4)  # three values padded to two bytes
+    assert [array.tolist() for array in block.arrays.values()] == [[0x1E, 0x70], [0x38]]
+
+
+def test_low_rank_bounds_by_hand():
+    """V x could reach 4 * 2 and 6 * 2, so a row of U V x (1 * 8 + 3 * 12) although the dense row is 0 everywhere."""
+    block = PackedLowRank(INT4, np.array([[3, -1], [0, 1]]), np.array([[1, -3], [3, -3]]))
+    assert block.dense().tolist() == [[0, -6], [3, -3]]
+    assert (block.inner_bounds(2), block.row_bounds(2), block.inner_bits(2)) == ([8, 12], [36, 12], 5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -676,6 +695,17 @@ def arrays(*rows):
     return [np.array(row) for row in rows]
 
 
+def wide_inner_layer(row):
+    """A layer of two inputs and units whose W_ih have the rank 1 with this V."""
+    def make(part, gate, shape, rng):
+        return PackedLowRank(QFormat(16, 14), np.ones((2, 1), dtype=np.int64), np.array([row if part == "ih" else [1, 1]]))
+    return layer_of(make, hidden=2, inputs=2, signals={"input": QFormat(12, 9)})
+
+
+def test_sums_of_low_rank_fit_at_the_very_bound():
+    wide_inner_layer([(1 << 15) - 1, 0])  # 26 bits and the sign
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -693,6 +723,16 @@ def arrays(*rows):
         (lambda: PackedSparse((2, 2), INT4, *arrays([0, 0], [0, 2], [3, 3])), "PackedSparse needs positions inside (2, 2)"),
         (lambda: PackedSparse((2, 2), INT4, *arrays([0, 0], [0, 1], [3, 0])), "PackedSparse stores no zeros, got 1"),
         (lambda: PackedSparse((2, 2), INT4, *arrays([0], [0], [-9])), "PackedSparse needs integers of"),
+        (lambda: PackedLowRank(INT4, *arrays([[1]], [[8]])), "PackedLowRank needs integers of"),
+        (lambda: PackedLowRank(INT4, *arrays([[1], [1]], [[1], [1]])),
+         "PackedLowRank needs factors (out, rank) and (rank, in) of a rank from 1 to the smaller side, got (2, 1) and (2, 1)"),
+        (lambda: PackedLowRank(INT4, *arrays([[1, 1]], [[1], [1]])), "got (1, 2) and (2, 1)"),  # rank 2 of a 1 x 1 block
+        (lambda: PackedLowRank(QFormat(32, 0), *arrays([[1, 1]] * 2, [[1, 1]] * 2)),
+         "PackedLowRank needs products under 2**63, got rank 2 and QFormat(bits=32"),
+        # Row sums of |V|: 2**15 + 2**14, times 2**11 of a 12-bit signal: 27 bits and the sign.
+        (lambda: wide_inner_layer([-(1 << 15), 1 << 14]),
+         "lstm.weight_ih_l0.i needs sums V x that multiply QFormat(bits=16, frac=14, signed=True) within 18 x 27 bits "
+         "(DSP48E2), but with QFormat(bits=12, frac=9, signed=True) they could reach 100663296 (28 bits)"),
         (lambda: Relative(9), "Relative needs a whole width from 2 to 8, got 9"),
         (lambda: Relative(4, 0), "Relative needs a whole block of at least 1, got 0"),
         (lambda: Bitmap("2"), "Bitmap needs a whole block of at least 1, got '2'"),

@@ -16,7 +16,7 @@ _NAMES = {
         "constrain": "attach bake compress pack",
         "emulation": "emulate mismatch_rate",
         "fixedpoint": "QFormat",
-        "methods": "METHODS BankBalanced BlockCirculant BlockSparse Dense RowBalanced Structured TopK"
+        "methods": "METHODS BankBalanced BlockCirculant BlockSparse Dense LowRank RowBalanced Structured TopK"
         " method_from_label",
         "models": "LanguageModel SequenceClassifier build_classifier build_language_model",
         "packed": "PackedModel load",

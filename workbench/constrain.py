@@ -13,6 +13,7 @@ from workbench.gates import (
     cell_name,
     check_supported,
     dense_weights,
+    get_block,
     layers,
     layers_of,
     merged_bias,
@@ -21,7 +22,8 @@ from workbench.gates import (
     weight,
     weights,
 )
-from workbench.packed import PackedLayer, PackedModel, table_uses
+from workbench.methods import LowRank
+from workbench.packed import GATES, PROJECTION, PackedLayer, PackedModel, table_uses
 from workbench.plan import Plan, pack_block
 from workbench.quantise import as_given, time_first
 
@@ -47,8 +49,27 @@ def _parametrized(rnn) -> list[str]:
     return [name for name in parameters_of(rnn) if parametrize.is_parametrized(rnn, name)]
 
 
+def _shown(rnn, name) -> dict[str, torch.Tensor]:
+    """Of a constrained weight matrix, for each gate that is a product: its block ("weight_ih_l0.i") -> the factors."""
+    constraint = rnn.parametrizations[name]
+    gates = PROJECTION if name.startswith("weight_hr") else GATES[cell_name(rnn)]
+    return {f"{name}.{gate}": module.shown(getattr(constraint, f"original{n}")).detach()
+            for n, (gate, module) in enumerate(zip(gates, constraint[0].gates, strict=True)) if hasattr(module, "shown")}
+
+
+def trained_factors(model: nn.Module, name: str, method) -> dict[str, torch.Tensor]:
+    """What a method is told beside the weights of a block of a baked model: where it is a product, its factors as they were
+    trained. A product does not give them back, and others would round to another product."""
+    block = get_block(model, name)
+    factors = getattr(model.get_submodule(block.rnn), "factors", {}).get(f"{block.parameter}.{block.gate}")
+    return {"stored": factors} if factors is not None and isinstance(method, LowRank) else {}
+
+
 def bake(model: nn.Module) -> nn.Module:
-    """A copy of the model whose recurrent weights are plain parameters with the constrained values."""
+    """A copy of the model whose recurrent weights are plain parameters with the constrained values.
+
+    Low-rank blocks keep their factors beside them (trained_factors), which a state_dict loses.
+    """
     constrained = [rnn for rnn in rnns(model).values() if _parametrized(rnn)]
     for rnn in constrained:
         with torch.no_grad():
@@ -59,6 +80,7 @@ def bake(model: nn.Module) -> nn.Module:
             # A deepcopy shares its class with the original; removing a parametrization there would strip both.
             cls = type(rnn)
             rnn.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
+            rnn.factors = {block: factors for name in names for block, factors in _shown(rnn, name).items()}
             for name in names:
                 parametrize.remove_parametrizations(rnn, name, leave_parametrized=True)
             rnn._init_flat_weights()
@@ -88,7 +110,8 @@ def constrain_weights(model: nn.Module, plan: Plan) -> None:
     gates = {}  # (module path, parameter) -> one constrained module per gate
     known = blocks(model)
     for name, w in weights(model).items():
-        block, constrained = known[name], plan.blocks[name].method.constrain(w, plan.blocks[name].format)
+        block, entry = known[name], plan.blocks[name]
+        constrained = entry.method.constrain(w, entry.format, **trained_factors(model, name, entry.method))
         gates.setdefault((block.rnn, block.parameter), []).append(constrained)
     for (path, parameter), modules in gates.items():
         parametrize.register_parametrization(model.get_submodule(path), parameter, _GateWeights(modules))
@@ -132,7 +155,7 @@ def _other_params(model):
 
 def _packed_block(model, plan, name):
     try:
-        return pack_block(weight(model, name), plan.blocks[name])
+        return pack_block(weight(model, name), plan.blocks[name], **trained_factors(model, name, plan.blocks[name].method))
     except ValueError as error:
         raise ValueError(f"block {name}: {error}") from error
 

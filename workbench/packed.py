@@ -78,6 +78,20 @@ class _Stored:
     """What every stored form counts, from its own byte arrays."""
 
     @property
+    def frac(self) -> int:
+        """Fraction bits of the integers of dense()."""
+        return self.fmt.frac
+
+    def row_bounds(self, magnitude: int) -> list[int]:
+        """Of each row the largest magnitude that its sum could reach, in whatever order it is added up; magnitude: largest
+        |integer| of what the block multiplies."""
+        return [int(total) * magnitude for total in np.abs(self.dense()).sum(axis=1)]
+
+    def check_operands(self, name: str, signal: QFormat) -> None:
+        """Refuse a multiplication wider than the array's; name: of the block; signal: the format of what it multiplies."""
+        _check_product(name, self.fmt, signal)
+
+    @property
     def value_bits(self) -> int:
         """Bits of the stored weights themselves."""
         return self.stored_values * self.fmt.bits
@@ -448,7 +462,81 @@ class PackedCirculant(_Stored):
         return cls(tuple(shape), fmt, k, values.reshape(vectors), about["datapath"])
 
 
-FORMS = {"dense": PackedDense, "sparse": PackedSparse, "circulant": PackedCirculant}
+@dataclass(frozen=True)
+class PackedLowRank(_Stored):
+    """U V, both factors stored in integers of one format. left: U (out, rank), right: V (rank, in), both int64.
+
+    A multiplication is two, U (V x), with nothing rounded between them: the sums V x are operands of the second.
+    """
+
+    fmt: QFormat
+    left: np.ndarray  # (out, rank)
+    right: np.ndarray  # (rank, in)
+
+    def __post_init__(self):
+        for factor in (self.left, self.right):
+            _check_values("PackedLowRank", factor, self.fmt)
+        if self.left.shape[1] != self.right.shape[0] or not 1 <= self.rank <= min(self.shape):
+            raise ValueError("PackedLowRank needs factors (out, rank) and (rank, in) of a rank from 1 to the smaller side, got "
+                             f"{self.left.shape} and {self.right.shape}")
+        if self.rank * self.fmt.magnitude**2 >= 1 << 63:
+            raise ValueError(f"PackedLowRank needs products under 2**63, got rank {self.rank} and {self.fmt}")
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def frac(self) -> int:
+        return 2 * self.fmt.frac
+
+    @property
+    def stored_values(self) -> int:
+        return self.left.size + self.right.size
+
+    def dense(self) -> np.ndarray:
+        return self.left @ self.right
+
+    def inner_bounds(self, magnitude: int) -> list[int]:
+        """Of each sum of V x the largest magnitude that it can reach."""
+        return [int(total) * magnitude for total in np.abs(self.right).sum(axis=1)]
+
+    def inner_bits(self, magnitude: int) -> int:
+        """Width in which every sum of V x fits."""
+        return max(self.inner_bounds(magnitude)).bit_length() + 1
+
+    def row_bounds(self, magnitude):
+        inner = self.inner_bounds(magnitude)
+        return [sum(u * bound for u, bound in zip(row, inner, strict=True)) for row in np.abs(self.left).tolist()]
+
+    def check_operands(self, name, signal):
+        super().check_operands(name, signal)
+        narrow, wide = sorted((self.fmt.bits + (not self.fmt.signed), self.inner_bits(signal.magnitude)))
+        if narrow > 18 or wide > 27:
+            raise ValueError(f"{name} needs sums V x that multiply {self.fmt} within 18 x 27 bits (DSP48E2), but with {signal} "
+                             f"they could reach {max(self.inner_bounds(signal.magnitude))} "
+                             f"({self.inner_bits(signal.magnitude)} bits); fewer bits in weights or signals make room")
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"left": pack_bits(self.left, self.fmt.bits), "right": pack_bits(self.right, self.fmt.bits)}
+
+    def describe(self) -> dict:
+        return {"rank": self.rank}
+
+    @classmethod
+    def restore(cls, arrays, shape, fmt, about) -> "PackedLowRank":
+        rank = about["rank"]
+        check_whole("PackedLowRank", "rank", rank, 1, min(shape))
+        return cls(fmt, *(unpack_bits(arrays[name], fmt.bits, sides[0] * sides[1], fmt.signed).reshape(sides)
+                          for name, sides in (("left", (shape[0], rank)), ("right", (rank, shape[1])))))
+
+
+FORMS = {"dense": PackedDense, "sparse": PackedSparse, "circulant": PackedCirculant, "lowrank": PackedLowRank}
 
 
 @dataclass(frozen=True)
@@ -492,7 +580,7 @@ class PackedLayer:
             check_whole("PackedLayer", f"delta threshold of {name}", threshold, 0, fmt.max - fmt.min)
         for part, gate in self.products:
             what = " with differences" * (PARTS[part] in self.delta)
-            _check_product(self.block_name(part, gate) + what, self.block(part, gate).fmt, self.operand(part))
+            self.block(part, gate).check_operands(self.block_name(part, gate) + what, self.operand(part))
             shape = {"ih": (self.hidden_size, self.input_size), "hh": (self.hidden_size, self.output_size),
                      "hr": (self.output_size, self.hidden_size)}[part]
             if self.block(part, gate).shape != shape:
@@ -629,7 +717,7 @@ class PackedLayer:
 
     def product_frac(self, part: str, gate: str) -> int:
         """Fraction bits of the products of a block."""
-        return self.block(part, gate).fmt.frac + self.signals[PARTS[part]].frac
+        return self.block(part, gate).frac + self.signals[PARTS[part]].frac
 
     def alignment(self, gate: str) -> tuple[int, int, int]:
         """(F, left shift of the W_ih sum, left shift of the other term): F = the larger fraction of the two. The other term is
@@ -647,10 +735,9 @@ class PackedLayer:
         return fracs | ({"hn": self.product_frac("hh", "n")} if self.cell == "GRU" else {})
 
     def _row_sums(self, part, gate, shift=0, bias=None) -> list[int]:
-        sums = np.abs(self.block(part, gate).dense()).sum(axis=1)
-        magnitude = self.operand(part).magnitude
+        sums = self.block(part, gate).row_bounds(self.operand(part).magnitude)
         biases = [0] * len(sums) if bias is None else [int(b) for b in np.abs(self.bias[bias])]
-        return [b + ((int(s) * magnitude) << shift) for b, s in zip(biases, sums, strict=True)]
+        return [b + (s << shift) for b, s in zip(biases, sums, strict=True)]
 
     def row_bounds(self) -> dict[str, int]:
         """Sum -> the largest magnitude that any of its rows can reach, aligned and bias included (exact Python integers)."""

@@ -143,15 +143,17 @@ def _keys(source):
     return ", ".join(source) if isinstance(source, dict) else repr(source)
 
 
-def pack_block(w: torch.Tensor, entry: BlockPlan):
-    """(out, in) weights -> the packed block: projected in float64, then quantised."""
+def pack_block(w: torch.Tensor, entry: BlockPlan, **known):
+    """(out, in) weights -> the packed block: projected in float64, then quantised. known: what the method
+    is told beside it (constrain.trained_factors)."""
     w = w.detach().double()
-    return entry.method.pack(entry.method.project(w), entry.format)
+    return entry.method.pack(entry.method.project(w), entry.format, **known)
 
 
 def plan_block(w: torch.Tensor, method: Method, bits: int) -> BlockPlan:
     """A method with the weight format of that width that suits the values it would store."""
-    return BlockPlan(method, weight_format(method.project(w), bits))
+    stored = method.constrain(w, None).right_inverse(w)
+    return BlockPlan(method, weight_format(stored, bits, getattr(method, "factors", 1)))
 
 
 def uniform(model: torch.nn.Module, method: Method, bits: int, signals) -> Plan:

@@ -27,19 +27,20 @@ BINS = 2 * MOST_OCTAVES * BINS_PER_OCTAVE + 1
 TABLE_RANGE = 8.0  # magnitudes of pre-activations beyond it make no difference: there the linear table ends
 
 
-def weight_format(w: torch.Tensor, bits: int) -> QFormat:
-    """The signed format of that width with the least squared error over the non-zero entries of w.
+def weight_format(w: torch.Tensor, bits: int, factors: int = 1) -> QFormat:
+    """The signed format of that width with the least squared error over the non-zero entries of w, the values to store.
 
     Candidates: the finest format that holds the power of two at or above the largest magnitude, and four finer ones
     (of equal ones the finest is taken); none is finer than MAX_WEIGHT_FRAC, because the bias is stored in 32 bits at the
-    fraction bits of the products.
+    fraction bits of the products. factors: stored values that make up a weight as their product, whose fraction bits count.
     """
+    finest = MAX_WEIGHT_FRAC // factors
     values = w.detach().double()
     values = values[values != 0].cpu().numpy()
     if values.size == 0:
-        return QFormat(bits, min(bits - 1, MAX_WEIGHT_FRAC))
+        return QFormat(bits, min(bits - 1, finest))
     first = bits - 2 - math.ceil(math.log2(abs(values).max()))
-    candidates = [QFormat(bits, min(frac, MAX_WEIGHT_FRAC)) for frac in range(first + 4, first - 1, -1)]
+    candidates = [QFormat(bits, min(frac, finest)) for frac in range(first + 4, first - 1, -1)]
     return min(candidates, key=lambda fmt: float(((fmt.dequantise(fmt.quantise(values)) - values) ** 2).sum()))
 
 

@@ -8,11 +8,12 @@ from workbench.methods.base import Method
 from workbench.methods.blocksparse import BlockSparse
 from workbench.methods.circulant import BlockCirculant
 from workbench.methods.dense import Dense
+from workbench.methods.lowrank import LowRank
 from workbench.methods.sparse import TopK
 from workbench.methods.structured import Structured
 
-__all__ = ["METHODS", "BankBalanced", "BlockCirculant", "BlockSparse", "Dense", "Method", "RowBalanced", "Structured", "TopK",
-           "method_from_json", "method_from_label", "method_label", "method_to_json"]
+__all__ = ["METHODS", "BankBalanced", "BlockCirculant", "BlockSparse", "Dense", "LowRank", "Method", "RowBalanced",
+           "Structured", "TopK", "method_from_json", "method_from_label", "method_label", "method_to_json"]
 
 METHODS = {
     "Dense": Dense,
@@ -22,6 +23,7 @@ METHODS = {
     "BlockSparse": BlockSparse,
     "Structured": Structured,
     "BlockCirculant": BlockCirculant,
+    "LowRank": LowRank,
 }
 
 

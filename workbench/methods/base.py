@@ -6,7 +6,7 @@ from typing import Protocol, Self
 import torch
 
 from workbench.fixedpoint import QFormat
-from workbench.packed import PackedCirculant, PackedDense, PackedSparse
+from workbench.packed import PackedCirculant, PackedDense, PackedLowRank, PackedSparse
 
 
 class Method(Protocol):
@@ -28,7 +28,7 @@ class Method(Protocol):
         Stored values pass through fmt with a straight-through gradient; the support is chosen from w and then fixed.
         """
 
-    def pack(self, w: torch.Tensor, fmt: QFormat) -> PackedDense | PackedSparse | PackedCirculant:
+    def pack(self, w: torch.Tensor, fmt: QFormat) -> PackedDense | PackedSparse | PackedCirculant | PackedLowRank:
         """A member of the set -> the integers that are stored."""
 
 
