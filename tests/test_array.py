@@ -414,6 +414,55 @@ def test_steady_state_is_the_distance_of_late_steps():
     assert schedule.steady_state_cycles == cycles / length
 
 
+# Batches.
+
+
+def test_one_step_of_two_items_by_hand():
+    """The second item is multiplied while the first is activated; it takes the banks of g and o once they are drained."""
+    schedule = schedule_layer(dense_layer(hidden=8, inputs=4), SMALL, 1, batch=2)
+    x, alone = spans(schedule, -1), spans(schedule_layer(dense_layer(hidden=8, inputs=4), SMALL, 1))
+    assert x["x to PEs"] == (4, 8)  # of the second, behind the first: one word per cycle
+    first, second = ({op.name: (op.start, op.end) for op in schedule.operations if (op.step, op.item) == (0, n)}
+                     for n in (0, 1))
+    assert first == alone
+    assert second == {
+        "mac i ih": (38, 44), "mac f ih": (42, 48),  # g of the first item is drained at 38, o at 42
+        "mac g ih": (44, 50), "mac o ih": (46, 52), "mac i hh": (48, 56), "mac f hh": (52, 60),
+        "drain i ih+hh": (56, 61), "drain f ih+hh": (60, 65), "mac g hh": (61, 69), "mac o hh": (65, 73),
+        "drain g ih+hh": (69, 74), "drain o ih+hh": (73, 78),
+        "act i": (62, 68), "act f": (65, 71),  # the units are busy with h of the first item until 62
+        "act g": (74, 80), "cell": (80, 88), "tanh c": (88, 94), "act o": (90, 96), "h": (96, 102), "h to PEs": (102, 110)}
+    assert schedule.cycles == schedule.first_step_latency == 110 == sum(schedule.split().values())  # one alone takes 74
+    counts, one = (schedule_layer(dense_layer(), SMALL, 3, batch=batch).counts() for batch in (2, 1))
+    assert counts == {event: 2 * count for event, count in one.items()}
+
+
+@pytest.mark.parametrize(("acc_depth", "loads"), [
+    (64, 1), (2, 1),  # 4 items in two banks: one row of each PE row at a time
+    (1, 2)])  # only two items have a row in the accumulators: the second pair needs every chunk again
+def test_streamed_chunks_serve_as_many_items_as_the_accumulators_hold(acc_depth, loads):
+    spec = SMALL.with_(weight_words=12, acc_depth=acc_depth)  # of 24
+    one, four = (schedule_layer(dense_layer(8, 4), spec, 3, batch=batch) for batch in (1, 4))
+    unique = four.mapping.on_chip_bits - 8 * four.mapping.resident_words.sum()
+    assert four.counts()["loaded_bits"] == 3 * loads * unique == 3 * four.mapping.streamed_bits > 0
+    assert four.initial_load_cycles == -(-8 * four.mapping.resident_words.sum() // spec.load_bits_per_cycle)
+    assert four.counts()["macs"] == 4 * one.counts()["macs"]
+
+
+def test_a_batch_shares_the_loader_and_hides_the_activations():
+    streamed, resident = ([schedule_layer(layer, preset(name), 20, batch=batch) for batch in (1, 4)] for layer, name in (
+        (dense_layer(128, 40, bits=16), "group4x4"), (dense_layer(128, 4), "array16x16")))
+    assert (streamed[0].bound, streamed[1].bound) == ("memory", "compute")  # the loader serves four as it does one
+    assert streamed[1].cycles_per_item < 1.02 * streamed[1].mapping.macs.max() < 0.41 * streamed[0].steady_state_cycles
+    assert resident[1].cycles_per_item < 0.91 * resident[0].cycles_per_item
+    assert resident[1].first_step_latency > resident[0].first_step_latency
+    least = resident[1].mapping.macs.max()
+    assert least <= resident[1].cycles_per_item < 1.1 * least
+    for schedule in (streamed[1], resident[1]):
+        assert sum(schedule.split().values()) == schedule.cycles
+        assert round(schedule.utilisation().sum() * schedule.cycles) == schedule.counts()["macs"]
+
+
 # The interpreter and the engine as oracles.
 
 
@@ -425,12 +474,12 @@ def test_period_needs_the_whole_past_that_matters():
 
 def check_against_interpreter(mapping, steps, seed):
     layer = mapping.layer
-    x = np.random.default_rng(seed).integers(-4096, 4096, (steps, 1, layer.input_size))
-    literal, schedule = interpret(mapping, x[:, 0]), schedule_mapping(mapping, steps)
+    x = np.random.default_rng(seed).integers(-4096, 4096, (steps, mapping.batch, layer.input_size))
+    literal, schedule = interpret(mapping, x), schedule_mapping(mapping, steps)
     engine, executed = run_layer(layer, x), execute_layer(layer, mapping.spec, x, mapping.layout)
-    np.testing.assert_array_equal(np.array(literal.output), engine.output[:, 0])
+    np.testing.assert_array_equal(np.array(literal.output), engine.output)
     np.testing.assert_array_equal(executed.output, engine.output)
-    assert literal.c == (None if engine.c is None else engine.c[0].tolist())
+    assert literal.c == (None if engine.c is None else engine.c.tolist())
     assert literal.cycles == schedule.cycles == executed.schedule.cycles
     assert len(literal.spans) == steps * len(mapping.program)
     for (step, n), span in literal.spans.items():
@@ -464,7 +513,7 @@ def tiny_cases(draw):
         act_latency=choose(0, 2), act_ii=choose(1, 2), weight_words=choose(2048, 24, 12), weight_word_bits=choose(18, 8),
         load_bits_per_cycle=choose(7, 64), config_cycles=choose(0, 5))
     layout = draw(st.sampled_from(candidate_layouts(layer, spec)))
-    mapping = draw(st.sampled_from(fitting_mappings(layer, spec, layout)))
+    mapping = draw(st.sampled_from(fitting_mappings(layer, spec, layout, choose(1, 1, 2, 3))))
     return mapping, draw(st.sampled_from([1, 2, 4])), seed
 
 
@@ -587,6 +636,14 @@ def test_the_projection_takes_data_words():
         schedule_layer(dense_layer(proj=4), SMALL.with_(data_words=4), 3)
 
 
+def test_batches_are_checked():
+    with pytest.raises(ValueError, match=r"needs 8 data words \(x twice, h once, for each of 2 items\), the array has 7"):
+        schedule_layer(dense_layer(), SMALL.with_(data_words=7), 3, batch=2)
+    for batch in (0, 2.0, True):
+        with pytest.raises(ValueError, match=r"a whole number of sequences side by side \(batch\), at least 1, got"):
+            schedule_layer(dense_layer(), SMALL, 3, batch=batch)
+
+
 def test_weights_that_do_not_fit_a_layout_without_streaming():
     with pytest.raises(ValueError, match=r"take 5376 words in its fullest PE, the array has 2048 \(weight_words\)"):
         map_layer(dense_layer(128, 40, bits=16), PRESETS["group4x4"], one_region(PRESETS["group4x4"]))
@@ -614,7 +671,9 @@ def test_unknown_form_step_count_and_preset_are_refused():
 
 
 @pytest.mark.parametrize("x, message", [
-    (np.zeros((2, 2, 4), dtype=int), "execute_layer needs x of shape"), (np.zeros((0, 1, 4), dtype=int), "T of at least 1"),
+    (np.zeros((2, 2, 3), dtype=int), "execute_layer needs x of shape"),
+    (np.zeros((0, 1, 4), dtype=int), "T and B of at least 1"),
+    (np.zeros((2, 0, 4), dtype=int), "T and B of at least 1"),
     (np.zeros((2, 1, 4)), "needs integers of"), (np.full((2, 1, 4), 40000), "needs integers of")])
 def test_execute_refuses(x, message):
     with pytest.raises(ValueError, match=message):

@@ -123,7 +123,7 @@ def resources(mapping: LayerMapping) -> Resources:
     pes = spec.rows * spec.cols
     weights = Memory(int(mapping.resident_words.max()) + 2 * layout.stream_words,
                      min(max(block.word_bits for block in mapping.blocks.values()), spec.weight_word_bits))
-    data = Memory(max(int(words.max()) for words in data_words_kept(mapping.layer, layout, mapping.blocks)),
+    data = Memory(mapping.batch * max(int(words.max()) for words in data_words_kept(mapping.layer, layout, mapping.blocks)),
                   max(mapping.layer.signals[PARTS[part]].bits for part in parts_of(mapping.layer)))
     accumulators = spec.acc_bits * ceil_div(spec.acc_banks * spec.acc_depth, LUT_RAM_DEPTH)  # LUTs, as all below
     written_while_read = accumulators + data.luts + (weights.luts if layout.stream_words else 0)
@@ -140,9 +140,10 @@ BASELINE = "dense 16-bit"
 
 
 def compare(schedules: dict[str, Schedule]) -> list[dict]:
-    """One row per schedule of equal length; accelerations against the one labelled "dense 16-bit".
+    """One row per schedule of equal length; accelerations, item for item, against the one labelled "dense 16-bit".
 
-    cycles: of the whole sequence; energy: modelled, of the whole sequence (a partial sum, ENERGY_NOTE); multiply_cycles:
+    cycles: of the whole sequence; energy: modelled, of the whole sequence (a partial sum, ENERGY_NOTE), both for all items of
+    a batch; multiply_cycles:
     multiply-accumulates of the fullest PE in one step, so that `acceleration_multiply` is what would be won with no
     overhead at all.
     """
@@ -159,10 +160,12 @@ def _row(label, schedule: Schedule, base: Schedule) -> dict:
     multiply, base_multiply = int(mapping.macs.max()), int(base.mapping.macs.max())
     base_bits = base.mapping.cr_chip * base.mapping.on_chip_bits  # 32 * dense weights, also for a layer of fewer units
     return {
-        "label": label, "layout": mapping.layout.name, "steady_state_cycles": schedule.steady_state_cycles,
+        "label": label, "layout": mapping.layout.name, "batch": mapping.batch,
+        "steady_state_cycles": schedule.steady_state_cycles, "cycles_per_item": schedule.cycles_per_item,
         "first_step_latency": schedule.first_step_latency, "cycles": schedule.cycles,
-        "acceleration": base.steady_state_cycles / schedule.steady_state_cycles,
-        "acceleration_sequence": base.cycles / schedule.cycles, "multiply_cycles": multiply,
+        "acceleration": base.cycles_per_item / schedule.cycles_per_item,
+        "acceleration_sequence": base.cycles * mapping.batch / (schedule.cycles * base.mapping.batch),
+        "multiply_cycles": multiply,
         "acceleration_multiply": base_multiply / multiply, "bound": schedule.bound,
         "words_per_pe": int(mapping.memory_words.max()), "streamed_bits_per_step": mapping.streamed_bits,
         "on_chip_bits": mapping.on_chip_bits, "cr_chip": base_bits / mapping.on_chip_bits,

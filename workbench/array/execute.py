@@ -14,35 +14,36 @@ from workbench.packed import PARTS, PackedLayer
 
 @dataclass(frozen=True)
 class Execution:
-    output: np.ndarray  # (T, 1, output_size) int64 in the hidden format
-    h: np.ndarray  # (1, output_size) int64
-    c: np.ndarray | None  # (1, hidden_size) int64 in the cell format; None for a GRU
+    output: np.ndarray  # (T, B, output_size) int64 in the hidden format
+    h: np.ndarray  # (B, output_size) int64
+    c: np.ndarray | None  # (B, hidden_size) int64 in the cell format; None for a GRU
     schedule: Schedule
 
 
 def execute_layer(layer: PackedLayer, spec: ArraySpec, x, layout: Layout | None = None) -> Execution:
-    """Run one sequence on the array: x (T, 1, input_size) integers in the input format, h and c zero at the start.
+    """Run B sequences side by side: x (T, B, input_size) integers in the input format, h and c zero at the start.
 
     The sums come from the words as they lie in the PEs; each part is drained, then shifted once, as the engine defines.
     """
     x = np.asarray(x)
-    if x.ndim != 3 or x.shape[1:] != (1, layer.input_size) or not len(x):
-        raise ValueError(f"execute_layer needs x of shape (T, 1, {layer.input_size}) with T of at least 1, got {x.shape}")
+    if x.ndim != 3 or x.shape[2] != layer.input_size or not x.size:
+        raise ValueError(f"execute_layer needs x of shape (T, B, {layer.input_size}) with T and B of at least 1, got {x.shape}")
     fmt = layer.signals["input"]
     if x.dtype.kind not in "iu" or x.min() < fmt.min or x.max() > fmt.max:
         raise ValueError(f"execute_layer needs integers of {fmt}, got {x.dtype} from {x.min()} to {x.max()}")
-    schedule = schedule_layer(layer, spec, len(x), layout)
+    steps, batch, _ = x.shape
+    schedule = schedule_layer(layer, spec, steps, layout, batch)
     sums = {(part, gate): ExactMatrix(block.dense(), layer.signals[PARTS[part]].magnitude)
             for (part, gate), block in schedule.mapping.blocks.items()}
-    aligned = {}  # gate -> (T, 1, hidden_size): the input's sum and the bias
+    aligned = {}  # gate -> (T, B, hidden_size): the input's sum and the bias
     for gate in layer.gates:
         _, shift, _ = layer.alignment(gate)
         aligned[gate] = (sums["ih", gate](x) << shift) + layer.bias[gate]
-    h = np.zeros((1, layer.output_size), dtype=np.int64)
-    c = np.zeros((1, layer.hidden_size), dtype=np.int64) if layer.cell == "LSTM" else None
-    output = np.empty((len(x), 1, layer.output_size), dtype=np.int64)
+    h = np.zeros((batch, layer.output_size), dtype=np.int64)
+    c = np.zeros((batch, layer.hidden_size), dtype=np.int64) if layer.cell == "LSTM" else None
+    output = np.empty((steps, batch, layer.output_size), dtype=np.int64)
     step = _lstm_step if layer.cell == "LSTM" else _gru_step
-    for t in range(len(x)):
+    for t in range(steps):
         h, c = step(layer, sums, {gate: values[t] for gate, values in aligned.items()}, h, c)
         output[t] = h
     return Execution(output, h, c, schedule)
@@ -68,13 +69,13 @@ class StackExecution:
     """layers: one entry per layer index, (forward,) or (forward, reverse); a reverse direction's execution lists its steps
     in the order in which it takes them, the last of the sequence first."""
 
-    output: np.ndarray  # (T, 1, directions * output_size) int64 of the last layer
+    output: np.ndarray  # (T, B, directions * output_size) int64 of the last layer
     layers: tuple[tuple[Execution, ...], ...]
 
 
 def execute_stack(stack, spec: ArraySpec, x) -> StackExecution:
-    """Run one sequence through all layers and directions of one recurrent module (stack: as PackedModel.stack gives it), one
-    after the other: x (T, 1, input_size). Each layer and direction has a schedule of its own; nothing overlaps them."""
+    """Run B sequences through all layers and directions of one recurrent module (stack: as PackedModel.stack gives it), one
+    after the other: x (T, B, input_size). Each layer and direction has a schedule of its own; nothing overlaps them."""
     x, layers = np.asarray(x), []
     for directions in stack:
         done = tuple(execute_layer(layer, spec, reversed_steps(x, None) if reverse else x)

@@ -9,6 +9,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from workbench.array.mapping import COPIES, LayerMapping, columns_kept, parts_of, sums_of, words_taken
 from workbench.packed import PackedSparse
 
@@ -17,10 +19,10 @@ SENT = {"hh": "h", "hr": "m"}  # part -> the value that is multicast for it in t
 
 @dataclass(frozen=True)
 class Interpretation:
-    """spans: (step, number in the program) -> (start, end) cycles; step -1 is the multicast of the first x."""
+    """spans: (step of the program, number in it) -> (start, end) cycles; the multicast of the first x is of step -1."""
 
-    output: list[list[int]]  # (T, output_size)
-    c: list[int] | None  # (hidden_size,); None for a GRU
+    output: list  # (T, B, output_size); no B where x has none
+    c: list | None  # (B, hidden_size); None for a GRU
     cycles: int
     spans: dict[tuple[int, int], tuple[int, int]]
     counts: dict[str, int]  # events that happened at all
@@ -109,16 +111,31 @@ def _gru_tasks(layer):
 
 
 def interpret(mapping: LayerMapping, x) -> Interpretation:
-    """Run a few steps of one layer: x (T, input_size) integers; h and c start at zero."""
-    machine = _Machine(mapping, [[int(v) for v in row] for row in x])
-    return machine.run()
+    """Run a few steps of one layer: x (T, B, input_size) integers, or (T, input_size) of one sequence; h and c start at
+    zero."""
+    sequences = [[row] for row in x] if np.ndim(x) == 2 else x
+    machine = _Machine(mapping, [[[int(v) for v in values] for values in row] for row in sequences])
+    machine.run()
+    steps, items = range(len(x)), [machine.items[b] for b in range(mapping.batch)]
+    output = [[item.listed(t, "h") for item in items] for t in steps]
+    c = [item.listed(steps[-1], "cell") for item in items] if "cell" in machine.items[0].tasks else None
+    if np.ndim(x) == 2:
+        output, c = [row[0] for row in output], c and c[0]
+    return Interpretation(output, c, machine.now, machine.spans, dict(+machine.counts))
+
+
+def _key(i):
+    """What instructions of one step of the sequence have in common that together read, or add up to, one thing."""
+    return i.item, i.kind, i.region, i.gate, i.parts, i.rows
 
 
 @dataclass
 class _Active:
-    """An instruction on its resource. todo: what is still to be issued; flying: issued and not yet landed."""
+    """An instruction on its resource. step: of the program; t: of the sequence; todo: what is still to be issued; flying:
+    issued and not yet landed."""
 
     step: int
+    t: int
     number: int
     instruction: object
     start: int
@@ -128,42 +145,61 @@ class _Active:
     row_held: dict = field(default_factory=dict)  # PE -> the row whose sum its DSP holds
 
 
+class _Item:
+    """The values of one sequence; h and c start at zero."""
+
+    def __init__(self, layer):
+        self.layer = layer
+        self.arrived = Counter()  # (part, step) -> words multicast
+        self.arrived["hh", -1] = layer.output_size
+        self.edge, self.edge_parts = defaultdict(int), Counter()  # (step, sum, row)
+        # Instruction of the activation units -> its tasks; where there are two, their values are joined into one.
+        self.tasks, self.join = (_lstm_tasks if layer.cell == "LSTM" else _gru_tasks)(layer)
+        self.values = defaultdict(dict)  # (step, value; "sum ..." on the edge) -> index -> integer
+        for state in ("cell", "h"):
+            self.values[-1, state] = dict.fromkeys(range(self.size(state)), 0)
+
+    def size(self, value):
+        """Elements of a value."""
+        return self.layer.output_size if value in ("h", "sum p") else self.layer.hidden_size
+
+    def complete(self, step, value):
+        return len(self.values[step, value]) == self.size(value)
+
+    def listed(self, step, value):
+        return [self.values[step, value][j] for j in range(self.size(value))]
+
+
 class _Machine:
     def __init__(self, mapping, x):
         self.mapping, self.layer, self.spec, self.x = mapping, mapping.layer, mapping.spec, x
         self.program = mapping.program
         self.now, self.counts, self.spans = 0, Counter(), {}
-        # Program order, per resource; the first x comes before the first step, the last step has no next x.
+        # Program order, per resource; a step of the program does what belongs to a step of the sequence.
+        self.order = [(step, n) for step in range(-1, len(x)) for n, i in enumerate(self.program)
+                      if 0 <= step - i.lag < len(x)]
         self.queues = defaultdict(list)
-        self.queues["network"].append((-1, 0))
-        for step in range(len(x)):
-            for n, i in enumerate(self.program):
-                if (step, n) != (len(x) - 1, 0):
-                    self.queues[i.resource].append((step, n))
+        for step, n in self.order:
+            self.queues[self.program[n].resource].append((step, n))
         self.issuing = dict.fromkeys(self.queues)  # resource -> _Active
         self.landing = []  # (cycle at whose end it lands, what then happens)
-        self.per_step = Counter((i.kind, i.region, i.gate, i.parts, i.rows) for i in self.program)  # how many instructions
+        self.per_step = Counter(_key(i) for i in self.program)  # how many instructions
         self.entries, self.chunks = Counter(), Counter()  # region -> per step
         for i in self.program:
             self.entries[i.region] += i.kind == "drain"
             self.chunks[i.region] = max(self.chunks[i.region], i.chunk + 1)
-        self.retired = Counter()  # the same keys with the step in front
+        self.chunk_users = Counter((i.region, i.chunk) for i in self.program if i.kind == "mac")
+        self.retired = Counter()  # the same keys with the step of the sequence in front
         # PE memories: (region, pe row, pe col) -> address -> (step, value); a wrong step is a hazard.
         self.data = defaultdict(dict)
-        self.arrived = Counter()  # (part, step) -> words multicast
-        self.arrived["hh", -1] = self.layer.output_size
         self.acc = defaultdict(Counter)  # (region, bank, pe row, pe col) -> (entry since the first step, row) -> sum
-        self.bank_users = [(step, n) for step in range(len(x)) for n, i in enumerate(self.program)
-                           if i.kind in ("mac", "drain")]  # not retired, in program order
+        self.bank_users = [place for place in self.order if self.program[place[1]].kind in ("mac", "drain")]  # not retired
         self.bank_written = {}  # (region, bank) -> cycle of the last write that is on its way
         self.bank_drained = {}  # (region, bank) -> cycle of the last read of a drain
-        self.buffers = {}  # (region, 0 or 1) -> (step, chunk)
+        self.buffers = {}  # (region, 0 or 1) -> multiplications that are still to use its chunk
         self.loaded = set()  # (region, step, chunk)
         self.sums = sums_of(self.layer)
-        self.edge, self.edge_parts = defaultdict(int), Counter()  # (step, sum, row)
-        # Instruction of the activation units -> its tasks; where there are two, their values are joined into one.
-        self.tasks, self.join = (_lstm_tasks if self.layer.cell == "LSTM" else _gru_tasks)(self.layer)
-        self.values = defaultdict(dict)  # (step, value; "sum ..." on the edge) -> index -> integer
+        self.items = [_Item(self.layer) for _ in range(mapping.batch)]
         # (part, column) -> the PEs that keep it
         self.keepers = defaultdict(list)
         for n, region in enumerate(mapping.layout.regions):
@@ -173,16 +209,7 @@ class _Machine:
                         self.keepers[part, column] += [(n, pe_row, pe_col) for pe_row in range(region.rows) if kept]
         for j in range(self.layer.output_size):
             for pe in self.keepers["hh", j]:
-                self.data[pe]["hh", 0, j] = (-1, 0)
-        for state in ("cell", "h"):
-            self.values[-1, state] = dict.fromkeys(range(self._size(state)), 0)
-
-    def _size(self, value):
-        """Elements of a value."""
-        return self.layer.output_size if value in ("h", "sum p") else self.layer.hidden_size
-
-    def _complete(self, step, value):
-        return len(self.values[step, value]) == self._size(value)
+                self.data[pe] |= {(item, "hh", 0, j): (-1, 0) for item in range(mapping.batch)}
 
     def _operand(self, step, part):
         """What a part of a step multiplies: its size, the step that it is from, its place among the copies in a PE."""
@@ -205,33 +232,30 @@ class _Machine:
             self.now += 1
             if self.now > 1_000_000:
                 raise RuntimeError(f"no end after {self.now} cycles: {[q[0] for q in self.queues.values() if q]} wait")
-        steps = len(self.x)
-        cell = [self.values[steps - 1, "cell"][j] for j in range(self.layer.hidden_size)] if "cell" in self.tasks else None
-        return Interpretation([[self.values[t, "h"][j] for j in range(self.layer.output_size)] for t in range(steps)],
-                              cell, self.now, self.spans, dict(+self.counts))
 
     # What may start: the state of the machine at the beginning of the cycle.
 
     def _may_start(self, step, n):
         i = self.program[n]
+        t, item = step - i.lag, self.items[i.item]
         if i.kind == "mac":
-            size, due, _ = self._operand(step, i.parts[0])
-            return (self.arrived[i.parts[0], due] == size and self._has_bank(step, n)
+            size, due, _ = self._operand(t, i.parts[0])
+            return (item.arrived[i.parts[0], due] == size and self._has_bank(step, n)
                     and (i.chunk < 0 or (i.region, step, i.chunk) in self.loaded))
         if i.kind == "drain":
             return self._has_bank(step, n) and all(
-                self._all_retired(step, "mac", i.region, i.gate, (part,), i.rows) for part in i.parts)
+                self._all_retired(t, (i.item, "mac", i.region, i.gate, (part,), i.rows)) for part in i.parts)
         if i.kind == "load":
             return (i.region, self._buffer(step, i)) not in self.buffers
-        if n == 0:  # x of step + 1 overwrites that of step - 1
-            readers = [key for key in self.per_step if key[0] == "mac" and key[3] == ("ih",)]
-            return step < 1 or all(self._all_retired(step - 1, *key) for key in readers)
+        if i.kind == "multicast" and i.parts == ("ih",):  # x overwrites that of two steps before
+            readers = [key for key in self.per_step if key[:2] == (i.item, "mac") and key[4] == ("ih",)]
+            return t < 2 or all(self._all_retired(t - 2, key) for key in readers)
         if i.kind == "multicast":
-            return self._complete(step, SENT[i.parts[0]])
-        return all(self._complete(step - back, value) for task in self.tasks[i.name] for back, value in task.reads)
+            return item.complete(t, SENT[i.parts[0]])
+        return all(item.complete(t - back, value) for task in item.tasks[i.name] for back, value in task.reads)
 
-    def _all_retired(self, step, *key):
-        return self.retired[step, *key] == self.per_step[key]
+    def _all_retired(self, t, key):
+        return self.retired[t, key] == self.per_step[key]
 
     def _entry(self, step, i):
         return step * self.entries[i.region] + i.entry
@@ -253,12 +277,13 @@ class _Machine:
 
     def _start(self, resource, step, n):
         i = self.program[n]
+        t, item = step - i.lag, self.items[i.item]
         if i.kind == "mac":
             wait_word, wait_mac = words_taken(self.mapping.blocks[i.parts[0], i.gate], self.spec) - 1, self.spec.mac_ii - 1
             todo = {pe: [slot for mac in macs for slot in [None] * (wait_word * mac[0] + wait_mac) + [mac]]
                     for pe, macs in self._pe_lists(i).items()}  # what each PE issues in each cycle
         elif i.kind == "load":
-            self.buffers[i.region, self._buffer(step, i)] = (step, i.chunk)
+            self.buffers[i.region, self._buffer(step, i)] = self.chunk_users[i.region, i.chunk]
             block = self.mapping.blocks[i.parts[0], i.gate]
             words = sum(first for macs in self._pe_lists(i).values() for first, *_ in macs)
             self.counts["weight_writes"] += words * words_taken(block, self.spec)
@@ -266,13 +291,11 @@ class _Machine:
             self.counts["loaded_bits"] += todo
         elif i.kind == "drain":
             todo = list(range(*i.rows))
-        elif n == 0:
-            todo = list(enumerate(self.x[step + 1]))
         elif i.kind == "multicast":
-            todo = sorted(self.values[step, SENT[i.parts[0]]].items())
+            todo = list(enumerate(self.x[t][i.item] if i.parts == ("ih",) else item.listed(t, SENT[i.parts[0]])))
         else:
-            todo = [(j, task) for task in self.tasks[i.name] for j in range(self._size(task.value))]
-        self.issuing[resource] = _Active(step, n, i, self.now, todo)
+            todo = [(j, task) for task in item.tasks[i.name] for j in range(item.size(task.value))]
+        self.issuing[resource] = _Active(step, t, n, i, self.now, todo)
 
     def _pe_lists(self, i):
         """(pe row, pe col) -> list of (first of its word or not, value, row, column, padding or not), in the PE's order."""
@@ -298,7 +321,7 @@ class _Machine:
 
     def _work_mac(self, a):
         i, part = a.instruction, a.instruction.parts[0]
-        size, due, copy = self._operand(a.step, part)
+        size, due, copy = self._operand(a.t, part)
         bank, entry = self._bank(a.step, i), self._entry(a.step, i)
         if self.bank_drained.get(bank) == self.now:
             raise RuntimeError(f"hazard: {i.name} of step {a.step} writes the bank {bank} that a drain reads, cycle {self.now}")
@@ -311,9 +334,9 @@ class _Machine:
             first, value, row, column, padding = mac
             x = 0
             if column < size:
-                tag, x = self.data[i.region, *pe][part, copy, column]
+                tag, x = self.data[i.region, *pe][i.item, part, copy, column]
                 if tag != due:
-                    raise RuntimeError(f"hazard: step {a.step} reads {part} {column} of step {tag} in cycle {self.now}")
+                    raise RuntimeError(f"hazard: step {a.t} reads {part} {column} of step {tag} in cycle {self.now}")
             self.counts["weight_reads"] += taken * first  # a word is read once and held while it is used
             self.counts.update({"macs": 1, "data_reads": 1, "padding_macs": int(padding)})
             if a.row_held.get(pe) != row:
@@ -352,29 +375,29 @@ class _Machine:
 
     def _reach_edge(self, a, row, partial):
         i = a.instruction
-        place, shift = (a.step, i.sum, row), 0
+        item, place, shift = self.items[i.item], (a.t, i.sum, row), 0
         if i.sum not in ("hn", "p"):  # which nothing joins before they are rounded
             shift = self.layer.alignment(i.gate)[1 if i.parts[0] == "ih" else 2]
-        self.edge[place] += partial << shift
-        self.edge_parts[place] += len(i.parts)
-        if self.edge_parts[place] == len(self.sums[i.sum]):
-            self.values[a.step, f"sum {i.sum}"][row] = self.edge[place]
+        item.edge[place] += partial << shift
+        item.edge_parts[place] += len(i.parts)
+        if item.edge_parts[place] == len(self.sums[i.sum]):
+            item.values[a.t, f"sum {i.sum}"][row] = item.edge[place]
 
     def _work_load(self, a):
         a.todo = max(0, a.todo - self.spec.load_bits_per_cycle)
         self._fly(a, 0, lambda: None)
 
     def _work_multicast(self, a):
-        part, due = a.instruction.parts[0], a.step + (a.number == 0)
+        i, t = a.instruction, a.t
         for column, value in a.todo[: self.spec.h_words_per_cycle]:
             self.counts["multicast_words"] += 1
-            self._fly(a, 0, lambda column=column, value=value: self._store(part, due, column, value))
+            self._fly(a, 0, lambda column=column, value=value: self._store(i.item, i.parts[0], t, column, value))
         del a.todo[: self.spec.h_words_per_cycle]
 
-    def _store(self, part, due, column, value):
-        self.arrived[part, due] += 1
+    def _store(self, item, part, t, column, value):
+        self.items[item].arrived[part, t] += 1
         for pe in self.keepers[part, column]:
-            self.data[pe][part, due % COPIES[part], column] = (due, value)
+            self.data[pe][item, part, t % COPIES[part], column] = (t, value)
             self.counts["data_writes"] += 1
 
     def _work_activation(self, a):
@@ -384,15 +407,15 @@ class _Machine:
         a.held = 0
         for j, task in a.todo[: self.spec.act_units]:
             self.counts[task.event] += 1
-            self._fly(a, self.spec.act_latency, lambda j=j, task=task: self._compute(a.step, a.instruction.name, j, task))
+            self._fly(a, self.spec.act_latency, lambda j=j, task=task: self._compute(a.t, a.instruction, j, task))
         del a.todo[: self.spec.act_units]
 
-    def _compute(self, step, name, j, task):
-        read = (self.values[step - back, value][j] for back, value in task.reads)
-        self.values[step, task.value][j] = task.compute(j, *read)
-        computed = [self.values[step, other.value].get(j) for other in self.tasks[name]]
+    def _compute(self, t, i, j, task):
+        item = self.items[i.item]
+        item.values[t, task.value][j] = task.compute(j, *(item.values[t - back, value][j] for back, value in task.reads))
+        computed = [item.values[t, other.value].get(j) for other in item.tasks[i.name]]
         if len(computed) > 1 and None not in computed:
-            self.values[step, name][j] = self.join(*computed)
+            item.values[t, i.name][j] = item.join(*computed)
 
     # What lands at the end of a cycle.
 
@@ -418,13 +441,16 @@ class _Machine:
 
     def _retire(self, a):
         i = a.instruction
-        self.retired[a.step, i.kind, i.region, i.gate, i.parts, i.rows] += 1
+        self.retired[a.t, _key(i)] += 1
         if i.kind in ("mac", "drain"):
             self.bank_users.remove((a.step, a.number))
         if i.kind == "load":
             self.loaded.add((i.region, a.step, i.chunk))
         elif i.kind == "mac" and i.chunk >= 0:
-            del self.buffers[i.region, self._buffer(a.step, i)]
+            buffer = i.region, self._buffer(a.step, i)
+            self.buffers[buffer] -= 1
+            if not self.buffers[buffer]:  # all items have used the chunk
+                del self.buffers[buffer]
         elif i.kind == "drain":
             for place, sums in self.acc.items():
                 if place[:2] == self._bank(a.step, i):

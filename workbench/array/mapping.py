@@ -455,10 +455,11 @@ class Instruction:
 
     kind: mac, drain, activation, elementwise, multicast or load. parts: of the blocks, or of those that a multicast is for.
     rows: local rows [low, high) of the pass. words: slice of each PE's words for those rows. entry: number of what is
-    summed and drained together, in its region and step, in the order of the drains; the accumulator banks take the
-    entries in turn, over all steps. chunk: number of the streamed chunk in its region and step, or -1. sum: (sums_of) that
-    it adds to, drains, or takes off the edge. takes: names of those whose values it takes. values: that activation units
-    compute, each counted as `event`, or words of a multicast.
+    summed and drained together, in its region, in the order of the drains from the first of this program step on; the
+    accumulator banks take the entries in turn, over all steps. chunk: number of the streamed chunk in its region and step, or
+    -1. sum: (sums_of) that it adds to, drains, or takes off the edge. takes: names of those whose values it takes. values: that
+    activation units compute, each counted as `event`, or words of a multicast. item: sequence of the batch. lag: step s of
+    the program does this for step s - lag of the sequence, so that -1 is one step ahead.
     """
 
     name: str
@@ -475,11 +476,13 @@ class Instruction:
     takes: tuple[str, ...] = ()
     values: int = 0
     event: str = ""
+    item: int = 0
+    lag: int = 0
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """What is accumulated together and drained once: a sum or one of its parts, local rows [low, high)."""
+    """What is accumulated together and drained once per item: a sum or one of its parts, local rows [low, high)."""
 
     sum: str
     gate: str
@@ -490,7 +493,11 @@ class _Entry:
 
 @dataclass(frozen=True)
 class LayerMapping:
-    """A layer on the array: its words in the PEs and the program of one time step, in the order the resources serve it."""
+    """A layer on the array: its words in the PEs and the program of one time step, in the order the resources serve it.
+
+    batch: sequences side by side. passes: groups of them; those of one share each load of a streamed chunk, which the next
+    loads again.
+    """
 
     layer: PackedLayer
     spec: ArraySpec
@@ -499,6 +506,13 @@ class LayerMapping:
     program: tuple[Instruction, ...]
     resident_words: np.ndarray  # (rows, cols) memory words of weights that stay in each PE of the array
     streamed_bits: int  # bits that the loader brings in every step
+    batch: int = 1
+    passes: int = 1
+
+    @property
+    def initial_bits(self) -> int:
+        """Bits of the words that are in place at the start: those that stay."""
+        return self.on_chip_bits - self.streamed_bits // self.passes
 
     @property
     def on_chip_bits(self) -> int:
@@ -525,7 +539,7 @@ class LayerMapping:
 
     @property
     def macs(self) -> np.ndarray:
-        """(rows, cols) multiply-accumulates of each PE in one time step."""
+        """(rows, cols) multiply-accumulates of each PE in one time step of one item."""
         return self.per_pe(lambda block: block.macs)
 
 
@@ -535,24 +549,28 @@ def words_taken(block: BlockMapping, spec: ArraySpec) -> int:
     return ceil_div(block.word_bits, spec.weight_word_bits)
 
 
-def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None) -> LayerMapping:
-    """Map a layer; blocks: what map_blocks gave for this layout, if at hand. What does not fit raises ValueError."""
+def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, *, batch: int = 1) -> LayerMapping:
+    """Map a layer for `batch` sequences side by side; blocks: what map_blocks gave for this layout, if at hand. What does not
+    fit raises ValueError."""
     _check_layer(layer, spec)
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"the array runs a whole number of sequences side by side (batch), at least 1, got {batch!r}")
     used = np.zeros((spec.rows, spec.cols), dtype=np.int64)
     for region in layout.regions:
         used[region.window] += 1
     if used.max() > 1 or used.sum() != sum(region.rows * region.cols for region in layout.regions):
         raise ValueError(f"{layout} needs regions that do not overlap, inside {spec.rows} x {spec.cols} PEs")
     blocks = map_blocks(layer, spec, layout) if blocks is None else blocks
-    data_words = max(int(words.max()) for words in data_words_kept(layer, layout, blocks))
+    data_words = batch * max(int(words.max()) for words in data_words_kept(layer, layout, blocks))
     if data_words > spec.data_words:
-        kept = "x twice, h once" + ", o * tanh(c) once" * layer.projected
+        kept = "x twice, h once" + ", o * tanh(c) once" * layer.projected + f", for each of {batch} items" * (batch > 1)
         raise ValueError(f"a PE needs {data_words} data words ({kept}), the array has {spec.data_words} (data_words)")
     if 2 * layout.stream_words > spec.weight_words:
         raise ValueError(f"{layout} needs two buffers of {layout.stream_words} words per PE, the array has {spec.weight_words} "
                          "(weight_words)")
-    builder = _ProgramBuilder(layer, spec, layout, blocks)
-    return LayerMapping(layer, spec, layout, blocks, builder.program(), builder.resident, builder.streamed_bits)
+    builder = _ProgramBuilder(layer, spec, layout, blocks, batch)
+    return LayerMapping(layer, spec, layout, blocks, builder.program(), builder.resident, builder.streamed_bits, batch,
+                        len(builder.passes))
 
 
 def candidate_layouts(layer: PackedLayer, spec: ArraySpec) -> list[Layout]:
@@ -584,15 +602,15 @@ def least_cycles(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> int:
     return max(busy) * spec.mac_ii
 
 
-def fitting_mappings(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> list[LayerMapping]:
+def fitting_mappings(layer: PackedLayer, spec: ArraySpec, layout: Layout, batch: int = 1) -> list[LayerMapping]:
     """The mapping of a layout; if its weights do not fit, one mapping for each size of the streaming buffers."""
     _check_layer(layer, spec)
     blocks = map_blocks(layer, spec, layout)
     if _fits(layer, spec, layout, blocks):
-        return [map_layer(layer, spec, layout, blocks)]
+        return [map_layer(layer, spec, layout, blocks, batch=batch)]
     widest = max(words_taken(block, spec) for block in blocks.values())
     sizes = [spec.weight_words // n for n in STREAM_SHARES if spec.weight_words // n >= widest] or [0]
-    return [map_layer(layer, spec, replace(layout, stream_words=size), blocks) for size in sizes]
+    return [map_layer(layer, spec, replace(layout, stream_words=size), blocks, batch=batch) for size in sizes]
 
 
 def _check_layer(layer, spec):
@@ -613,7 +631,8 @@ def parts_of(layer: PackedLayer) -> tuple[str, ...]:
 
 
 def data_words_kept(layer, layout: Layout, blocks) -> list[np.ndarray]:
-    """Per region (pe_cols,): data words of each PE, its columns of x twice (one step ahead), of all else once (COPIES)."""
+    """Per region (pe_cols,): data words of each PE for an item, its columns of x twice (one step ahead), of all else once
+    (COPIES)."""
     return [sum(COPIES[part] * columns_kept(layer, layout, blocks, part, n).sum(axis=1) for part in parts_of(layer))
             for n in range(len(layout.regions))]
 
@@ -678,59 +697,77 @@ def _phases(layer) -> list[list[Instruction]]:
 class _ProgramBuilder:
     """Builds the program of one step and notes what stays resident and what is streamed."""
 
-    def __init__(self, layer, spec, layout, blocks):
-        self.layer, self.spec, self.layout, self.blocks = layer, spec, layout, blocks
+    def __init__(self, layer, spec, layout, blocks, batch):
+        self.layer, self.spec, self.layout, self.blocks, self.batch = layer, spec, layout, blocks, batch
         self.resident = np.zeros((spec.rows, spec.cols), dtype=np.int64)
         self.streamed_bits = 0
-        self.chunks = [0] * len(layout.regions)
+        self.chunks, self.drains = ([0] * len(layout.regions) for _ in range(2))  # so far in the program, per region
+        self.passes = self._passes()
+
+    def _passes(self):
+        """The items in groups. Resident words serve one item after the other, so that the PEs multiply for one while another's
+        sums are activated. Streamed words serve as many items at a time as the accumulators hold a unit of rows for."""
+        shared = 1
+        if not _fits(self.layer, self.spec, self.layout, self.blocks):
+            shared = self.spec.acc_banks * (self.spec.acc_depth // max(block.unit for block in self.blocks.values()))
+        size = ceil_div(self.batch, ceil_div(self.batch, shared))
+        return [range(low, min(low + size, self.batch)) for low in range(0, self.batch, size)]
 
     def program(self) -> tuple[Instruction, ...]:
-        """x of the next step first; then the regions' sums in turn, and after each segment all that its drain makes due;
-        h back to the PEs at the end. A projection stands behind all gates: while its PEs wait for its operands, they do not
-        begin the next step's W_ih x."""
-        steps = [Instruction("x to PEs", "multicast", "network", parts=("ih",), values=self.layer.input_size)]
-        regions = [self._region_segments(n) for n in range(len(self.layout.regions))]
-        segments = [segment for turn in zip_longest(*regions) for segment in turn if segment]
-        segments.sort(key=lambda segment: segment[-1].sum == "p")  # stable; the projection needs the gates of every region
-        last_drain = {segment[-1].sum: n for n, segment in enumerate(segments)}
-        phases = _phases(self.layer)
-        for n, segment in enumerate(segments):
-            steps += segment
-            while phases:
-                due = [i for i in phases[0] if not i.sum or last_drain[i.sum] <= n]
-                steps += due
-                phases[0] = [i for i in phases[0] if i not in due]
-                if phases[0]:
-                    break
-                phases.pop(0)
+        """x of the next step first; then pass by pass the regions' sums in turn, and after each segment all that its drain
+        makes due; h back to the PEs at the end. A projection stands behind all gates: while its PEs wait for its operands,
+        they do not begin the next step's W_ih x."""
+        x = Instruction("x to PEs", "multicast", "network", parts=("ih",), values=self.layer.input_size, lag=-1)
+        steps = [replace(x, item=item) for item in range(self.batch)]
+        entries = [list(self._entries(n)) for n in range(len(self.layout.regions))]
+        resident = [self._resident_slices(n, entries[n]) for n in range(len(self.layout.regions))]
+        for items in self.passes:
+            regions = [self._region_segments(n, entries[n], resident[n], items) for n in range(len(self.layout.regions))]
+            segments = [segment for turn in zip_longest(*regions) for segment in turn if segment]
+            segments.sort(key=lambda segment: segment[-1].sum == "p")  # stable; the projection needs the gates of every region
+            last_drain = {(segment[-1].sum, segment[-1].item): n for n, segment in enumerate(segments)}
+            waiting = {item: [[replace(i, item=item) for i in phase] for phase in _phases(self.layer)] for item in items}
+            for n, segment in enumerate(segments):
+                steps += segment
+                for item, phases in waiting.items():
+                    while phases:
+                        due = [i for i in phases[0] if not i.sum or last_drain[i.sum, item] <= n]
+                        steps += due
+                        phases[0] = [i for i in phases[0] if i not in due]
+                        if phases[0]:
+                            break
+                        phases.pop(0)
         return tuple(steps)
 
     def _entries(self, region):
+        """In the order in which they are drained: first the sums of inputs alone, which may run before h is back."""
+        entries, share = [], ceil_div(max(map(len, self.passes)), self.spec.acc_banks)  # items that share a bank
         for name, products in sums_of(self.layer).items():
             here = [p for p in products if self.layout.region_of(self.layer.block(*p)) == region]
             together = _share_accumulators(self.layer, self.layout, products, {p: self.blocks[p].unit for p in products})
             for some in ([here] if together and here else [[p] for p in here]):
                 block = self.blocks[some[0]]
-                rows, size = int(block.local_rows.max()), self.spec.acc_depth // block.unit * block.unit
+                rows, size = int(block.local_rows.max()), self.spec.acc_depth // share // block.unit * block.unit
                 for low in range(0, rows, size):
-                    yield _Entry(name, some[0][1], tuple(part for part, _ in some), low, min(low + size, rows))
+                    entries.append(_Entry(name, some[0][1], tuple(part for part, _ in some), low, min(low + size, rows)))
+        return sorted(entries, key=lambda e: e.parts != ("ih",))  # stable
 
-    def _region_segments(self, region):
-        """Lists of instructions, each ending with a drain. What needs only x comes early, so that it may run before h is
-        back: first the sums of inputs alone, then in each accumulation group the input parts."""
-        entries = sorted(self._entries(region), key=lambda e: e.parts != ("ih",))  # stable
-        resident = self._resident_slices(region, entries)
+    def _region_segments(self, region, entries, resident, items):
+        """Lists of instructions, each ending with a drain; in each accumulation group the input parts come first, as they need
+        only x."""
         segments = []
-        for group in _groups(entries, self.spec):
-            pending = [i for n, e in group if "ih" in e.parts for i in self._macs(region, n, e, "ih", resident)]
+        for group in _groups(entries, self.spec, self.drains[region], len(items)):
+            pending = [i for n, e in group if "ih" in e.parts for i in self._macs(region, n, e, "ih", resident, items)]
             for n, e in group:
                 for part in e.parts:
                     if part != "ih":
-                        pending += self._macs(region, n, e, part, resident)
-                pending.append(Instruction(f"drain {e.gate} {'+'.join(e.parts)}", "drain", f"links {region}", e.gate, e.parts,
-                                           region, (e.low, e.high), entry=n, sum=e.sum))
-                segments.append(pending)
-                pending = []
+                        pending += self._macs(region, n, e, part, resident, items)
+                for place, item in enumerate(items):
+                    pending.append(Instruction(f"drain {e.gate} {'+'.join(e.parts)}", "drain", f"links {region}", e.gate,
+                                               e.parts, region, (e.low, e.high), entry=n + place, sum=e.sum, item=item))
+                    segments.append(pending)
+                    pending = []
+        self.drains[region] += len(entries) * len(items)
         return segments
 
     def _resident_slices(self, region, entries):
@@ -754,19 +791,19 @@ class _ProgramBuilder:
                 self.resident[self.layout.regions[region].window] += np.minimum(counts[e], kept[e, part]) * taken[e]
         return kept
 
-    def _macs(self, region, number, entry, part, resident):
+    def _macs(self, region, number, entry, part, resident, items):
         """The streamed words chunk by chunk, each after its load; a share of the resident words before each, so that the
-        loader does not wait long for a free buffer."""
+        loader does not wait long for a free buffer. number: of the entry's first item."""
         block, rows = self.blocks[part, entry.gate], (entry.low, entry.high)
         counts, kept = block.words_between(*rows), resident[entry, part]
         most, size = int(counts.max()), self.layout.stream_words // words_taken(block, self.spec)
 
-        def mac(words, chunk=-1):
-            return Instruction(f"mac {entry.gate} {part}", "mac", f"PEs {region}", entry.gate, (part,), region, rows, words,
-                               number, chunk, entry.sum)
+        def macs(words, chunk=-1):
+            return [Instruction(f"mac {entry.gate} {part}", "mac", f"PEs {region}", entry.gate, (part,), region, rows, words,
+                                number + place, chunk, entry.sum, item=item) for place, item in enumerate(items)]
 
         if kept == most:
-            return [mac((0, most))]
+            return macs((0, most))
         if not size:
             raise ValueError(f"a streaming buffer of {self.layout.stream_words} words cannot hold one word of "
                              f"{entry.gate} {part} ({block.word_bits} bits)")
@@ -776,23 +813,24 @@ class _ProgramBuilder:
             words, chunk = (low, min(low + size, most)), self.chunks[region]
             self.chunks[region] += 1
             self.streamed_bits += int((np.minimum(counts, words[1]) - np.minimum(counts, low)).sum()) * block.word_bits
-            made += [mac(share)] if share[0] < share[1] else []
-            made += [Instruction(f"load {entry.gate} {part}", "load", "loader", entry.gate, (part,), region, rows, words,
-                                 number, chunk, entry.sum),
-                     mac(words, chunk)]
+            made += macs(share) if share[0] < share[1] else []
+            made.append(Instruction(f"load {entry.gate} {part}", "load", "loader", entry.gate, (part,), region, rows, words,
+                                    chunk=chunk, sum=entry.sum, item=items[0]))
+            made += macs(words, chunk)
         return made
 
 
-def _groups(entries, spec):
-    """Accumulation groups of (number, entry): consecutive entries that the accumulators hold together, dealt over the banks
-    in turn. Entries of inputs alone and of a projection are drained at once, each a group of its own."""
-    groups, held = [], [0] * spec.acc_banks
-    for number, e in enumerate(entries):
-        bank, rows = number % spec.acc_banks, e.high - e.low
+def _groups(entries, spec, first, items):
+    """Accumulation groups of (number, entry): consecutive entries that the accumulators hold together for all items of a pass,
+    which the banks take in turn. first: number of the first item of the first entry. Entries of inputs alone and of a
+    projection are drained at once, each a group of its own."""
+    groups, held = [], np.zeros(spec.acc_banks, dtype=np.int64)
+    for number, e in zip(range(first, first + len(entries) * items, items), entries, strict=True):
+        rows = np.bincount(np.arange(number, number + items) % spec.acc_banks, minlength=spec.acc_banks) * (e.high - e.low)
         recurrent = groups and "hh" in e.parts and "hh" in groups[-1][-1][1].parts
-        if not recurrent or held[bank] + rows > spec.acc_depth:
+        if not recurrent or (held + rows).max() > spec.acc_depth:
             groups.append([])
-            held = [0] * spec.acc_banks
+            held[:] = 0
         groups[-1].append((number, e))
-        held[bank] += rows
+        held += rows
     return groups

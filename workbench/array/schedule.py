@@ -39,15 +39,15 @@ BOUND_BY = {"compute": ("multiply", "stall"), "memory": ("load",), "links": ("dr
             "activation": ("activation",)}
 EVENTS = ("macs", "padding_macs", "weight_reads", "data_reads", "acc_reads", "acc_writes", "link_words", "activation_lookups",
           "elementwise_multiplies", "roundings", "multicast_words", "data_writes", "loaded_bits", "weight_writes")
-CONFIG, FIRST_X = -2, -1  # numbers of the two operations before the first step
-X_TO_PES = 0  # every program begins with the multicast of the next step's x, which the last step leaves out
-# Part -> (steps back, multicast) of what it multiplies.
-ARRIVES = {"ih": (1, "x to PEs"), "hh": (1, "h to PEs"), "hr": (0, "m to PEs")}
+ABSENT = -1  # the start of an instruction whose step of the sequence does not exist
+# Part -> (steps of the sequence back, multicast) of what it multiplies.
+ARRIVES = {"ih": (0, "x to PEs"), "hh": (1, "h to PEs"), "hr": (0, "m to PEs")}
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation. start, end: cycles, end excluded; after: numbers of the operations whose end it waits for."""
+    """One operation. step: of the program; -1 holds the configuration and the first x. start, end: cycles, end excluded;
+    after: numbers of the operations whose end it waits for. item: sequence of the batch."""
 
     name: str
     kind: str
@@ -59,6 +59,7 @@ class Operation:
     end: int
     after: tuple[int, ...]
     counts: dict[str, int]
+    item: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Timed:
 
     busy: int  # cycles for which it holds its resource
     latency: int  # cycles from then to its end
-    needs: tuple[tuple[int, int], ...]  # (steps back, number in the program)
+    needs: tuple[tuple[int, int], ...]  # (steps of the program back, number in it)
     counts: dict[str, int]
     multiply: int = 0  # cycles in which the mean PE of its region multiplies what is no padding
 
@@ -125,81 +126,88 @@ def _needs(mapping):
     """Per instruction the (steps back, number) of those whose end it waits for. In-order resources spare all but the last
     of several that end in order."""
     program, banks = mapping.program, mapping.spec.acc_banks
-    sum_drains, drains, streamed = defaultdict(list), defaultdict(list), defaultdict(list)
-    named, drained_before = {}, {}
+    sum_drains, drains, macs, uses = (defaultdict(list) for _ in range(4))
+    named, loads, drained_before, last_mac = {}, {}, {}, {}
     for n, i in enumerate(program):
         if i.kind == "mac":
             # The latest entry of the same bank that is drained before this; negative: of an earlier step.
             latest = len(drains[i.region]) - 1
             drained_before[n] = latest - (latest - i.entry) % banks
+            macs[i.region].append(n)
             if i.chunk >= 0:
-                streamed[i.region].append(n)
+                uses[i.region, i.chunk].append(n)
         elif i.kind == "drain":
-            sum_drains[i.sum].append(n)
+            sum_drains[i.item, i.sum].append(n)
             drains[i.region].append(n)
+            last_mac[n] = next(m for m in reversed(macs[i.region]) if (program[m].entry - i.entry) % banks == 0)
+        elif i.kind == "load":
+            loads[i.region, i.chunk] = n
         else:
-            named[i.name] = n
+            named[i.item, i.name] = n
+
+    def since(i, m, steps=0):
+        """What program[m] did for the same step of the sequence as i, or some steps before."""
+        return steps + i.lag - program[m].lag, m
 
     def needs(n, i):
         if i.kind == "mac":
-            back, name = ARRIVES[i.parts[0]]
-            yield back, named[name]
+            steps, name = ARRIVES[i.parts[0]]
+            yield since(i, named[i.item, name], steps)
             back, entry = divmod(drained_before[n], len(drains[i.region]))
             yield -back, drains[i.region][entry]
             if i.chunk >= 0:
-                yield 0, n - 1  # its load
+                yield 0, loads[i.region, i.chunk]
         elif i.kind == "load":  # double buffer: the chunk before the last must be used up
-            back, chunk = divmod(i.chunk - 2, len(streamed[i.region]))
-            yield -back, streamed[i.region][chunk]
+            back, chunk = divmod(i.chunk - 2, sum(region == i.region for region, _ in loads))
+            yield -back, uses[i.region, chunk][-1]
         elif i.kind == "drain":
-            yield 0, n - 1  # its last multiplication: all earlier ones of the region end before
-        elif n == X_TO_PES:  # its place in the double buffer is free once the former h has passed on the same network
+            yield 0, last_mac[n]  # of its bank: all earlier ones end before
+        elif i.name == "x to PEs":  # its place in the double buffer is free once the former h has passed on the same network
             return
         else:
-            yield from ((0, d) for d in (sum_drains[i.sum] if i.sum else ()))
-            yield from ((0, named[name]) for name in i.takes)
+            yield from (since(i, m) for m in (sum_drains[i.item, i.sum] if i.sum else ()))
+            yield from (since(i, named[i.item, name]) for name in i.takes)
 
     return [tuple(needs(n, i)) for n, i in enumerate(program)]
 
 
-def _run(timed, resources, config_end, first_x_end, steps):
-    """Starts (steps, n) of all operations, and the period (steps, cycles) into which they fall."""
-    depth = max(back for op in timed for back, _ in op.needs)
-    rows = []
+def _run(timed, program, config_end, steps):
+    """Starts (steps of the program, n) of all operations, those of step -1 first, and the period (steps, cycles) into which
+    they fall."""
+    depth, lags = max(back for op in timed for back, _ in op.needs), [i.lag for i in program]
+    resources, whole = [i.resource for i in program], 1 + max(lags)  # rows before which some instructions have no step yet
 
-    def run_step(step, past, leave_out_x):
-        # past: rows of the steps before, latest last
-        if past:
-            free = {resource: past[-1][n] + timed[n].busy for n, resource in enumerate(resources)}
-        else:
-            free = dict.fromkeys(resources, config_end) | {resources[X_TO_PES]: first_x_end}
-        row = []
+    def run_step(past, free, end):
+        # past: the rows before, latest last; end: of the steps of the sequence
+        row, step = [], len(past) - 1
         for n, op in enumerate(timed):
-            if leave_out_x and n == X_TO_PES:
-                row.append(-1)
+            if not 0 <= step - lags[n] < end:
+                row.append(ABSENT)
                 continue
             start = free[resources[n]]
             for back, m in op.needs:
-                if back <= step:
-                    end = (past[-back][m] if back else row[m]) + timed[m].busy + timed[m].latency
-                else:
-                    end = first_x_end if (m, back - step) == (X_TO_PES, 1) else config_end
-                start = max(start, end)
+                needed = (past[-back][m] if back else row[m]) if back <= len(past) else ABSENT
+                if needed != ABSENT:  # else it is in place
+                    start = max(start, needed + timed[m].busy + timed[m].latency)
             row.append(start)
             free[resources[n]] = start + op.busy
         return row
 
-    period = None
+    rows, frees, period = [], [dict.fromkeys(resources, config_end)], None
     while period is None:
-        if len(rows) == MAX_TRANSIENT:
+        if len(rows) == whole + MAX_TRANSIENT:
             raise RuntimeError(f"the schedule is not periodic after {MAX_TRANSIENT} steps")
-        rows.append(run_step(len(rows), rows, leave_out_x=False))
-        period = _period(rows, depth)
+        frees.append(dict(frees[-1]))
+        rows.append(run_step(rows, frees[-1], float("inf")))
+        period = _period(rows[whole:], depth)
     length, advance = period
-    while len(rows) < steps - 1:  # the past that matters repeats, so everything repeats
+    until = steps + 1 + min(lags)  # rows in which no instruction is beyond its last step
+    while len(rows) < until:  # the past that matters repeats, so everything repeats
         rows.append([start + advance for start in rows[-length]])
-    rows = rows[: steps - 1]
-    rows.append(run_step(steps - 1, rows, leave_out_x=True))
+        frees.append({resource: free + advance for resource, free in frees[-length].items()})
+    rows, free = rows[:until], frees[until]
+    while len(rows) < steps + whole:
+        rows.append(run_step(rows, free, steps))
     return np.array(rows), period
 
 
@@ -220,15 +228,24 @@ class Schedule:
     mapping: LayerMapping
     steps: int
     timed: tuple[Timed, ...]
-    starts: np.ndarray  # (steps, instructions) cycles; -1 where the last step has no next x
+    rows: np.ndarray  # (1 + steps of the program, instructions) starts in cycles, of step -1 first; ABSENT where there is none
     period: tuple[int, int]  # (steps, cycles) once periodic
     candidates: tuple[dict, ...] = ()
 
+    @property
+    def starts(self) -> np.ndarray:
+        """(steps of the program, instructions) cycles; -1 where there is none: the last step has no next x."""
+        return self.rows[1:]
+
     @cached_property
     def ends(self) -> np.ndarray:
-        """(steps, instructions) cycles."""
-        ends = self.starts + np.array([op.busy + op.latency for op in self.timed])
-        return np.where(self.starts < 0, -1, ends)
+        """(steps of the program, instructions) cycles."""
+        return self._ends[1:]
+
+    @cached_property
+    def _ends(self):
+        ends = self.rows + np.array([op.busy + op.latency for op in self.timed])
+        return np.where(self.rows == ABSENT, ABSENT, ends)
 
     @property
     def cycles(self) -> int:
@@ -237,43 +254,37 @@ class Schedule:
 
     @property
     def steady_state_cycles(self) -> float:
-        """Cycles from one step's h in the PEs to the next step's, once periodic (mean over a period of several steps)."""
+        """Cycles from one step's h in the PEs, of all items, to the next step's, once periodic (mean over a period of several
+        steps)."""
         return self.period[1] / self.period[0]
 
     @property
+    def cycles_per_item(self) -> float:
+        """Steady-state cycles by which one more step of one item costs; the latency of a step is longer in a batch."""
+        return self.steady_state_cycles / self.mapping.batch
+
+    @property
     def first_step_latency(self) -> int:
-        """Cycles from the start, configuration and first x included, until the first h is in the PEs."""
+        """Cycles from the start, configuration and first x included, until the first h of all items is in the PEs."""
         return int(self.ends[0, -1])
 
     @property
     def initial_load_cycles(self) -> int:
         """Cycles that the loader takes once, before the sequence, for the resident weights; in no other figure."""
-        bits = self.mapping.on_chip_bits - self.mapping.streamed_bits
-        return ceil_div(bits, self.mapping.spec.load_bits_per_cycle)
-
-    @property
-    def _first_x_end(self):
-        return self.mapping.spec.config_cycles + self.timed[X_TO_PES].busy
+        return ceil_div(self.mapping.initial_bits, self.mapping.spec.load_bits_per_cycle)
 
     @cached_property
     def operations(self) -> tuple[Operation, ...]:
         """All operations: configuration, the first x, then step by step in program order."""
-        config_end, width, last = self.mapping.spec.config_cycles, len(self.timed), self.steps - 1
-
-        def number(step, n):
-            if step < 0:
-                return 1 if (step, n) == (-1, X_TO_PES) else 0
-            return 2 + step * width + n - (step == last)  # the last step has no next x
-
-        found = [Operation("configuration", "config", "", -1, -1, "config", 0, config_end, (), {}),
-                 Operation("x to PEs", "multicast", "", -1, -1, "network", config_end, self._first_x_end, (0,),
-                           self.timed[X_TO_PES].counts)]
-        for step in range(self.steps):
-            for n, (i, op) in enumerate(zip(self.mapping.program, self.timed, strict=True)):
-                if self.starts[step, n] >= 0:
-                    after = tuple(sorted({number(step - back, m) for back, m in op.needs}))
-                    found.append(Operation(i.name, i.kind, i.gate, i.region, step, i.resource, int(self.starts[step, n]),
-                                           int(self.ends[step, n]), after, op.counts))
+        found = [Operation("configuration", "config", "", -1, -1, "config", 0, self.mapping.spec.config_cycles, (), {})]
+        numbers = {}  # (row, number in the program) -> number of the operation
+        for row, starts in enumerate(self.rows.tolist()):
+            for n, (i, op, start) in enumerate(zip(self.mapping.program, self.timed, starts, strict=True)):
+                if start != ABSENT:
+                    after = {numbers.get((row - back, m), 0) for back, m in op.needs} or ({0} if row == 0 else ())
+                    numbers[row, n] = len(found)
+                    found.append(Operation(i.name, i.kind, i.gate, i.region, row - 1, i.resource, start,
+                                           int(self._ends[row, n]), tuple(sorted(after)), op.counts, i.item))
         return tuple(found)
 
     def table(self, step: int | None = None) -> list[dict]:
@@ -299,34 +310,32 @@ class Schedule:
         (imbalance, padding, further memory words, pipeline latency). Element-wise operations count as activation.
         """
         split = dict.fromkeys(SPLIT, 0)
-        step, n = (int(v) for v in np.unravel_index(self.ends.argmax(), self.ends.shape))
+        place = tuple(int(v) for v in np.unravel_index(self._ends.argmax(), self._ends.shape))
         boundary = self.cycles
-        while n not in (CONFIG, FIRST_X):
-            kind, cycles = self.mapping.program[n].kind, boundary - int(self.starts[step, n])
+        while place is not None:
+            n, start = place[1], int(self.rows[place])
+            kind, cycles = self.mapping.program[n].kind, boundary - start
             if kind == "mac":
                 split["multiply"] += self.timed[n].multiply
                 split["stall"] += cycles - self.timed[n].multiply
             else:
                 split["activation" if kind == "elementwise" else kind] += cycles
-            boundary = int(self.starts[step, n])
-            step, n = self._released_by(step, n)
-        split["multicast"] += boundary - self.mapping.spec.config_cycles
-        split["config"] += self.mapping.spec.config_cycles
+            boundary, place = start, self._released_by(*place)
+        split["config"] += boundary
         return split
 
-    def _released_by(self, step, n):
-        """(step, number) of the operation whose end, or whose leaving the resource, let this one start."""
-        start = self.starts[step, n]
+    def _released_by(self, row, n):
+        """(row, number) of the operation whose end, or whose leaving the resource, let this one start; None: the
+        configuration."""
+        start = self.rows[row, n]
         for back, m in self.timed[n].needs:
-            if back <= step and self.ends[step - back, m] == start:
-                return step - back, m
+            if back <= row and self._ends[row - back, m] == start:
+                return row - back, m
         program = self.mapping.program
         same = [m for m, i in enumerate(program) if i.resource == program[n].resource]
-        place = same.index(n)
-        step, m = (step, same[place - 1]) if place else (step - 1, same[-1])
-        if step >= 0 and self.starts[step, m] >= 0 and self.starts[step, m] + self.timed[m].busy == start:
-            return step, m
-        return -1, FIRST_X if start == self._first_x_end else CONFIG
+        earlier = [(row, m) for m in same if m < n] + [(row - 1, m) for m in same if row]
+        return next((place for place in earlier if self.rows[place] != ABSENT
+                     and self.rows[place] + self.timed[place[1]].busy == start), None)
 
     @property
     def bound(self) -> str:
@@ -336,7 +345,7 @@ class Schedule:
 
     def utilisation(self) -> np.ndarray:
         """(rows, cols): multiply-accumulates that each PE issues per cycle, those of padding included."""
-        return self.mapping.macs * self.steps / self.cycles
+        return self.mapping.macs * self.mapping.batch * self.steps / self.cycles
 
 
 def schedule_mapping(mapping: LayerMapping, steps: int) -> Schedule:
@@ -344,13 +353,13 @@ def schedule_mapping(mapping: LayerMapping, steps: int) -> Schedule:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"a schedule needs a whole number of steps, at least 1, got {steps!r}")
     timed = _time_program(mapping)
-    config_end = mapping.spec.config_cycles
-    starts, period = _run(timed, [i.resource for i in mapping.program], config_end, config_end + timed[X_TO_PES].busy, steps)
-    return Schedule(mapping, steps, timed, starts, period)
+    rows, period = _run(timed, mapping.program, mapping.spec.config_cycles, steps)
+    return Schedule(mapping, steps, timed, rows, period)
 
 
-def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layout | None = None) -> Schedule:
-    """Schedule one layer over `steps` time steps.
+def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layout | None = None,
+                   batch: int = 1) -> Schedule:
+    """Schedule one layer over `steps` time steps of `batch` sequences side by side.
 
     Without a layout the candidate with the fewest steady-state cycles is taken; one whose multiplications alone take as
     many cycles as the best so far is not scheduled (exact: it cannot win). What the array cannot hold or does not map
@@ -363,11 +372,12 @@ def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layo
         candidate_layouts(layer, spec), key=lambda candidate: least_cycles(layer, spec, candidate))
     best, rows = None, []
     for candidate in layouts:
-        bound = least_cycles(layer, spec, candidate)
+        bound = batch * least_cycles(layer, spec, candidate)
         if best is not None and bound >= best.steady_state_cycles:
             rows.append({"layout": candidate.name, "least_cycles": bound})
             continue
-        for mapping in [map_layer(layer, spec, layout)] if layout is not None else fitting_mappings(layer, spec, candidate):
+        for mapping in ([map_layer(layer, spec, layout, batch=batch)] if layout is not None
+                        else fitting_mappings(layer, spec, candidate, batch)):
             schedule = schedule_mapping(mapping, steps)
             rows.append({"layout": mapping.layout.name, "least_cycles": bound, "cr_chip": mapping.cr_chip,
                          "steady_state_cycles": schedule.steady_state_cycles})

@@ -77,6 +77,7 @@ ASSUMPTIONS = (
     "A PE that comes back to a row within mac_latency cycles (circulant pieces of 4 rows or fewer at a latency of 4) forwards "
     "the sum that is not written back yet; forwarding costs no cycle.",
     "x comes to the PEs over the multicast; loading it from outside is not counted.",
+    "Each item of a batch has x, h and c of its own; every resource serves the items in turn.",
     "Resident weights and the first h are in place at the start; the first load is reported apart (initial_load_cycles).",
     "A barrier per region lies between operations: the fullest PE counts.",
     "A PE reads one memory word of its weights per cycle, not ahead: a stored word that takes several holds its PE longer. "
