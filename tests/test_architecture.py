@@ -23,7 +23,7 @@ LEVELS = (
     ("engine", "array"),
     ("gates", "methods"),
     ("plan", "budget", "constrain", "quantise", "emulation", "units"),
-    ("tasks", "models", "train"),
+    ("tasks", "models", "schedules", "train"),
     ("sensitivity", "allocation", "signals"),
     ("runs", "pareto", "published", "sweep", "index", "report", "plots", "study", "precision", "tables", "__main__"),
 )

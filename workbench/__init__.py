@@ -25,6 +25,7 @@ _NAMES = {
         " one_signal_at_a_time quantised_training train_baselines",
         "quantise": "calibrate observe weight_format",
         "report": "show",
+        "schedules": "admm gradual iterative one_shot",
         "sensitivity": "Loop Strength check_sensitivity class_stability classify hybrid_plan method_agreement rank_blocks"
         " search_hybrid seed_agreement sensitive_gates sensitivity_table strengths",
         "signals": "signal_errors",
@@ -43,8 +44,8 @@ _NAMES = {
 }
 _SUBMODULES = (
     "allocation", "array", "budget", "constrain", "container", "emulation", "engine", "fixedpoint", "gates", "index", "methods",
-    "models", "packed", "pareto", "plan", "plots", "precision", "published", "quantise", "report", "runs", "sensitivity",
-    "signals", "study", "sweep", "tables", "tasks", "train", "units",
+    "models", "packed", "pareto", "plan", "plots", "precision", "published", "quantise", "report", "runs", "schedules",
+    "sensitivity", "signals", "study", "sweep", "tables", "tasks", "train", "units",
 )  # fmt: skip
 
 __all__ = ["__version__", *_NAMES, *_SUBMODULES]

@@ -75,6 +75,12 @@ def bake(model: nn.Module) -> nn.Module:
         with torch.no_grad():
             rnn._init_flat_weights()  # after a training forward it holds non-leaf tensors, which deepcopy refuses
     model = copy.deepcopy(model)
+    make_plain(model)
+    return model
+
+
+def make_plain(model: nn.Module) -> None:
+    """What bake does, in place."""
     for rnn in rnns(model).values():
         if names := _parametrized(rnn):
             # A deepcopy shares its class with the original; removing a parametrization there would strip both.
@@ -86,7 +92,6 @@ def bake(model: nn.Module) -> nn.Module:
             rnn._init_flat_weights()
         if hasattr(rnn, "unquantise"):  # of an emulated model
             rnn.unquantise()
-    return model
 
 
 def compress(model: nn.Module, plan) -> nn.Module:

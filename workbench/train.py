@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from workbench.container import read_tensors, write_tensors
 from workbench.models import build_classifier, build_language_model, seeded
+from workbench.schedules import RetrainingSchedule
 from workbench.tasks import LanguageTask, Recipe, Split, Task
 
 CHECKPOINT = "checkpoint"
@@ -91,6 +92,7 @@ def fit(
     teacher: nn.Module | None = None,
     distillation_weight: float = 0.5,
     distillation_temperature: float = 2.0,
+    retraining: RetrainingSchedule | None = None,
     callback: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[dict], None] | None = None,
     checkpoint: str | Path | None = None,
@@ -110,6 +112,8 @@ def fit(
         teacher: its logits on the clean training split are distilled into the model.
         distillation_weight: share of the teacher's term in the loss, 0 to 1.
         distillation_temperature: divides the logits of both in that term.
+        retraining: a fresh schedule whose `model` is the one that is trained; it must be done after `select_after` of the
+            steps, so that the epoch that is kept lies inside the plan.
         callback: called with (step, total steps) before each training step, for example to tighten a mask; it must be
             done with changing the model after `select_after` of them.
         on_epoch: called with each row of the history when its epoch is done, and with those that a checkpoint brings.
@@ -135,6 +139,12 @@ def fit(
             f"fit needs a distillation_weight in [0, 1] and a distillation_temperature above 0, "
             f"got {distillation_weight} and {distillation_temperature}"
         )
+    if retraining is not None and (retraining.model is not model or retraining.entered):
+        raise ValueError("fit needs a fresh retraining schedule of the model that it trains, got a used one or that of another "
+                         "model")
+    if retraining is not None and retraining.until > recipe.select_after:
+        raise ValueError(f"fit needs a retraining schedule that is done after select_after, {recipe.select_after} of the "
+                         f"steps, got one until {retraining.until}")
     if device not in ("cpu", "cuda"):
         raise ValueError(f'fit needs "cpu" or "cuda" as device, got {device!r}')
     if device == "cuda" and not torch.cuda.is_available():
@@ -144,7 +154,8 @@ def fit(
     if checkpoint is not None:
         distillation = teacher and [fingerprint(teacher), distillation_weight, distillation_temperature]
         about = {"task": task.name, "split": task.split, "data": task.digest, "seed": seed, "distillation": distillation}
-        file = _File(Path(checkpoint), about | asdict(recipe) | {"initial weights": fingerprint(model)}, device)
+        about |= {} if retraining is None else {"retraining": retraining.digest}
+        file = _File(Path(checkpoint), about | asdict(recipe) | {"initial weights": fingerprint(model)}, device, retraining)
         if history := file.finished(model):
             for row in history.epochs if on_epoch else ():
                 on_epoch(row)
@@ -152,14 +163,14 @@ def fit(
     with _placed(model, device), _placed(teacher, device), seeded(seed, device):
         distil = None if teacher is None else _Distillation(teacher, distillation_weight, distillation_temperature)
         data = _kind(task)(task, device, distil)
-        return _fit(model, task, data, callback, on_epoch, file, progress)
+        return _fit(model, task, data, retraining, callback, on_epoch, file, progress)
 
 
-def _fit(model, task, data, callback, on_epoch, file, progress):
+def _fit(model, task, data, retraining, callback, on_epoch, file, progress):
     recipe = task.recipe
     total_steps = recipe.epochs * data.steps_per_epoch
     optimizer, schedule = _optimizer(model, recipe, total_steps)
-    history, best, weights = (file and file.resume(model, optimizer, schedule)) or ([], None, None)
+    history, best, weights = (file and file.resume(model, optimizer, schedule, data.steps_per_epoch)) or ([], None, None)
     for row in history if on_epoch else ():
         on_epoch(row)
     step = len(history) * data.steps_per_epoch
@@ -171,9 +182,11 @@ def _fit(model, task, data, callback, on_epoch, file, progress):
         for batch in data.batches():
             if callback is not None:
                 callback(step, total_steps)
+            if retraining is not None:
+                retraining.step(step / total_steps, optimizer)
             loss, share = data.loss(model, batch)
             optimizer.zero_grad()
-            loss.backward()
+            (loss if retraining is None else loss + retraining.penalty()).backward()
             nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
             optimizer.step()
             if schedule is not None:
@@ -433,20 +446,26 @@ class _File(NamedTuple):
     path: Path
     settings: dict
     device: str
+    retraining: RetrainingSchedule | None
 
     def finished(self, model) -> History | None:
         """Give the model the weights of a finished training, where the file holds one."""
         about, tensors = self._read()
         if about is None or not about["finished"]:
             return None
+        if self.retraining is not None:
+            self.retraining.step(1.0)
         model.load_state_dict(_part(tensors, "model"))
         return History(tuple(about["history"]), about["best_epoch"])
 
-    def resume(self, model, optimizer, schedule):
+    def resume(self, model, optimizer, schedule, steps_per_epoch):
         """(history, best epoch, its weights) of an unfinished training, everything set to where it was; None without a file."""
         about, tensors = self._read()
         if about is None:
             return None
+        if self.retraining is not None:  # first: it decides which parameters there are
+            done, total = (epochs * steps_per_epoch for epochs in (len(about["history"]), self.settings["epochs"]))
+            self.retraining.resume((done - 1) / total, optimizer, _part(tensors, "retraining"))
         model.load_state_dict(_part(tensors, "model"))
         states = {}
         for name, tensor in _part(tensors, "optimizer").items():
@@ -467,6 +486,8 @@ class _File(NamedTuple):
         tensors = _named("model", model.state_dict()) | _named("best", weights or {})
         for number, own in state["state"].items():
             tensors |= _named(f"optimizer/{number}", own)
+        if self.retraining is not None:
+            tensors |= _named("retraining", self.retraining.state_dict())
         tensors["random/cpu"] = torch.get_rng_state().numpy()
         if self.device == "cuda":
             tensors["random/cuda"] = torch.cuda.get_rng_state().numpy()

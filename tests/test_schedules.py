@@ -1,0 +1,281 @@
+"""Retraining schedules: strengths by hand, what the optimizer holds, exact members at the end, own loops, resuming."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import workbench as wb
+from workbench.gates import blocks, weight
+from workbench.plan import Plan, plan_block
+from workbench.schedules import milder
+
+X = torch.randn(6, 4, 16, generator=torch.Generator().manual_seed(3))  # (T, B, F)
+
+
+class Regressor(nn.Module):
+    def __init__(self, hidden=16, features=16):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(features, hidden), nn.Linear(hidden, 1)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][-1])
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Regressor()
+
+
+def hybrid(model, bits=6):
+    """TopK for gate n, circulant and structured for the others."""
+    methods = {"n": wb.TopK(0.1), "r": wb.BlockCirculant(16), "z": wb.Structured(8)}
+    return Plan({name: plan_block(weight(model, name), methods[block.gate], bits) for name, block in blocks(model).items()},
+                wb.calibrate(model, [X]))
+
+
+def loss_of(model):
+    return (model(X) - X.mean((0, 2))[:, None]).square().mean()
+
+
+def methods_of(plan, gate):
+    return {entry.method for name, entry in plan.blocks.items() if name.endswith(f".{gate}")}
+
+
+SCHEDULES = {
+    "one-shot": lambda model, plan: wb.one_shot(model, plan),
+    "gradual": lambda model, plan: wb.gradual(model, plan, stages=4),
+    "iterative": lambda model, plan: wb.iterative(model, plan, [["r", "z"], ["n"]]),
+    "ADMM": lambda model, plan: wb.admm(model, plan, rho=0.1, updates=3),
+}
+every = pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
+
+
+# --- the stages by hand
+
+
+def test_the_cubic_schedule_by_hand(model):
+    """s (1 - (1 - n/4)^3) of s: 0, 0.578125 s, 0.875 s, 0.984375 s, s. TopK 0.1: s = 0.9. Circulant 16 on 16 columns stores a
+    sixteenth, s = 0.9375: at least 0.458, 0.180 and 0.077 of the weights are stored by blocks of 2, 4 and 8. Structured 8: s =
+    0.875, at least 0.494, 0.234 and 0.139: periods 2, 4 and 4."""
+    plan = hybrid(model)
+    stages = wb.gradual(model, plan, stages=4, until=0.5).stages
+    assert [start for start, _ in stages] == [0, 0.125, 0.25, 0.375, 0.5] and stages[-1][1] is plan
+    assert all(methods_of(stages[0][1], gate) == {wb.Dense()} for gate in "rzn")
+    keeps = [m.keep for _, p in stages[1:] for m in methods_of(p, "n")]
+    assert keeps == pytest.approx([0.4796875, 0.2125, 0.1140625, 0.1], abs=1e-12)
+    assert [m.block for _, p in stages[1:] for m in methods_of(p, "r")] == [2, 4, 8, 16]
+    assert [m.period for _, p in stages[1:] for m in methods_of(p, "z")] == [2, 4, 4, 8]
+    assert {entry.format.bits for _, p in stages for entry in p.blocks.values()} == {6}
+
+
+@pytest.mark.parametrize(("method", "kept", "found"), [
+    (wb.TopK(0.2), 0.5, wb.TopK(0.5)), (wb.TopK(0.2), 0.1, wb.TopK(0.2)), (wb.TopK(0.2), 1.0, wb.Dense()),
+    (wb.BankBalanced(0.25, 4), 0.5, wb.BankBalanced(0.5, 4)), (wb.BlockSparse(0.25, 2), 0.5, wb.BlockSparse(0.5, 2)),
+    (wb.BlockCirculant(8), 0.5, wb.BlockCirculant(2)), (wb.BlockCirculant(8), 0.51, wb.Dense()),
+    (wb.BlockCirculant(8), 0.25, wb.BlockCirculant(4)), (wb.BlockCirculant(8), 0.125, wb.BlockCirculant(8)),
+    (wb.BlockCirculant(12), 0.3, wb.BlockCirculant(2)), (wb.Structured(4), 0.3, wb.Structured(2)),
+    (wb.Dense(), 0.5, wb.Dense()), (wb.BlockCirculant(3), 0.4, wb.BlockCirculant(2)), (wb.BlockCirculant(3), 0.6, wb.Dense()),
+], ids=str)  # fmt: skip
+def test_the_strongest_that_keeps_so_much(method, kept, found):
+    assert milder(method, torch.ones(24, 24), kept) == found
+
+
+def test_groups_of_gates_have_their_turns(model):
+    plan = hybrid(model)
+    stages = wb.iterative(model, plan, [["z"], ["r"], ["n"]], until=0.6).stages
+    assert [start for start, _ in stages] == [0, 0.3, 0.6] and stages[-1][1] == plan
+    waiting = [{gate for gate in "rzn" if methods_of(p, gate) == {wb.Dense()}} for _, p in stages]
+    assert waiting == [{"r", "n"}, {"n"}, set()]
+    assert {entry.format.bits for name, entry in stages[0][1].blocks.items() if not name.endswith("z")} == {16}
+
+
+def test_a_stage_holds_from_its_progress_on(model):
+    schedule = wb.gradual(model, hybrid(model), stages=2, until=0.5)
+    assert [schedule.step(p) for p in (0, 0.2, 0.25, 0.3, 0.25, 0.49, 0.5, 1)] == [
+        False, False, True, False, False, False, True, False]
+    late = wb.gradual(model, hybrid(model), stages=2)
+    assert late.step(1.0) and late.entered == 2  # what lies between is left out
+
+
+def test_admm_by_hand():
+    """Two features, one unit, keep one weight of two. W = (3, 1): Z = (3, 0), U = 0, |W - Z + U|^2 = 1. Then W = (1, 2) at the
+    second update: Z = (0, 2) of W + U, U = (1, 0): 4. Then W = (0, 2), third: W + U = (1, 2), Z = (0, 2), U = (1, 0): 1."""
+    model = Regressor(1, 2)
+    with torch.no_grad():
+        for name, parameter in model.rnn.named_parameters():
+            parameter.copy_(torch.tensor([3.0, 1]) if name == "weight_ih_l0" else torch.tensor(1.0))
+    plan = wb.uniform(model, wb.TopK(0.5), 8, wb.calibrate(model, [torch.ones(2, 1, 2)]))
+    schedule = wb.admm(model, plan, rho=0.5, updates=4, until=0.8)
+    penalties = [schedule.penalty()]
+    for progress, w in ((0, [3, 1]), (0.1, [3, 1]), (0.2, [1, 2]), (0.3, [1, 2]), (0.4, [0, 2])):
+        with torch.no_grad():
+            for gate in schedule.model.rnn.parametrizations.weight_ih_l0.parameters():
+                gate.copy_(torch.tensor([w]))
+        schedule.step(progress)
+        penalties.append(schedule.penalty().item())
+    assert penalties == [0, *(0.5 / 2 * 3 * square for square in (1, 1, 4, 4, 1))]
+    loss = schedule.penalty()
+    loss.backward()  # rho (W - Z + U) = 0.5 * (1, 0)
+    assert schedule.model.rnn.parametrizations.weight_ih_l0.original0.grad.tolist() == [[0.5, 0]]
+    assert schedule.step(0.8) and schedule.penalty() == 0
+    assert schedule.model.rnn.weight_ih_l0.tolist() == [[0, 2]] * 3
+
+
+# --- training
+
+
+@every
+def test_the_end_is_a_member_of_the_plan(model, make):
+    plan = hybrid(model)
+    schedule = make(model, plan)
+    optimizer = torch.optim.AdamW(schedule.model.parameters(), 1e-2)
+    first = loss_of(schedule.model).item()
+    for step in range(30):
+        schedule.step(step / 30, optimizer)
+        optimizer.zero_grad()
+        with parametrize.cached():
+            loss = loss_of(schedule.model)
+        (loss + schedule.penalty()).backward()
+        optimizer.step()
+    assert loss_of(schedule.model).item() < first / 2 and schedule.plan == plan
+    packed = wb.pack(schedule.model, plan)
+    for name, entry in plan.blocks.items():
+        shown = weight(schedule.model, name)
+        assert torch.equal(torch.from_numpy(entry.format.dequantise(packed.blocks[name].dense())).float(), shown), name
+    constrained = wb.compress(model, plan)
+    assert {n: p.shape for n, p in schedule.model.named_parameters()} == {n: p.shape for n, p in constrained.named_parameters()}
+    torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), Regressor().parameters(), strict=True))  # left alone
+
+
+def test_ten_lines_of_a_loop_of_one_s_own(model):
+    plan = hybrid(model)
+    # --- the loop
+    schedule = wb.gradual(model, plan)
+    optimizer = torch.optim.Adam(schedule.model.parameters(), lr=1e-2)
+    for epoch in range(20):
+        schedule.step(epoch / 20, optimizer)
+        optimizer.zero_grad()
+        with parametrize.cached():
+            loss = loss_of(schedule.model) + schedule.penalty()
+        loss.backward()
+        optimizer.step()
+    # ---
+    assert schedule.entered == 8 and wb.pack(schedule.model, plan).cr_disk > 10 and loss.item() < 0.1
+
+
+def test_the_optimizer_goes_on_with_the_new_parameters(model):
+    schedule = wb.gradual(model, hybrid(model), stages=1, until=0.5)
+    rnn, head = schedule.model.rnn, schedule.model.head
+    recurrent = list(rnn.parameters())
+    biases = [rnn.bias_ih_l0, rnn.bias_hh_l0]
+    optimizer = torch.optim.AdamW([{"params": recurrent, "lr": 0.01}, {"params": head.parameters(), "lr": 0.1}])
+    rates = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    def train():
+        optimizer.zero_grad()
+        loss_of(schedule.model).backward()
+        optimizer.step()
+        rates.step()
+
+    train()
+    moment = optimizer.state[head.weight]["exp_avg"].clone()
+    assert schedule.step(0.5, optimizer)
+    held = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
+    assert held == [{id(p) for p in m.parameters()} for m in (rnn, head)]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 10
+    assert set(optimizer.state) == {*biases, *head.parameters()}  # old weights are forgotten
+    assert torch.equal(optimizer.state[head.weight]["exp_avg"], moment)
+    before = [p.detach().clone() for p in schedule.model.parameters()]
+    train()
+    assert all(not torch.equal(p, b) for p, b in zip(schedule.model.parameters(), before, strict=True))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0025, 0.025]
+
+
+def test_frozen_weights_stay_out_of_the_optimizer(model):
+    schedule = wb.gradual(model, hybrid(model), stages=1)
+    ih = list(schedule.model.rnn.parametrizations.weight_ih_l0.parameters())
+    optimizer = torch.optim.SGD([*ih, *schedule.model.head.parameters()], 0.1)
+    schedule.step(0.5, optimizer)
+    held = {id(p) for p in optimizer.param_groups[0]["params"]}
+    kept = [*schedule.model.rnn.parametrizations.weight_ih_l0.parameters(), *schedule.model.head.parameters()]
+    assert held == {id(p) for p in kept}
+
+
+@pytest.mark.parametrize("name", ["gradual", "ADMM"])
+def test_fit_follows_a_schedule_and_resumes_within_it(tiny_task, tmp_path, name):
+    dense = wb.build_classifier(tiny_task, 16, seed=0)
+    signals = wb.calibrate(dense, [(torch.randn(2, 4, 3), torch.tensor([4, 4]))])
+    plan = wb.uniform(dense, wb.BlockCirculant(8), 8, signals)
+
+    def trained(**settings):
+        schedule = SCHEDULES[name](dense, plan)
+        history = wb.fit(schedule.model, tiny_task, seed=1, epochs=4, retraining=schedule, progress=False,
+                         teacher=dense, **settings)
+        return schedule, history
+
+    whole, history = trained()
+    assert whole.entered == len(whole.stages) - 1 and history.best_epoch == 4  # of epochs 3 and 4 only 4 ends behind 0.75
+    assert all(torch.equal(weight(whole.model, n), e.method.project(weight(whole.model, n))) for n, e in plan.blocks.items())
+
+    class Stop(Exception):
+        pass
+
+    def after_the_first(row):
+        if row["epoch"] == 1:
+            raise Stop
+
+    path = tmp_path / "checkpoint"
+    with pytest.raises(Stop):
+        trained(checkpoint=path, on_epoch=after_the_first)
+    resumed, again = trained(checkpoint=path)
+    found, _ = trained(checkpoint=path)  # finished
+    for other in (resumed, found):
+        assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), other.model.parameters(), strict=True))
+    assert [row["valid_loss"] for row in again.epochs] == [row["valid_loss"] for row in history.epochs]
+    with pytest.raises(ValueError, match="checkpoint of another training. retraining: "):
+        other = wb.gradual(dense, plan, stages=2)
+        wb.fit(other.model, tiny_task, seed=1, epochs=4, retraining=other, progress=False, teacher=dense, checkpoint=path)
+
+
+def test_fit_refuses_schedules_that_do_not_fit(tiny_task):
+    dense = wb.build_classifier(tiny_task, 16, seed=0)
+    signals = wb.calibrate(dense, [(torch.randn(2, 4, 3), torch.tensor([4, 4]))])
+    plan = wb.uniform(dense, wb.TopK(0.5), 8, signals)
+    with pytest.raises(ValueError, match="fresh retraining schedule of the model that it trains, got a used one or that of an"):
+        wb.fit(dense, tiny_task, seed=0, retraining=wb.one_shot(dense, plan))
+    used = wb.gradual(dense, plan)
+    used.step(0.5)
+    with pytest.raises(ValueError, match="fresh retraining schedule"):
+        wb.fit(used.model, tiny_task, seed=0, retraining=used)
+    late = wb.gradual(dense, plan, until=0.8)
+    with pytest.raises(ValueError, match="done after select_after, 0.75 of the steps, got one until 0.8"):
+        wb.fit(late.model, tiny_task, seed=0, retraining=late)
+
+
+# --- messages
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda m, p: wb.gradual(m, p, stages=0), "gradual needs a whole number of stages of at least 1, got 0"),
+    (lambda m, p: wb.gradual(m, p, until=0), r"gradual needs until in \(0, 1\], got 0"),
+    (lambda m, p: wb.iterative(m, p, [["r", "z"], ["n"]], until=1.5), r"iterative needs until in \(0, 1\], got 1.5"),
+    (lambda m, p: wb.iterative(m, p, [["r", "z", "n"]]), "every gate of r, z, n in one of at least two groups, got"),
+    (lambda m, p: wb.iterative(m, p, [["r"], ["z"]]), r"at least two groups, got \[\['r'\], \['z'\]\]"),
+    (lambda m, p: wb.iterative(m, p, [["r", "n"], ["z", "n"]]), "every gate of r, z, n in one of at least two"),
+    (lambda m, p: wb.admm(m, p, rho=0), "admm needs a rho above 0, got 0"),
+    (lambda m, p: wb.admm(m, p, updates=2.5), "admm needs a whole number of updates of at least 1, got 2.5"),
+    (lambda m, p: wb.admm(m, p, until=True), r"admm needs until in \(0, 1\], got True"),
+    (lambda m, p: wb.one_shot(m, replace(p, blocks={})), "the plan misses the blocks"),
+    (lambda m, p: wb.gradual(m, replace(p, blocks={})), "the plan misses the blocks"),
+    (lambda m, p: wb.one_shot(m, p).step(1.5), r"needs a progress in \[0, 1\], got 1.5"),
+    (lambda m, p: wb.gradual(m, p).step(0.5, torch.optim.SGD(m.parameters(), 1)),
+     "needs an optimizer of its model's parameters, got one that holds none of the recurrent weights"),
+])  # fmt: skip
+def test_messages(model, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(model, hybrid(model))

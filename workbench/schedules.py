@@ -1,0 +1,250 @@
+"""Retraining schedules: on which way a model comes into the set of its plan while it is retrained.
+
+One small object for any training loop: `step(progress, optimizer)` before every step or every epoch of it, and
+`loss + penalty()`. What it trains is always a member of a plan: a stage is a plan of its own, the last one is the user's.
+"""
+
+import hashlib
+import json
+import math
+from bisect import bisect_right
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from workbench.constrain import compress, constrain_weights, make_plain
+from workbench.gates import blocks, parameters_of, rnns, weight, weights
+from workbench.methods import Dense, Method
+from workbench.packed import check_whole
+from workbench.plan import Plan, plan_block
+
+WAITING_BITS = 16  # of a block whose turn has not come
+
+
+class RetrainingSchedule:
+    """model: what is to be trained, always the same object; stages: (progress from which it holds, Plan), the first at 0.
+
+    Entering a stage compresses the model again, in place: its recurrent weights get other parameters. An optimizer that was
+    made before holds the old ones and would train nothing, so `step` exchanges them there; their moments start anew, its
+    learning rate, its other parameters and a learning rate schedule on it go on.
+    """
+
+    def __init__(self, model: nn.Module, stages: list[tuple[float, Plan]]):
+        self.stages, self.entered = stages, 0
+        self.model = compress(model, stages[0][1])
+        for _, plan in stages[1:]:
+            plan.check(self.model)
+
+    @property
+    def plan(self) -> Plan:
+        """Of the last stage."""
+        return self.stages[-1][1]
+
+    @property
+    def until(self) -> float:
+        """Progress from which the model is in the set of its plan and stays there."""
+        return self.stages[-1][0]
+
+    @property
+    def digest(self) -> str:
+        """What tells this schedule from others."""
+        about = [[start, plan.to_json()] for start, plan in self.stages] + self._settings()
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+    def _settings(self) -> list:
+        return []
+
+    def step(self, progress: float, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Be where the schedule is at `progress`, from 0 at the start of the training to 1 at its end. True where the
+        recurrent weights have new parameters: without an optimizer here the caller must make his anew."""
+        if not 0 <= progress <= 1:
+            raise ValueError(f"a retraining schedule needs a progress in [0, 1], got {progress}")
+        stage = bisect_right([start for start, _ in self.stages], progress) - 1
+        if stage <= self.entered:
+            return False
+        old = _parameters(self.model)
+        if optimizer is not None and not {id(p) for ps in old.values() for p in ps} & _held(optimizer):
+            raise ValueError("a retraining schedule needs an optimizer of its model's parameters, got one that holds none of "
+                             "the recurrent weights: make it from schedule.model.parameters()")
+        make_plain(self.model)
+        constrain_weights(self.model, self.stages[stage][1])
+        self.entered = stage
+        if optimizer is not None:
+            _exchange(optimizer, old, _parameters(self.model))
+        return True
+
+    def penalty(self) -> torch.Tensor | float:
+        """To be added to the loss."""
+        return 0.0
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What `resume` needs beside the model and the optimizer."""
+        return {}
+
+    def resume(self, progress: float, optimizer, state: dict[str, torch.Tensor]) -> None:
+        """Be where an interrupted training stood after its step at `progress`, so that states of the model and of the
+        optimizer fit; self is fresh."""
+        RetrainingSchedule.step(self, progress, optimizer)
+
+
+def _parameters(model) -> dict[tuple[str, str], list[nn.Parameter]]:
+    """(module path, weight) -> the parameters that are trained for it."""
+    found = {}
+    for path, rnn in rnns(model).items():
+        for name in parameters_of(rnn):
+            constrained = parametrize.is_parametrized(rnn, name)
+            found[path, name] = list(rnn.parametrizations[name].parameters()) if constrained else [getattr(rnn, name)]
+    return found
+
+
+def _held(optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _exchange(optimizer, old, new) -> None:
+    """New parameters in the place of the old ones of the same weight, in the group of the first of them."""
+    weight_of = {id(p): key for key, parameters in old.items() for p in parameters}
+    new = dict(new)
+    for group in optimizer.param_groups:
+        exchanged = []
+        for p in group["params"]:
+            exchanged += new.pop(weight_of[id(p)], []) if id(p) in weight_of else [p]
+        group["params"] = exchanged
+    for parameters in old.values():
+        for p in parameters:
+            optimizer.state.pop(p, None)
+
+
+def one_shot(model: nn.Module, plan) -> RetrainingSchedule:
+    """The whole plan at once."""
+    return RetrainingSchedule(model, [(0.0, Plan.read(plan))])
+
+
+def gradual(model: nn.Module, plan, *, stages: int = 8, until: float = 0.5) -> RetrainingSchedule:
+    """Strengths rise in that many stages at equal distances, from every weight kept at 0 to the plan's at `until`.
+
+    The cubic schedule of Zhu and Gupta 2017 (arXiv 1710.01878): at stage n of N the share that is not kept is
+    s (1 - (1 - n / N)^3), s that of the plan. Of a method with a field `keep` that is what is kept; of any other one the
+    values that it stores: its family's member of fewest that still stores so many, so that the block of a circulant method
+    (and the period of a structured one) doubles and the rank of a low-rank one falls. Until a member stores less than every
+    weight the block is dense, in the plan's width.
+    """
+    plan = Plan.read(plan)
+    check_whole("gradual", "number of stages", stages, 1)
+    _check_until("gradual", until)
+    plan.check(model)
+    final = {name: _kept_share(w, plan.blocks[name].method) for name, w in weights(model).items()}
+    found = []
+    for n in range(stages):
+        done = 1 - (1 - n / stages) ** 3
+        planned = {}
+        for name, entry in plan.blocks.items():
+            w = weight(model, name)
+            method = milder(entry.method, w, 1 - (1 - final[name]) * done)
+            planned[name] = entry if method == entry.method else plan_block(w, method, entry.format.bits)
+        found.append((n * until / stages, replace(plan, blocks=planned)))
+    return RetrainingSchedule(model, [*found, (until, plan)])
+
+
+def iterative(model: nn.Module, plan, groups: list[list[str]], *, until: float = 0.5) -> RetrainingSchedule:
+    """Some gates, retrain, the next ones (HIC, DOI 10.1109/TCSI.2021.3091318): the first group of gates is compressed at 0,
+    the last one at `until`, the others in equal distances between; until then a block is dense in 16 bits."""
+    plan = Plan.read(plan)
+    _check_until("iterative", until)
+    plan.check(model)
+    known = {name: block.gate for name, block in blocks(model).items()}
+    named = [gate for group in groups for gate in group]
+    if len(groups) < 2 or not all(groups) or sorted(named) != sorted(set(known.values())):
+        gates = ", ".join(dict.fromkeys(known.values()))
+        raise ValueError(f"iterative needs every gate of {gates} in one of at least two groups, got {groups}")
+    waiting = {name: plan_block(w, Dense(), WAITING_BITS) for name, w in weights(model).items()}
+    found = []
+    for n in range(len(groups)):
+        turn = {gate for group in groups[: n + 1] for gate in group}
+        planned = {name: entry if known[name] in turn else waiting[name] for name, entry in plan.blocks.items()}
+        found.append((n * until / (len(groups) - 1), replace(plan, blocks=planned)))
+    return RetrainingSchedule(model, found)
+
+
+def admm(model: nn.Module, plan, *, rho: float = 1e-3, updates: int = 10, until: float = 0.5) -> RetrainingSchedule:
+    """The weights W are free until `until` and drawn towards the plan's set by the alternating direction method of
+    multipliers, then projected onto it and retrained there (E-RNN, arXiv 1812.07106).
+
+    penalty is rho / 2 |W - Z + U|^2, summed over the blocks. `updates` times, at equal distances from 0 on, Z becomes the
+    plan's projection of W + U, and U grows by W - Z (from zero; at 0 it stays zero). Free blocks are dense in 16 bits.
+    """
+    plan = Plan.read(plan)
+    check_whole("admm", "number of updates", updates, 1)
+    _check_until("admm", until)
+    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 < rho < math.inf:
+        raise ValueError(f"admm needs a rho above 0, got {rho!r}")
+    plan.check(model)
+    free = {name: plan_block(w, Dense(), WAITING_BITS) for name, w in weights(model).items()}
+    return _Admm(model, [(0.0, replace(plan, blocks=free)), (until, plan)], rho, updates)
+
+
+def _check_until(who, until):
+    if isinstance(until, bool) or not isinstance(until, (int, float)) or not 0 < until <= 1:
+        raise ValueError(f"{who} needs until in (0, 1], got {until!r}")
+
+
+class _Admm(RetrainingSchedule):
+    """z, u: block -> (out, in)."""
+
+    def __init__(self, model, stages, rho, updates):
+        super().__init__(model, stages)
+        self.rho, self.updates, self.updated, self.z, self.u = rho, updates, 0, {}, {}
+
+    def _settings(self):
+        return [self.rho, self.updates]
+
+    def step(self, progress, optimizer=None):
+        if super().step(progress, optimizer):
+            return True
+        if self.entered == 0 and (due := 1 + math.floor(progress / self.until * self.updates)) > self.updated:
+            first, self.updated = not self.updated, due
+            for name, w in weights(self.model).items():
+                u = torch.zeros_like(w) if first else self.u[name]
+                self.z[name] = self.plan.blocks[name].method.project(w + u)
+                self.u[name] = u if first else u + w - self.z[name]
+        return False
+
+    def penalty(self):
+        if self.entered or not self.z:
+            return 0.0
+        total = 0.0
+        for block in blocks(self.model).values():
+            w = getattr(self.model.get_submodule(block.rnn), block.parameter)[block.rows]
+            total = total + (w - self.z[block.name] + self.u[block.name]).square().sum()
+        return self.rho / 2 * total
+
+    def state_dict(self):
+        return {"updated": torch.tensor(self.updated)} | {
+            f"{part}/{name}": w for part, ws in (("z", self.z), ("u", self.u)) for name, w in ws.items()}
+
+    def resume(self, progress, optimizer, state):
+        super().resume(progress, optimizer, state)
+        self.updated = int(state["updated"])
+        for name, w in weights(self.model).items():
+            self.z[name], self.u[name] = state[f"z/{name}"].to(w), state[f"u/{name}"].to(w)
+
+
+def milder(method: Method, w: torch.Tensor, kept: float) -> Method:
+    """The strongest of the method's family, at most as strong as itself, that keeps at least the share `kept` of the (out, in)
+    block; Dense where that is every weight."""
+    if hasattr(method, "keep"):
+        return Dense() if kept >= 1 else replace(method, keep=max(kept, method.keep))
+    if kept <= _kept_share(w, method):
+        return method
+    members = type(method).ladder([tuple(w.shape)])
+    found = bisect_right(members, -kept, key=lambda member: -_kept_share(w, member)) - 1  # shares fall along the ladder
+    return members[found] if found >= 0 and _kept_share(w, members[found]) < 1 else Dense()
+
+
+def _kept_share(w, method) -> float:
+    """Share of the block's weights that is kept, or stored, under a method."""
+    if hasattr(method, "keep"):
+        return method.keep
+    return method.constrain(w, None).right_inverse(w).numel() / w.numel()
