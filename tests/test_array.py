@@ -605,6 +605,9 @@ def test_trained_stacks_equal_the_engine(make, method, tables):
     ({"rows": 0}, "ArraySpec needs rows of at least 1, got 0"),
     ({"cols": 6}, "multiples of 4 (groups of 4 x 4 PEs), got 4 x 6"),
     ({"acc_depth": -1}, "ArraySpec needs acc_depth of at least 1, got -1"),
+    ({"rows": -4, "cols": 0}, "ArraySpec needs rows of at least 1, got -4"),
+    ({"word_bits": 19}, "word_bits of at most 18 (one DSP48E2 multiplies 27 x 18 bits), got 19"),
+    ({"acc_bits": 49}, "acc_bits of at most 48 (one DSP48E2 adds 48 bits), got 49"),
     ({"lookahead": 4}, "lookahead 1 only so far (no zero skipping), got 4"),
 ])
 def test_spec_refuses(changes, message):
@@ -666,7 +669,7 @@ def test_unknown_form_step_count_and_preset_are_refused():
             schedule_layer(dense_layer(), SMALL, steps)
     with pytest.raises(TypeError, match="needs a PackedLayer and an ArraySpec, got PackedLayer and str"):
         schedule_layer(dense_layer(), "group4x4", 1)
-    with pytest.raises(ValueError, match="preset knows group4x4, array16x16, vu440, got 'tpu'"):
+    with pytest.raises(ValueError, match="preset knows group4x4, array16x16, vu440, k26, got 'tpu'"):
         preset("tpu")
 
 

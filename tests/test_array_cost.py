@@ -1,13 +1,25 @@
 """Energy, resources and comparison: hand numbers and messages."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
-from test_array import KINDS, PRESETS, SIGNALS, SMALL, dense_layer, hybrid_layer
+from test_array import KINDS, PRESETS, SIGNALS, SMALL, dense_layer, hybrid_layer, one_region
 
-from workbench.array import ASSUMPTIONS, schedule_layer, schedule_layers
-from workbench.array.cost import DEVICES, ENERGY_NOTE, PJ_PER_EVENT, Memory, compare, energy, resources
+from workbench.array import ASSUMPTIONS, ArraySpec, map_layer, schedule_layer, schedule_layers
+from workbench.array.cost import (
+    DEVICES,
+    ENERGY_NOTE,
+    PJ_PER_EVENT,
+    Memory,
+    compare,
+    energy,
+    full_resources,
+    resources,
+)
 from workbench.array.schedule import EVENTS
 from workbench.fixedpoint import QFormat
+from workbench.tables import device_table, spec_table
 
 
 def test_energy_by_hand():
@@ -57,10 +69,54 @@ def test_resources_by_hand():
     # Per PE: 16 LUTs of data, 96 of accumulators (two banks of 64 x 48 bits), an adder of 48; high: two ports.
     assert used.lut == (16 * 220 + 256 * (16 + 96 + 48), 16 * 1023 + 256 * (32 + 192 + 48))
     assert used.ff == (16 * 145 + 256 * 48, 16 * 1681 + 256 * 48)
-    share = used.share("vu440")
-    assert share["dsp"] == 272 / DEVICES["vu440"]["dsp"] and not share["verified"]
-    with pytest.raises(ValueError, match="share knows the devices vu440, got 'zu9'"):
-        used.share("zu9")
+    assert used.share("k26") == {"dsp": (272 / 1248,) * 2, "bram36": (128 / 144,) * 2,
+                                 "lut": tuple(n / 117120 for n in used.lut), "ff": tuple(n / 234240 for n in used.ff)}
+    for ask in (used.share, used.check_fit):
+        with pytest.raises(ValueError, match="knows the devices vu440, k26, got 'zu9'"):
+            ask("zu9")
+
+
+def test_devices_give_all_four_totals_with_a_source():
+    for device, totals in DEVICES.items():
+        assert device in PRESETS and set(totals) == {"dsp", "bram36", "lut", "ff"}
+        assert all(total.count > 0 and total.source and total.verified is False for total in totals.values())
+
+
+def test_the_small_device_holds_its_preset_however_full():
+    used = full_resources(PRESETS["k26"])
+    used.check_fit("k26")
+    # 1,024 words of 18 bits: one RAMB18 a PE. Per PE: 96 LUTs of accumulators, 16 of data, 48 of an adder; high: two ports.
+    assert (used.dsp, used.bram36) == (256 + 16, 128)
+    assert used.lut == (16 * 220 + 256 * (96 + 16 + 48), 16 * 1023 + 256 * (192 + 32 + 48))
+    assert all(high <= 1 for _, high in used.share("k26").values())
+
+
+@pytest.mark.parametrize(("hidden", "inputs", "proj"), [(512, 160, 0), (1024, 153, 512)])
+def test_the_large_device_holds_dense_layers(hidden, inputs, proj):
+    used = resources(map_layer(dense_layer(hidden, inputs, bits=16, proj=proj), PRESETS["vu440"], one_region(PRESETS["vu440"])))
+    used.check_fit("vu440")
+    assert used.bram36 <= 48 * 48 and all(high <= 1 for _, high in used.share("vu440").values())
+
+
+def test_what_a_device_does_not_hold_is_refused_with_the_numbers():
+    with pytest.raises(ValueError, match="does not fit the vu440: it takes 3456 bram36 of 2520$"):
+        full_resources(PRESETS["vu440"]).check_fit("vu440")  # more than 64 data words a PE are a RAMB18 beside the BRAM36
+    with pytest.raises(ValueError, match="it takes 2352 dsp of 1248, 1152 bram36 of 144, .* lut of 117120"):
+        full_resources(PRESETS["vu440"].with_(weight_words=1024, data_words=64)).check_fit("k26")
+
+
+def test_every_field_has_a_unit_and_a_source():
+    table = spec_table(PRESETS["k26"]).set_index("field")
+    assert list(table.index) == [f.name for f in fields(ArraySpec)]
+    assert all(table["unit"]) and all(table["source"])
+    assert table.loc["weight_words", ["value", "unit"]].tolist() == [1024, "words per PE"]
+
+
+def test_device_table():
+    schedule = schedule_layer(dense_layer(128, 40, bits=16), PRESETS["array16x16"], 1)
+    table = device_table({"dense": schedule}, "k26").set_index("resource")
+    assert table["dense"].to_dict() == {"dsp": "21.8%", "bram36": "88.9%", "lut": "38.0% to 73.4%", "ff": "6.2% to 16.7%"}
+    assert set(table["verified"]) == {"no"}
 
 
 @pytest.mark.parametrize(("kind", "depth", "bits"), [("LSTM", 2 + 2, 9), ("GRU", 2 + 2, 9), ("projected", 2 + 1 + 2, 12)])

@@ -32,9 +32,9 @@ _NAMES = {
         "sweep": "results",
         "study": "array_layers check_study check_tradeoff compare sensitivity_over_seeds tradeoff train_dense variants",
         "runs": "record run",
-        "tables": "accuracy_table assumption_table count_table energy_note energy_table hardware_table layout_table"
-        " mixture_table omission_table plan_table precision_published precision_table precision_verdict present price_table"
-        " published_table ranking_table record_precision record_sensitivity record_study record_tradeoff"
+        "tables": "accuracy_table assumption_table count_table device_table energy_note energy_table hardware_table"
+        " layout_table mixture_table omission_table plan_table precision_published precision_table precision_verdict present"
+        " price_table published_table ranking_table record_precision record_sensitivity record_study record_tradeoff"
         " sensitivity_summary sensitivity_verdict signal_table spec_table split_table stability_table systolic_table task_table"
         " tradeoff_table tradeoff_verdict unreachable_table verdict",
         "units": "remove_units unit_scores",

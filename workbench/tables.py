@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from workbench.array import ASSUMPTIONS, SYSTOLIC, ArraySpec, Schedule, last_cycle, layer_products
-from workbench.array.cost import ENERGY_NOTE, PJ_PER_EVENT, STATIC_POWER, compare, energy
+from workbench.array.cost import DEVICES, ENERGY_NOTE, PJ_PER_EVENT, STATIC_POWER, compare, energy, resources
 from workbench.array.schedule import EVENTS, SPLIT
+from workbench.array.spec import FIELDS
 from workbench.array.systolic import OMITTED
 from workbench.packed import GATES
 from workbench.precision import (
@@ -237,8 +238,22 @@ def assumption_table() -> pd.DataFrame:
 
 
 def spec_table(spec: ArraySpec) -> pd.DataFrame:
-    """Every field of the array and its value."""
-    return pd.DataFrame([{"field": f.name, "value": getattr(spec, f.name)} for f in fields(spec)])
+    """Every field of the array: its value, its unit and where the value comes from."""
+    return pd.DataFrame([{"field": name, "value": getattr(spec, name), "unit": unit, "source": source}
+                         for name, (unit, source) in FIELDS.items()])
+
+
+def device_table(schedules: dict[str, Schedule], device: str) -> pd.DataFrame:
+    """Modelled resources, a row each, against a device's totals; LUTs and flip-flops are intervals: what a tool packs into the
+    DSPs decides."""
+    used = {label: resources(schedule.mapping).share(device) for label, schedule in schedules.items()}
+    rows = [{"resource": name, "device": total.count, "verified": "yes" if total.verified else "no", "source": total.source}
+            | {label: _percent(*share[name]) for label, share in used.items()} for name, total in DEVICES[device].items()]
+    return pd.DataFrame(rows)
+
+
+def _percent(low, high):
+    return f"{low:.1%}" if low == high else f"{low:.1%} to {high:.1%}"
 
 
 def systolic_table(layers) -> pd.DataFrame:

@@ -3,11 +3,11 @@
 from workbench.array.execute import Execution, StackExecution, execute_layer, execute_stack
 from workbench.array.mapping import BlockMapping, LayerMapping, Layout, Region, map_block, map_layer
 from workbench.array.schedule import Operation, Schedule, schedule_layer, schedule_layers
-from workbench.array.spec import ASSUMPTIONS, PRESETS, ArraySpec, preset
+from workbench.array.spec import ASSUMPTIONS, FIELDS, PRESETS, ArraySpec, preset
 from workbench.array.systolic import SYSTOLIC, SystolicArray, SystolicRun, last_cycle, layer_products, run_product
 
 __all__ = [
-    "ASSUMPTIONS", "PRESETS", "SYSTOLIC", "ArraySpec", "BlockMapping", "Execution", "LayerMapping", "Layout", "Operation",
-    "Region", "Schedule", "StackExecution", "SystolicArray", "SystolicRun", "execute_layer", "execute_stack", "last_cycle",
-    "layer_products", "map_block", "map_layer", "preset", "run_product", "schedule_layer", "schedule_layers",
+    "ASSUMPTIONS", "FIELDS", "PRESETS", "SYSTOLIC", "ArraySpec", "BlockMapping", "Execution", "LayerMapping", "Layout",
+    "Operation", "Region", "Schedule", "StackExecution", "SystolicArray", "SystolicRun", "execute_layer", "execute_stack",
+    "last_cycle", "layer_products", "map_block", "map_layer", "preset", "run_product", "schedule_layer", "schedule_layers",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from workbench.array.mapping import LayerMapping, data_words_kept, parts_of
 from workbench.array.schedule import EVENTS, Schedule
-from workbench.array.spec import ceil_div
+from workbench.array.spec import ArraySpec, ceil_div
 from workbench.packed import PARTS
 
 HOROWITZ = "M. Horowitz, Computing's energy problem, ISSCC 2014, 45 nm, 0.9 V"
@@ -45,7 +45,23 @@ LUT_RAM_DEPTH = 64  # one LUT of a SLICEM stores 64 x 1 bits
 # A 4 x 4 grid of 16-bit multiply-accumulate PEs as synthesised: what a tool packs into the DSP decides within the interval.
 LUT_PER_16_PES, FF_PER_16_PES = (220, 1023), (145, 1681)
 DUAL_PORT = 2  # LUTs of a LUT RAM that is written while it is read, against one with a single port (RAM64X1D, UG474)
-DEVICES = {"vu440": {"dsp": 2880, "bram36": 2520, "verified": False}}  # not checked against the data sheet
+DS890 = "to be found in DS890, which was not at hand"
+DS987 = "to be found in DS987, which was not at hand; as public projects for the KV260 quote it"
+
+
+@dataclass(frozen=True)
+class Total:
+    """What a device has of one resource. verified: read in the source itself."""
+
+    count: int
+    source: str
+    verified: bool = False
+
+
+# Device -> resource -> Total. Virtex UltraScale XCVU440; Kria K26 (XCK26, the fabric of a Zynq UltraScale+ ZU5).
+_TOTALS = {"vu440": (DS890, 2880, 2520, 2532960, 5065920), "k26": (DS987, 1248, 144, 117120, 234240)}
+DEVICES = {device: {name: Total(count, source) for name, count in zip(("dsp", "bram36", "lut", "ff"), counts, strict=True)}
+           for device, (source, *counts) in _TOTALS.items()}
 
 
 @dataclass(frozen=True)
@@ -104,12 +120,23 @@ class Resources:
     lut: tuple[int, int]
     ff: tuple[int, int]
 
-    def share(self, device: str) -> dict:
-        """Used parts of a device's DSPs and block RAMs; an unknown device raises ValueError."""
+    def share(self, device: str) -> dict[str, tuple[float, float]]:
+        """Resource -> used part of what a device has, low and high; an unknown device raises ValueError."""
+        return {name: (low / total.count, high / total.count)
+                for name, (low, high, total) in self._against("share", device).items()}
+
+    def check_fit(self, device: str) -> None:
+        """ValueError with the numbers where the array takes more of a resource than a device has, even at the low end."""
+        short = [f"{low} {name} of {total.count}" for name, (low, _, total) in self._against("check_fit", device).items()
+                 if low > total.count]
+        if short:
+            raise ValueError(f"the array does not fit the {device}: it takes {', '.join(short)}")
+
+    def _against(self, who, device):
         if device not in DEVICES:
-            raise ValueError(f"share knows the devices {', '.join(DEVICES)}, got {device!r}")
-        about = DEVICES[device]
-        return {"dsp": self.dsp / about["dsp"], "bram36": self.bram36 / about["bram36"], "verified": about["verified"]}
+            raise ValueError(f"{who} knows the devices {', '.join(DEVICES)}, got {device!r}")
+        used = {"dsp": (self.dsp, self.dsp), "bram36": (self.bram36, self.bram36), "lut": self.lut, "ff": self.ff}
+        return {name: (*interval, DEVICES[device][name]) for name, interval in used.items()}
 
 
 def resources(mapping: LayerMapping) -> Resources:
@@ -120,13 +147,22 @@ def resources(mapping: LayerMapping) -> Resources:
     data, streamed weights) take DUAL_PORT times as much. Not counted: tables and logic of the activation units, multicast,
     loader, edge buffer, control."""
     spec, layout = mapping.spec, mapping.layout
-    pes = spec.rows * spec.cols
     weights = Memory(int(mapping.resident_words.max()) + 2 * layout.stream_words,
                      min(max(block.word_bits for block in mapping.blocks.values()), spec.weight_word_bits))
     data = Memory(mapping.batch * max(int(words.max()) for words in data_words_kept(mapping.layer, layout, mapping.blocks)),
                   max(mapping.layer.signals[PARTS[part]].bits for part in parts_of(mapping.layer)))
+    return _resources(spec, weights, data, layout.stream_words > 0)
+
+
+def full_resources(spec: ArraySpec) -> Resources:
+    """Of an array whose memories are all as deep and as wide as its specification lets them be."""
+    return _resources(spec, Memory(spec.weight_words, spec.weight_word_bits), Memory(spec.data_words, spec.word_bits), True)
+
+
+def _resources(spec, weights, data, streamed):
+    pes = spec.rows * spec.cols
     accumulators = spec.acc_bits * ceil_div(spec.acc_banks * spec.acc_depth, LUT_RAM_DEPTH)  # LUTs, as all below
-    written_while_read = accumulators + data.luts + (weights.luts if layout.stream_words else 0)
+    written_while_read = accumulators + data.luts + (weights.luts if streamed else 0)
     low = accumulators + data.luts + weights.luts + spec.acc_bits
     high = low + (DUAL_PORT - 1) * written_while_read
     return Resources(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 
 GROUP = 4  # PEs come in groups of 4 x 4; regions are whole groups
+DSP_BITS, DSP_ACC_BITS = 18, 48  # of one DSP48E2 (UG579): its narrower operand, its adder
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -11,7 +12,7 @@ def ceil_div(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """A two-dimensional grid of processing elements (PEs). All values are assumptions of the model, shown in reports.
+    """A two-dimensional grid of processing elements (PEs). Units and sources of all fields: FIELDS, shown in reports.
 
     rows, cols: PEs, multiples of 4. clock_mhz: MHz. word_bits: widest weight or signal word; acc_bits: accumulator.
     mac_latency: cycles from issuing a multiply-accumulate to reading its accumulator; mac_ii: cycles that it holds its PE.
@@ -61,6 +62,12 @@ class ArraySpec:
         if self.rows % GROUP or self.cols % GROUP:
             raise ValueError(f"ArraySpec needs rows and cols in multiples of {GROUP} (groups of 4 x 4 PEs), "
                              f"got {self.rows} x {self.cols}")
+        if self.word_bits > DSP_BITS:
+            raise ValueError(f"ArraySpec needs word_bits of at most {DSP_BITS} (one DSP48E2 multiplies 27 x {DSP_BITS} bits), "
+                             f"got {self.word_bits}")
+        if self.acc_bits > DSP_ACC_BITS:
+            raise ValueError(f"ArraySpec needs acc_bits of at most {DSP_ACC_BITS} (one DSP48E2 adds {DSP_ACC_BITS} bits), "
+                             f"got {self.acc_bits}")
         if self.lookahead != 1:
             raise ValueError(f"ArraySpec knows lookahead 1 only so far (no zero skipping), got {self.lookahead}")
 
@@ -89,12 +96,35 @@ ASSUMPTIONS = (
 
 MAY_BE_ZERO = ("mac_latency", "act_latency", "config_cycles")
 
-# Assumptions: 200 MHz as published designs on such parts; a fully pipelined DSP48E2; one BRAM36 as 2K x 18 per PE; one
-# multicast word per cycle and column of groups; one activation unit per PE row; 512 bits per cycle are 12.8 GB/s.
+ASSUMED = "assumption"
+# Field -> (unit, source or ASSUMED with its reason). UG573 and UG579: memory resources and DSP slice of UltraScale.
+FIELDS = {
+    "rows": ("PEs", "choice, whole groups of 4 x 4"),
+    "cols": ("PEs", "choice, whole groups of 4 x 4"),
+    "clock_mhz": ("MHz", f"{ASSUMED}: published designs on such parts run at 200; no figure depends on it but times"),
+    "word_bits": ("bits", f"{ASSUMED}: the 16-bit baseline; at most 18, the narrower operand of a DSP48E2 (UG579)"),
+    "acc_bits": ("bits", "adder of a DSP48E2 (UG579)"),
+    "mac_latency": ("cycles", f"{ASSUMED}: DSP48E2 with all its pipeline registers"),
+    "mac_ii": ("cycles", f"{ASSUMED}: DSP48E2 takes operands every cycle"),
+    "acc_depth": ("sums per bank and PE", f"{ASSUMED}: what a LUT holds as 64 x 1 RAM"),
+    "acc_banks": ("banks per PE", f"{ASSUMED}: one drains while the other adds"),
+    "link_cycles": ("cycles per hop", f"{ASSUMED}: one register"),
+    "h_words_per_cycle": ("words per cycle", f"{ASSUMED}: one per column of groups"),
+    "act_units": ("units", f"{ASSUMED}: one per PE row"),
+    "act_latency": ("cycles", f"{ASSUMED}: rounding, look-up, interpolation, rounding"),
+    "act_ii": ("cycles per value and unit", f"{ASSUMED}: pipelined"),
+    "weight_words": ("words per PE", f"{ASSUMED}: one BRAM36 as 2K x 18 (UG573); k26: one RAMB18"),
+    "weight_word_bits": ("bits", "port of a RAMB18 (UG573)"),
+    "data_words": ("words per PE", f"{ASSUMED}; k26: what LUTs hold"),
+    "load_bits_per_cycle": ("bits per cycle", f"{ASSUMED}: 512 bits at 200 MHz are 12.8 GB/s"),
+    "config_cycles": ("cycles per sequence", f"{ASSUMED}: one configuration over an H-tree"),
+    "lookahead": ("inputs", f"{ASSUMED}: 1 skips nothing"),
+}
 PRESETS = {
     "group4x4": ArraySpec(rows=4, cols=4, h_words_per_cycle=1, act_units=4, load_bits_per_cycle=64),
     "array16x16": ArraySpec(),
     "vu440": ArraySpec(rows=48, cols=48, h_words_per_cycle=12, act_units=48),
+    "k26": ArraySpec(weight_words=1024, data_words=64),
 }
 
 
