@@ -19,7 +19,7 @@ from workbench.array.cost import (
 )
 from workbench.array.schedule import EVENTS
 from workbench.fixedpoint import QFormat
-from workbench.tables import device_table, spec_table
+from workbench.tables import device_table, energy_table, spec_table
 
 
 def test_energy_by_hand():
@@ -34,6 +34,7 @@ def test_the_note_names_what_has_no_price():
     counted = energy(schedule_layer(dense_layer(), SMALL, 1).counts()).without_source
     assert set(counted) == {"padding_macs", "link_words", "activation_lookups", "roundings",
                             "multicast_words"}  # padding is in macs
+    assert "45 nm ASIC" in ENERGY_NOTE and "narrow operands" in ENERGY_NOTE
     assert "links" in ENERGY_NOTE and "multicast" in ENERGY_NOTE and "activation" in ENERGY_NOTE and "roundings" in ENERGY_NOTE
 
 
@@ -47,6 +48,18 @@ def test_every_price_has_a_source_an_event_and_an_interval():
 def test_assumptions_are_sentences():
     assert len(set(ASSUMPTIONS)) == len(ASSUMPTIONS) >= 6
     assert all(text[0] != " " and text.endswith(".") for text in ASSUMPTIONS)
+
+
+def test_energy_does_not_depend_on_the_width_of_words():
+    """The events of a layer of 8 bits cost what those of 16 bits do; only loaded bits are fewer."""
+    narrow, wide = (schedule_layer(dense_layer(bits=bits), SMALL, 2).counts() for bits in (8, 16))
+    assert energy(narrow) == energy(wide)
+
+
+def test_static_energy_is_said_not_to_be_given():
+    table = energy_table({"dense": schedule_layer(dense_layer(), SMALL, 1)})["dense"]
+    assert table["dynamic, total"].count(" to ") == 1
+    assert table["static"].startswith("not given") and table["dynamic + static"].startswith("not given")
 
 
 def test_energy_refuses_unknown_events():

@@ -293,7 +293,8 @@ def energy_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
     for label, schedule in schedules.items():
         modelled = energy(schedule.counts())
         columns[label] = {row["event"]: _interval(row["low_pj"], row["high_pj"]) for row in modelled.rows}
-        columns[label] |= {"dynamic, total": _interval(modelled.low_pj, modelled.high_pj), "static": STATIC_POWER}
+        columns[label] |= {"dynamic, total": _interval(modelled.low_pj, modelled.high_pj), "static": STATIC_POWER,
+                           "dynamic + static": STATIC_POWER}
     return pd.DataFrame(columns)
 
 

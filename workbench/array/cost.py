@@ -8,7 +8,7 @@ from workbench.array.spec import ArraySpec, ceil_div
 from workbench.packed import PARTS
 
 HOROWITZ = "M. Horowitz, Computing's energy problem, ISSCC 2014, 45 nm, 0.9 V"
-SEEN = "as quoted in stillwater-sc/universal, generic_45nm.hpp"
+SEEN = "as quoted in stillwater-sc/universal, generic_45nm.hpp, and in gist V0XNIHILI/2b6fa61e"
 SEEN_TABLE = SEEN + ", and in PMC8934428, table 3"
 ADD_8_PJ, ADD_32_PJ, MULTIPLY_8_PJ, MULTIPLY_32_PJ = 0.03, 0.1, 0.2, 3.1
 SRAM_8KB_64_BIT_PJ = 10.0
@@ -34,8 +34,10 @@ PJ_PER_EVENT = {
     "data_writes": _SRAM,
     "loaded_bits": (DRAM_64_BIT_PJ[0] / 64, DRAM_64_BIT_PJ[1] / 64, f"{HOROWITZ}: DRAM access of 64 bits, per bit; {SEEN}"),
 }
-STATIC_POWER = "not given: no sourced figure for this array"
-ENERGY_NOTE = ("The total is a partial sum: words over links, the multicast to the PEs, activation look-ups and roundings "
+STATIC_POWER = "not given: no sourced figure for this array in 45 nm; a device's own must not join ASIC rows"
+ENERGY_NOTE = ("All rows are of a 45 nm ASIC, none of an FPGA, and one interval serves every word width: a DSP takes no less "
+               "energy for narrow operands. "
+               "The total is a partial sum: words over links, the multicast to the PEs, activation look-ups and roundings "
                "without a look-up are counted but not priced, static power is not given. So a ratio of totals is no ratio of "
                "energies.")
 
