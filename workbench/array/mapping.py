@@ -515,6 +515,11 @@ class LayerMapping:
         return self.on_chip_bits - self.streamed_bits // self.passes
 
     @property
+    def load_cycles(self) -> int:
+        """Cycles that the loader is busy in every step, at least."""
+        return ceil_div(self.streamed_bits, self.spec.load_bits_per_cycle)
+
+    @property
     def on_chip_bits(self) -> int:
         """Bits of all words as the array stores them (streamed words included: the form is the same)."""
         return sum(block.on_chip_bits for block in self.blocks.values())

@@ -13,7 +13,7 @@ the activation units as a look-up does; resident weights and the first h are in 
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
@@ -72,6 +72,11 @@ class Timed:
     counts: dict[str, int]
     multiply: int = 0  # cycles in which the mean PE of its region multiplies what is no padding
 
+    @property
+    def took(self) -> int:
+        """Cycles from its start to its end."""
+        return self.busy + self.latency
+
 
 def _time_program(mapping: LayerMapping) -> tuple[Timed, ...]:
     """Cycles and events of every instruction."""
@@ -81,19 +86,16 @@ def _time_program(mapping: LayerMapping) -> tuple[Timed, ...]:
     def timed(n, i, needs):
         if i.kind in ("mac", "load"):
             block = mapping.blocks[i.parts[0], i.gate]
-            words, macs, padding, runs = counted[n]
-            padding, runs = int(padding), int(runs)
-            total, taken = int(macs.sum()), words_taken(block, spec)
-            accesses = int(words.sum()) * taken
+            words, macs, padding, runs, fullest = counted[n]
+            accesses = words * words_taken(block, spec)
             if i.kind == "load":
-                bits = int(words.sum()) * block.word_bits
+                bits = words * block.word_bits
                 return Timed(ceil_div(bits, spec.load_bits_per_cycle), 0, needs,
                              {"loaded_bits": bits, "weight_writes": accesses})
-            # A word is used once it is whole: each memory word after its first holds the PE for a cycle.
-            fullest = int((macs * spec.mac_ii + words * (taken - 1)).max())
-            counts = {"macs": total, "padding_macs": padding, "weight_reads": accesses, "data_reads": total, "acc_reads": runs,
+            counts = {"macs": macs, "padding_macs": padding, "weight_reads": accesses, "data_reads": macs, "acc_reads": runs,
                       "acc_writes": runs}
-            return Timed(fullest, spec.mac_latency, needs, counts, (total - padding) * spec.mac_ii // macs.size)
+            return Timed(fullest, spec.mac_latency, needs, counts,
+                         (macs - padding) * spec.mac_ii // (block.pe_rows * block.pe_cols))
         if i.kind == "drain":
             block, (low, high) = mapping.blocks[i.parts[0], i.gate], i.rows
             words = int(np.clip(block.local_rows - low, 0, high - low).sum()) * block.pe_cols
@@ -110,15 +112,19 @@ def _time_program(mapping: LayerMapping) -> tuple[Timed, ...]:
 
 
 def _slice_counts(mapping):
-    """Number of each mac and load -> what BlockMapping.slice_counts says of its words."""
+    """Number of each mac and load -> its words, multiply-accumulates, those of padding, runs on a row (all PEs together), and
+    the cycles for which the fullest PE multiplies."""
     slices, counted = defaultdict(list), {}
     for n, i in enumerate(mapping.program):
         if i.kind in ("mac", "load"):
             slices[i.parts[0], i.gate, i.rows].append(n)
     for (part, gate, rows), numbers in slices.items():
-        words = np.array([mapping.program[n].words for n in numbers])
-        counts = mapping.blocks[part, gate].slice_counts(*rows, words[:, 0], words[:, 1])
-        counted |= dict(zip(numbers, zip(*counts, strict=True), strict=True))
+        block, bounds = mapping.blocks[part, gate], np.array([mapping.program[n].words for n in numbers])
+        words, macs, padding, runs = block.slice_counts(*rows, bounds[:, 0], bounds[:, 1])
+        # A word is used once it is whole: each memory word after its first holds the PE for a cycle.
+        fullest = (macs * mapping.spec.mac_ii + words * (words_taken(block, mapping.spec) - 1)).max(axis=1)
+        columns = (words.sum(axis=1), macs.sum(axis=1), padding, runs, fullest)
+        counted |= dict(zip(numbers, zip(*(column.tolist() for column in columns), strict=True), strict=True))
     return counted
 
 
@@ -128,6 +134,7 @@ def _needs(mapping):
     program, banks = mapping.program, mapping.spec.acc_banks
     sum_drains, drains, macs, uses = (defaultdict(list) for _ in range(4))
     named, loads, drained_before, last_mac = {}, {}, {}, {}
+    chunks = Counter(i.region for i in program if i.kind == "load")
     for n, i in enumerate(program):
         if i.kind == "mac":
             # The latest entry of the same bank that is drained before this; negative: of an earlier step.
@@ -158,7 +165,7 @@ def _needs(mapping):
             if i.chunk >= 0:
                 yield 0, loads[i.region, i.chunk]
         elif i.kind == "load":  # double buffer: the chunk before the last must be used up
-            back, chunk = divmod(i.chunk - 2, sum(region == i.region for region, _ in loads))
+            back, chunk = divmod(i.chunk - 2, chunks[i.region])
             yield -back, uses[i.region, chunk][-1]
         elif i.kind == "drain":
             yield 0, last_mac[n]  # of its bank: all earlier ones end before
@@ -171,34 +178,35 @@ def _needs(mapping):
     return [tuple(needs(n, i)) for n, i in enumerate(program)]
 
 
+def _run_step(timed, program, past, free, end, latest=max):
+    """Starts of the operations of one row, None where there is none. past: the rows before, latest last; free: resource ->
+    cycle, which moves on; end: of the steps of the sequence. Cycles are integers, or arrays with latest=np.maximum."""
+    row, step = [], len(past) - 1
+    for i, op in zip(program, timed, strict=True):
+        if not 0 <= step - i.lag < end:
+            row.append(None)
+            continue
+        start = free[i.resource]
+        for back, m in op.needs:
+            needed = (past[-back][m] if back else row[m]) if back <= len(past) else None
+            if needed is not None:  # else it is in place
+                start = latest(start, needed + timed[m].took)
+        row.append(start)
+        free[i.resource] = start + op.busy
+    return row
+
+
 def _run(timed, program, config_end, steps):
     """Starts (steps of the program, n) of all operations, those of step -1 first, and the period (steps, cycles) into which
     they fall."""
     depth, lags = max(back for op in timed for back, _ in op.needs), [i.lag for i in program]
-    resources, whole = [i.resource for i in program], 1 + max(lags)  # rows before which some instructions have no step yet
-
-    def run_step(past, free, end):
-        # past: the rows before, latest last; end: of the steps of the sequence
-        row, step = [], len(past) - 1
-        for n, op in enumerate(timed):
-            if not 0 <= step - lags[n] < end:
-                row.append(ABSENT)
-                continue
-            start = free[resources[n]]
-            for back, m in op.needs:
-                needed = (past[-back][m] if back else row[m]) if back <= len(past) else ABSENT
-                if needed != ABSENT:  # else it is in place
-                    start = max(start, needed + timed[m].busy + timed[m].latency)
-            row.append(start)
-            free[resources[n]] = start + op.busy
-        return row
-
-    rows, frees, period = [], [dict.fromkeys(resources, config_end)], None
+    whole = 1 + max(lags)  # rows before which some instructions have no step yet
+    rows, frees, period = [], [dict.fromkeys((i.resource for i in program), config_end)], None
     while period is None:
         if len(rows) == whole + MAX_TRANSIENT:
             raise RuntimeError(f"the schedule is not periodic after {MAX_TRANSIENT} steps")
         frees.append(dict(frees[-1]))
-        rows.append(run_step(rows, frees[-1], float("inf")))
+        rows.append(_run_step(timed, program, rows, frees[-1], float("inf")))
         period = _period(rows[whole:], depth)
     length, advance = period
     until = steps + 1 + min(lags)  # rows in which no instruction is beyond its last step
@@ -207,8 +215,8 @@ def _run(timed, program, config_end, steps):
         frees.append({resource: free + advance for resource, free in frees[-length].items()})
     rows, free = rows[:until], frees[until]
     while len(rows) < steps + whole:
-        rows.append(run_step(rows, free, steps))
-    return np.array(rows), period
+        rows.append(_run_step(timed, program, rows, free, steps))
+    return np.array([[ABSENT if start is None else start for start in row] for row in rows]), period
 
 
 def _period(rows, depth):
@@ -223,7 +231,7 @@ def _period(rows, depth):
 @dataclass(frozen=True)
 class Schedule:
     """The operations of a sequence. candidates: what the scheduler compared, a row each: layout, least_cycles (bound by
-    multiplications), and where it was scheduled steady_state_cycles and cr_chip."""
+    multiplications and loads), and steady_state_cycles and cr_chip where it was scheduled, or why it was refused."""
 
     mapping: LayerMapping
     steps: int
@@ -244,7 +252,7 @@ class Schedule:
 
     @cached_property
     def _ends(self):
-        ends = self.rows + np.array([op.busy + op.latency for op in self.timed])
+        ends = self.rows + np.array([op.took for op in self.timed])
         return np.where(self.rows == ABSENT, ABSENT, ends)
 
     @property
@@ -310,32 +318,40 @@ class Schedule:
         (imbalance, padding, further memory words, pipeline latency). Element-wise operations count as activation.
         """
         split = dict.fromkeys(SPLIT, 0)
-        place = tuple(int(v) for v in np.unravel_index(self._ends.argmax(), self._ends.shape))
-        boundary = self.cycles
-        while place is not None:
-            n, start = place[1], int(self.rows[place])
-            kind, cycles = self.mapping.program[n].kind, boundary - start
-            if kind == "mac":
-                split["multiply"] += self.timed[n].multiply
-                split["stall"] += cycles - self.timed[n].multiply
+        width, starts, released_by = len(self.timed), self.rows.ravel().tolist(), self._released_by().ravel().tolist()
+        kinds, multiply = [i.kind for i in self.mapping.program], [op.multiply for op in self.timed]
+        place, boundary = int(self._ends.argmax()), self.cycles
+        while place >= 0:
+            n, start = place % width, starts[place]
+            if kinds[n] == "mac":
+                split["multiply"] += multiply[n]
+                split["stall"] += boundary - start - multiply[n]
             else:
-                split["activation" if kind == "elementwise" else kind] += cycles
-            boundary, place = start, self._released_by(*place)
+                split["activation" if kinds[n] == "elementwise" else kinds[n]] += boundary - start
+            boundary, place = start, released_by[place]
         split["config"] += boundary
         return split
 
-    def _released_by(self, row, n):
-        """(row, number) of the operation whose end, or whose leaving the resource, let this one start; None: the
-        configuration."""
-        start = self.rows[row, n]
-        for back, m in self.timed[n].needs:
-            if back <= row and self._ends[row - back, m] == start:
-                return row - back, m
-        program = self.mapping.program
-        same = [m for m, i in enumerate(program) if i.resource == program[n].resource]
-        earlier = [(row, m) for m in same if m < n] + [(row - 1, m) for m in same if row]
-        return next((place for place in earlier if self.rows[place] != ABSENT
-                     and self.rows[place] + self.timed[place[1]].busy == start), None)
+    def _released_by(self):
+        """Of every operation (row, number) the one (row * instructions + number) whose end, or whose leaving the resource, let
+        it start; -1: the configuration."""
+        present, width, by_resource = self.rows != ABSENT, len(self.timed), defaultdict(list)
+        for n, i in enumerate(self.mapping.program):
+            by_resource[i.resource].append(n)
+        place = np.arange(present.size).reshape(present.shape)
+        before = np.empty_like(place)  # what the resource served last
+        for mine in by_resource.values():
+            served = np.maximum.accumulate(np.where(present[:, mine], place[:, mine], -1).ravel())
+            before[:, mine] = np.concatenate([[-1], served[:-1]]).reshape(-1, len(mine))
+        left = self.rows + np.array([op.busy for op in self.timed])
+        released_by = np.where((before >= 0) & (left.ravel()[before] == self.rows), before, -1)
+        for nth in reversed(range(max(len(op.needs) for op in self.timed))):  # the first need that fits counts
+            some = [n for n, op in enumerate(self.timed) if len(op.needs) > nth]
+            back, m = np.array([self.timed[n].needs[nth] for n in some]).T
+            row = np.arange(len(present))[:, None] - back
+            fits = (row >= 0) & (self._ends[np.maximum(row, 0), m] == self.rows[:, some])
+            released_by[:, some] = np.where(fits, row * width + m, released_by[:, some])
+        return released_by
 
     @property
     def bound(self) -> str:
@@ -357,32 +373,51 @@ def schedule_mapping(mapping: LayerMapping, steps: int) -> Schedule:
     return Schedule(mapping, steps, timed, rows, period)
 
 
+def beats(cycles, best: Schedule, former: Schedule | None):
+    """Whether cycles of a step are fewer than those of the best so far; equal ones suffice against a mapping of the same layout
+    (best is not what the former layouts left), as those of larger buffers stand before it but are tried after it."""
+    return cycles <= best.steady_state_cycles if best is not former else cycles < best.steady_state_cycles
+
+
 def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layout | None = None,
                    batch: int = 1) -> Schedule:
     """Schedule one layer over `steps` time steps of `batch` sequences side by side.
 
-    Without a layout the candidate with the fewest steady-state cycles is taken; one whose multiplications alone take as
-    many cycles as the best so far is not scheduled (exact: it cannot win). What the array cannot hold or does not map
-    raises ValueError with the numbers.
+    Without a layout the candidate with the fewest steady-state cycles is taken, of equal ones the first; one whose
+    multiplications or loads alone take too long to win is not scheduled, one that the array cannot hold is passed over. What
+    no candidate holds or maps raises ValueError with the numbers.
     """
     if not isinstance(layer, PackedLayer) or not isinstance(spec, ArraySpec):
         raise TypeError("schedule_layer needs a PackedLayer and an ArraySpec, got "
                         f"{type(layer).__name__} and {type(spec).__name__}")
     layouts = [layout] if layout is not None else sorted(
         candidate_layouts(layer, spec), key=lambda candidate: least_cycles(layer, spec, candidate))
-    best, rows = None, []
+    best, rows, refusals = None, [], []
     for candidate in layouts:
         bound = batch * least_cycles(layer, spec, candidate)
         if best is not None and bound >= best.steady_state_cycles:
             rows.append({"layout": candidate.name, "least_cycles": bound})
             continue
-        for mapping in ([map_layer(layer, spec, layout, batch=batch)] if layout is not None
-                        else fitting_mappings(layer, spec, candidate, batch)):
+        try:
+            mappings = ([map_layer(layer, spec, layout, batch=batch)] if layout is not None
+                        else fitting_mappings(layer, spec, candidate, batch))
+        except ValueError as error:
+            refusals.append(error)
+            rows.append({"layout": candidate.name, "least_cycles": bound, "refused": str(error)})
+            continue
+        former, of_candidate = best, []
+        for mapping in reversed(mappings):  # small buffers first: they stream less
+            row = {"layout": mapping.layout.name, "least_cycles": max(bound, mapping.load_cycles)}
+            of_candidate.append(row)
+            if best is not None and not beats(row["least_cycles"], best, former):
+                continue
             schedule = schedule_mapping(mapping, steps)
-            rows.append({"layout": mapping.layout.name, "least_cycles": bound, "cr_chip": mapping.cr_chip,
-                         "steady_state_cycles": schedule.steady_state_cycles})
-            if best is None or schedule.steady_state_cycles < best.steady_state_cycles:
+            row |= {"cr_chip": mapping.cr_chip, "steady_state_cycles": schedule.steady_state_cycles}
+            if best is None or beats(schedule.steady_state_cycles, best, former):
                 best = schedule
+        rows += reversed(of_candidate)
+    if best is None:
+        raise refusals[0]
     return replace(best, candidates=tuple(rows))
 
 
