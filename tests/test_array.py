@@ -161,8 +161,37 @@ def test_circulant_padding_is_counted():
 
 def test_place_units_by_hand():
     loads = np.array([[1, 0], [5, 0], [0, 4], [4, 1]])
-    assert place_units(loads, 2).tolist() == [1, 0, 0, 1]  # 5, then 4+1 beside it, then 0+4 where the fullest PE stays at 5
-    assert place_units(np.ones((5, 2), dtype=int), 2).tolist() == [0, 1, 0, 1, 0]
+    # Shares (5, 2.5). 5+0 first; 4+1 to the other PE row; 0+4 where it adds 4 * (0 - 2.5), not 4 * (1 - 2.5); 1+0 last.
+    assert [place.tolist() for place in place_units(loads, 2)] == [[1, 0, 0, 1], [0, 0, 1, 1]]
+    assert [place.tolist() for place in place_units(np.ones((5, 2), dtype=int), 2)] == [[0, 1, 0, 1, 0], [0, 0, 1, 1, 2]]
+
+
+def test_every_pass_of_a_placement_has_its_share():
+    # One PE row, two passes of two units, shares (4, 4). 1+4 to the first pass (a tie); 4+0 to the second, which adds
+    # 4 * (0 - 4), not 4 * (1 - 4); 0+4 to the second again, 4 * (0 - 4) against 4 * (4 - 4); 3+0 has no choice.
+    pe_row, local = place_units(np.array([[4, 0], [3, 0], [0, 4], [1, 4]]), 1, depth=2)
+    assert pe_row.tolist() == [0] * 4 and local.tolist() == [2, 0, 3, 1]
+    # Five units on two PE rows in passes of two: the first PE row has a unit more, in its second pass.
+    pe_row, local = place_units(np.ones((5, 1), dtype=int), 2, depth=2)
+    assert sorted(zip(pe_row.tolist(), local.tolist(), strict=True)) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+
+
+def test_blocks_that_share_accumulators_are_balanced_each_for_itself():
+    """Rows that are heavy in W_ih and light in W_hh, and the other way round, by turns: all have one common load."""
+    heavy, light = np.ones(16, dtype=np.int64), np.repeat([1, 0], 8)
+    rows = {"ih": np.vstack([heavy, light] * 8), "hh": np.vstack([light, heavy] * 8)}
+    layer = layer_of(lambda part, *_: PackedSparse.from_dense(rows[part], QFormat(8, 7)), 16, 16)
+    mapping = map_layer(layer, PRESETS["group4x4"], one_region(PRESETS["group4x4"]))
+    assert all((block.macs == 4 * 3).all() for block in mapping.blocks.values())  # of four rows two of 4 words, two of 2
+
+
+def test_every_pass_of_a_block_is_balanced():
+    """16 heavy rows, then 16 light ones: in the order of the rows the first pass of four would be all heavy."""
+    rows = np.vstack([np.ones((16, 32), dtype=np.int64), np.repeat([[1, 0]], 16, axis=1).repeat(16, axis=0)])  # (32, 32)
+    layer, spec = layer_of(lambda part, *_: PackedSparse.from_dense(rows, QFormat(8, 7)), 32, 32), PRESETS["group4x4"]
+    mapping = map_layer(layer, spec.with_(acc_depth=4), one_region(spec))
+    for block in mapping.blocks.values():
+        assert (block.words_between(0, 4) == 2 * 8 + 2 * 4).all() and (block.words_between(4, 8) == 2 * 8 + 2 * 4).all()
 
 
 def test_placement_balances_better_than_dealing_in_turn():

@@ -170,26 +170,39 @@ def _pieces_of_fullest_pe(rows, cols, unit, region):
     return ceil_div(ceil_div(rows, unit), region.rows) * ceil_div(ceil_div(cols, unit), region.cols)
 
 
-def place_units(loads, pe_rows: int) -> np.ndarray:
-    """Greedy placement: loads (units, pe_cols) -> PE row of each unit (units,).
+def place_units(loads, pe_rows: int, depth: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy placement: loads (units, n) -> PE row of each unit and its number there, both (units,).
 
-    Heaviest unit first, to the PE row whose fullest PE stays least full (ties: the first), at most ceil(units / pe_rows)
-    units each. Equal loads are dealt in turn.
+    The n loads of a unit are those to be even over the PE rows each for itself: one a PE column, and where blocks share
+    accumulators one a block and PE column. depth: units that the accumulators of a PE hold (None: all); so many are a pass,
+    with a barrier at its end, so each pass is to have its share of every load. Heaviest unit first, to the PE row and pass
+    with room where it adds least to the sum of the squares of what the loads are above their shares (ties: the first).
+    Equal loads are dealt in turn; every PE row gets as many units as that gives it.
     """
-    if loads.any() and (loads == loads[0]).all():
-        return np.arange(len(loads)) % pe_rows
-    room = [ceil_div(len(loads), pe_rows)] * pe_rows
-    filled = np.zeros((pe_rows, loads.shape[1]), dtype=np.int64)
-    pe_row = np.empty(len(loads), dtype=np.int64)
-    more_than_all = loads.sum() + 1
+    units = len(loads)
+    if (loads == loads[0]).all():
+        return np.arange(units) % pe_rows, np.arange(units) // pe_rows
+    counts = units // pe_rows + (np.arange(pe_rows) < units % pe_rows)
+    lows = np.arange(0, counts[0], depth or units)  # of the passes
+    room = np.clip(counts - lows[:, None], 0, depth).ravel()  # (passes * pe_rows,)
+    share = np.repeat(room[::pe_rows], pe_rows)  # the same for all PE rows, also for those with a unit less
+    above = -np.outer(share, loads.sum(axis=0))  # times `units`, so that all is whole
+    place = np.empty(units, dtype=np.int64)
     for unit in np.argsort(-loads.sum(axis=1), kind="stable").tolist():
-        best = int((filled + loads[unit]).max(axis=1).argmin())
-        pe_row[unit] = best
-        filled[best] += loads[unit]
+        best = np.argmin(np.where(room > 0, above @ loads[unit], np.iinfo(np.int64).max))
+        place[unit] = best
+        above[best] += units * loads[unit]
         room[best] -= 1
-        if not room[best]:
-            filled[best] = more_than_all
-    return pe_row
+    pe_row = place % pe_rows
+    return pe_row, _number(pe_row, place)
+
+
+def _number(pe_row, order=0):
+    """(units,) numbers from 0 on in each PE row, by `order`, then as the units come."""
+    sorted_units = np.lexsort((np.broadcast_to(order, pe_row.shape), pe_row))  # stable
+    local = np.empty_like(pe_row)
+    local[sorted_units] = np.arange(pe_row.size) - np.searchsorted(pe_row[sorted_units], pe_row[sorted_units])
+    return local
 
 
 class PlacedWords(NamedTuple):
@@ -388,20 +401,21 @@ def _dealt(number, pe_cols):
     return (number + np.arange(pe_cols)[::-1]) // pe_cols
 
 
-def map_block(packed, pe_rows: int, pe_cols: int, unit: int | None = None, pe_row_of_unit=None) -> BlockMapping:
+def map_block(packed, pe_rows: int, pe_cols: int, unit: int | None = None, pe_row_of_unit=None,
+              local_of_unit=None) -> BlockMapping:
     """Deal one packed block over a region of pe_rows x pe_cols PEs, in pieces of unit x unit (default: whole tiles).
 
-    Columns go round the PE columns, rows where place_units says or pe_row_of_unit (units,) asks. An unknown stored form
-    raises ValueError.
+    Columns go round the PE columns, rows where place_units says or pe_row_of_unit (units,) asks, there in the order of the
+    rows or that of local_of_unit (units,). An unknown stored form raises ValueError.
     """
     if unit is None:
         unit = packed.block if isinstance(packed, PackedCirculant) else 1
     if pe_row_of_unit is None:
-        pe_row_of_unit = place_units(_unit_loads(packed, pe_cols, unit), pe_rows)
+        pe_row_of_unit, local_of_unit = place_units(_unit_loads(packed, pe_cols, unit), pe_rows)
+    elif local_of_unit is None:
+        local_of_unit = _number(pe_row_of_unit)
     pe_row_of_row = np.repeat(pe_row_of_unit, unit)
-    order = np.argsort(pe_row_of_row, kind="stable")
-    local_of_row = np.empty_like(pe_row_of_row)
-    local_of_row[order] = np.arange(order.size) - np.searchsorted(pe_row_of_row[order], pe_row_of_row[order])
+    local_of_row = np.repeat(local_of_unit * unit, unit) + np.arange(pe_row_of_row.size) % unit
     return BlockMapping(packed, pe_rows, pe_cols, unit, pe_row_of_row, local_of_row)
 
 
@@ -423,18 +437,19 @@ def sums_of(layer: PackedLayer) -> dict[str, tuple[tuple[str, str], ...]]:
 
 
 def map_blocks(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> dict[tuple[str, str], BlockMapping]:
-    """(part, gate) -> BlockMapping. Blocks of a sum that share accumulators are placed by their common load."""
+    """(part, gate) -> BlockMapping. Blocks of a sum that share accumulators are placed together, so that each is
+    balanced: they are multiplied one after the other, with a barrier between."""
     mapped = {}
     for products in sums_of(layer).values():
         blocks = {p: layer.block(*p) for p in products}
         region = {p: layout.regions[layout.region_of(block)] for p, block in blocks.items()}
         unit = {p: tile_unit(block, region[p], spec.acc_depth, layout.split_tiles) for p, block in blocks.items()}
-        placement = None
-        if _share_accumulators(layer, layout, products, unit):
-            loads = [_unit_loads(blocks[p], region[p].cols, unit[p]) for p in products]
-            placement = place_units(sum(loads), region[products[0]].rows)
-        for p, block in blocks.items():
-            mapped[p] = map_block(block, region[p].rows, region[p].cols, unit[p], placement)
+        together = _share_accumulators(layer, layout, products, unit)
+        for some in [products] if together else [[p] for p in products]:
+            rows, cols = region[some[0]].rows, region[some[0]].cols
+            loads = np.hstack([_unit_loads(blocks[p], cols, unit[p]) for p in some])
+            placement = place_units(loads, rows, spec.acc_depth // unit[some[0]])
+            mapped |= {p: map_block(blocks[p], rows, cols, unit[p], *placement) for p in some}
     return mapped
 
 
