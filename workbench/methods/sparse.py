@@ -26,4 +26,6 @@ class TopK(Pruning):
         """(count,) sorted positions of the kept weights in row-major order."""
         self.check(w)
         count = max(1, round(self.keep * w.numel()))
-        return torch.topk(w.detach().abs().flatten(), count, sorted=False).indices.sort().values
+        largest = torch.topk(w.detach().abs().flatten(), count, sorted=False).indices
+        # A mask gives them in order, and for many of them much faster than a sort.
+        return torch.zeros(w.numel(), dtype=torch.bool, device=w.device).index_fill_(0, largest, True).nonzero().squeeze(1)
