@@ -13,6 +13,7 @@ from workbench.constrain import IntegerRNN, attach, bake, compress, pack
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, layers, weight
 from workbench.methods import METHODS, BankBalanced, BlockCirculant, BlockSparse, Dense, LowRank, RowBalanced, Structured, TopK
+from workbench.packed import load
 from workbench.plan import BlockPlan, Plan, uniform
 from workbench.quantise import calibrate
 
@@ -251,6 +252,24 @@ def test_rows_of_a_projection_that_a_method_does_not_divide(verb, method):
     wrong = replace(plan, blocks=plan.blocks | {name: BlockPlan(method, QFormat(8, 7))})
     with pytest.raises(ValueError, match=rf"block {name}: {type(method).__name__}\(.* needs rows divisible by \d, got a 4x8"):
         verb(rnn, wrong)
+
+
+# --- circulant blocks on the fft datapath
+
+
+@pytest.mark.parametrize("model", ["LSTM", "GRU", "projected"], indirect=True)
+def test_the_fft_datapath_from_plan_to_file(model, x, tmp_path):
+    """Blocks of 4 need no constant but 1, so that there nothing rounds; blocks of 8 do."""
+    signals, block = calibrate(model, [x], 12), 4 if model.body["rnn"].proj_size else 8
+    plan = Plan.read(uniform(model, BlockCirculant(block, "fft"), 8, signals).to_json())
+    compressed = train(compress(model, plan), x)
+    packed = pack(compressed, plan)
+    integers = attach(compressed, load(packed.save(tmp_path / "model")))
+    assert all(layer.spectral_blocks == list(layer.blocks) for layer in packed.layers.values())
+    assert torch.equal(integers(x), attach(compressed, packed)(x))
+    time = attach(compressed, pack(compressed, uniform(model, BlockCirculant(block), 8, signals)))(x)
+    assert torch.equal(integers(x), time) == (block == 4)
+    torch.testing.assert_close(integers(x), compressed(x), rtol=0, atol=0.05)
 
 
 # --- low-rank blocks: their factors are trained and must survive

@@ -14,7 +14,7 @@ from workbench.constrain import attach, bake, compress, pack
 from workbench.emulation import QuantisedGRU, QuantisedLSTM, emulate, mismatch_rate, quantise_signals
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, cell_name, layers
-from workbench.methods import Dense, LowRank, TopK
+from workbench.methods import BlockCirculant, Dense, LowRank, TopK
 from workbench.models import SequenceClassifier
 from workbench.packed import signals_of
 from workbench.plan import BlockPlan, Plan, uniform
@@ -99,6 +99,13 @@ def assert_same(first, second):
 
 
 # --- equal to the integer engine
+
+
+def test_the_fft_datapath_is_refused():
+    rnn = make("LSTM")
+    plan = uniform(rnn, BlockCirculant(2, "fft"), 6, calibrate(rnn, [torch.randn(STEPS, BATCH, INPUTS).double()], 10))
+    with pytest.raises(ValueError, match="exactly, as the datapath time does, not fft: train with the one .* weight_ih_l0.i,"):
+        emulate(rnn, plan)
 
 
 @pytest.mark.parametrize("kind", KINDS)

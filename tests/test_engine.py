@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_spectrum import literal_sums
 
 from workbench import engine
 from workbench.engine import LayerEngine, StackEngine, candidate, cell_update, gate_values, gru_update, run_layer
@@ -81,16 +83,28 @@ class Reference:
 
     def __init__(self, layer):
         self.s, self.bias, self.tables, self.cell = layer.signals, layer.bias, layer.tables, layer.cell
-        self.weights, self.fracs = {}, {}  # (part, gate) -> rows of integers, fraction bits
+        self.weights, self.fracs, self.spectral = {}, {}, {}  # (part, gate) -> rows of integers, fraction bits, fft blocks
         for name, block in layer.blocks.items():
             key = name.split("_")[-2 - name.count("_reverse")], name[-1]
+            if getattr(block, "datapath", "") == "fft":
+                self.spectral[key] = block
             self.weights[key] = [[weight(block, i, j) for j in range(block.shape[1])] for i in range(block.shape[0])]
             self.fracs[key] = block.fmt.frac * (2 if isinstance(block, PackedLowRank) else 1)
         self.size = len(self.weights["hh", layer.gates[0]])
 
+    def frac(self, part, gate, signal):
+        """Fraction bits of a block's sums."""
+        if (part, gate) in self.spectral:
+            block = self.spectral[part, gate]
+            return literal_sums(block, [0] * block.shape[1], self.s[signal])[1]
+        return self.fracs[part, gate] + self.s[signal].frac
+
     def sums(self, part, gate, values, signal):
         """Exact sums of a block, as fractions."""
-        unit = scale(self.fracs[part, gate] + self.s[signal].frac)
+        unit = scale(self.frac(part, gate, signal))
+        if (part, gate) in self.spectral:  # of integers, as all that rounds
+            values = [int(v * scale(self.s[signal].frac)) if isinstance(v, Fraction) else v for v in values]
+            return [v / unit for v in literal_sums(self.spectral[part, gate], values, self.s[signal])[0]]
         return [sum(w * v for w, v in zip(row, values, strict=True)) / unit for row in self.weights[part, gate]]
 
     def look_up(self, function, value, in_name, out_name):
@@ -99,7 +113,7 @@ class Reference:
         return table_value(self.tables[function], rounded(value * scale(fmt.frac), fmt), fmt, self.s[out_name])
 
     def gate(self, gate, x, h):
-        frac = max(self.fracs["ih", gate] + self.s["input"].frac, self.fracs["hh", gate] + self.s["hidden"].frac)
+        frac = max(self.frac("ih", gate, "input"), self.frac("hh", gate, "hidden"))
         function = "tanh" if gate == "g" else "sigmoid"
         return [self.look_up(function, a + b + int(bias) / scale(frac), "pre", function) for a, b, bias in zip(
             self.sums("ih", gate, x, "input"), self.sums("hh", gate, h, "hidden"), self.bias[gate], strict=True)]
@@ -119,8 +133,8 @@ class Reference:
 
     def gru(self, x, h, c):
         s, one, new_h = self.s, scale(self.s["sigmoid"].frac), []
-        b_in = max(self.fracs["ih", "n"] + s["input"].frac, s["sigmoid"].frac + s["hidden_product"].frac)
-        b_hn = self.fracs["hh", "n"] + s["hidden"].frac
+        b_in = max(self.frac("ih", "n", "input"), s["sigmoid"].frac + s["hidden_product"].frac)
+        b_hn = self.frac("hh", "n", "hidden")
         from_input, from_hidden = self.sums("ih", "n", x, "input"), self.sums("hh", "n", h, "hidden")
         for k, (r, z) in enumerate(zip(self.gate("r", x, h), self.gate("z", x, h), strict=True)):
             product = from_hidden[k] + int(self.bias["hn"][k]) / scale(b_hn)
@@ -168,6 +182,8 @@ def make_block(form, shape, rng, fmt, block=2):
         return PackedDense(codes(fmt, shape, rng), fmt)
     if form == "sparse":
         return PackedSparse.from_dense(codes(fmt, shape, rng) * (rng.random(shape) < 0.4), fmt)
+    if form == "fft":
+        return PackedCirculant(shape, fmt, block, codes(fmt, (shape[0] // block, -(-shape[1] // block), block), rng), "fft")
     if form == "lowrank":
         fmt = QFormat(min(fmt.bits, 6), fmt.frac - max(fmt.bits - 6, 0))  # so that the sums V x are operands
         return PackedLowRank(fmt, codes(fmt, (shape[0], 1), rng), codes(fmt, (1, shape[1]), rng))
@@ -222,6 +238,32 @@ def test_equal_to_the_reference(label, kind, forms):
     x, h, c = random_states(layer, rng)
     result = assert_equal_to_reference(layer, x, h, c, np.array([3, 1, 2]))
     assert np.unique(result.output).size > 5  # more than extremes
+
+
+@pytest.mark.parametrize("label", CELLS)
+@pytest.mark.parametrize("forms", [
+    ["fft"], ["fft"] * 4 + ["circulant"] * 4, ["dense"] * 4 + ["fft"] * 4, ["fft", "sparse", "lowrank", "circulant"]],
+    ids=["both", "W_ih", "W_hh", "mixed"])  # fmt: skip
+@pytest.mark.parametrize(("hidden", "inputs", "block"), [(4, 3, 2), (8, 5, 8), (8, 9, 4)])
+def test_the_fft_datapath_equals_the_reference(label, forms, hidden, inputs, block):
+    """W_ih only and W_hh only: the first and the last four blocks of an LSTM (of a GRU the fourth belongs to W_hh)."""
+    rng = np.random.default_rng(hidden + block)
+    if label == "projected":
+        block = 2  # outputs of a projection
+    layer = random_layer(rng, forms, label, hidden, inputs, block=block)
+    x, h, c = random_states(layer, rng, 3, 2)
+    assert isinstance(LayerEngine(layer).steps, engine._Integers) and layer.spectral_blocks
+    result = assert_equal_to_reference(layer, x, h, c, np.array([3, 2]))
+    assert np.unique(result.output).size > 3
+
+
+def test_the_datapaths_give_other_integers_of_nearly_the_same_values():
+    rng = np.random.default_rng(0)
+    time = random_layer(rng, ["circulant"], "LSTM", 32, 32, signals=SIGNALS, fmt=QFormat(8, 9), block=16, bias=2)
+    fft = replace(time, blocks={name: replace(block, datapath="fft") for name, block in time.blocks.items()})
+    x = rng.integers(-8192, 8192, (20, 3, 32))
+    (a, b), scale_of = (run_layer(layer, x).output for layer in (time, fft)), 2.0 ** SIGNALS["hidden"].frac
+    assert (a != b).mean() > 0.5 and np.abs(a - b).max() / scale_of < 0.01
 
 
 @pytest.mark.parametrize("label", CELLS)

@@ -47,6 +47,7 @@ CASES = [
     (BlockCirculant(3), (6, 6)),
     (BlockCirculant(4), (8, 3)),
     (BlockCirculant(8), (16, 19)),
+    (BlockCirculant(4, "fft"), (8, 7)),
     (LowRank(1), (6, 5)),
     (LowRank(2), (8, 3)),
     (LowRank(3), (3, 9)),
@@ -553,8 +554,10 @@ def test_circulant_refuses_the_block(block):
 
 
 def test_circulant_refuses_other_datapaths():
-    with pytest.raises(ValueError, match='BlockCirculant has the datapath "time" only so far, got \'fft\''):
-        BlockCirculant(4, "fft")
+    with pytest.raises(ValueError, match="BlockCirculant has the datapaths time, fft, got 'dct'"):
+        BlockCirculant(4, "dct")
+    with pytest.raises(ValueError, match="needs a block that is a power of two for the fft datapath, got 6"):
+        BlockCirculant(6, "fft")
 
 
 # --- JSON and labels
@@ -580,6 +583,7 @@ def test_labels():
     assert method_label(Dense()) == "Dense"
     assert method_label(TopK(0.169412)) == "TopK 0.1694"
     assert method_label(BlockCirculant(8)) == "BlockCirculant 8"
+    assert method_label(BlockCirculant(8, "fft")) == "BlockCirculant 8 fft"
     assert method_label(LowRank(3)) == "LowRank 3"
 
 

@@ -695,6 +695,26 @@ def arrays(*rows):
     return [np.array(row) for row in rows]
 
 
+def spectral_layer(block, delta=None, **arguments):
+    def make(part, gate, shape, rng):
+        return replace(block_circulant(shape, rng, block), datapath="fft")
+
+    layer = layer_of(make, **arguments)
+    return layer if delta is None else replace(layer, delta=delta)
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_the_spectra_are_not_on_disk(cell, tmp_path):
+    """The same bytes as for the time domain, and the datapath comes back."""
+    layer = spectral_layer(4, cell=cell)
+    path = PackedModel({"lstm.l0": layer}, 32, 0).save(tmp_path / "fft")
+    again = load(path).layers["lstm.l0"]
+    assert again.spectral_blocks == list(layer.blocks) and again.row_bounds() == layer.row_bounds()
+    time = replace(layer, blocks={name: replace(block, datapath="time") for name, block in layer.blocks.items()})
+    assert PackedModel({"lstm.l0": time}, 32, 0).cr_disk == PackedModel({"lstm.l0": again}, 32, 0).cr_disk
+    assert time.row_bounds() != layer.row_bounds() and time.spectral_blocks == []
+
+
 def wide_inner_layer(row):
     """A layer of two inputs and units whose W_ih have the rank 1 with this V."""
     def make(part, gate, shape, rng):
@@ -743,8 +763,19 @@ def test_sums_of_low_rank_fit_at_the_very_bound():
          "PackedCirculant needs rows divisible by block 4, got (6, 4)"),
         (lambda: PackedCirculant((4, 5), INT4, 4, np.zeros((1, 1, 4), dtype=np.int64)),
          "PackedCirculant needs vectors (1, 2, 4), got (1, 1, 4)"),
-        (lambda: PackedCirculant((4, 4), INT4, 4, np.zeros((1, 1, 4), dtype=np.int64), "fft"),
-         "PackedCirculant has the datapath \"time\" only so far, got 'fft'"),
+        (lambda: PackedCirculant((4, 4), INT4, 4, np.zeros((1, 1, 4), dtype=np.int64), "dct"),
+         "PackedCirculant has the datapaths time, fft, got 'dct'"),
+        (lambda: PackedCirculant((6, 6), INT4, 6, np.zeros((1, 1, 6), dtype=np.int64), "fft"),
+         "PackedCirculant needs a block that is a power of two for the fft datapath, got 6"),
+        (lambda: PackedCirculant((4, 4), INT4, 1, np.zeros((4, 4, 1), dtype=np.int64), "fft"), "the fft datapath, got 1"),
+        (lambda: PackedCirculant((4, 4), QFormat(18, 0, False), 4, np.zeros((1, 1, 4), dtype=np.int64), "fft"),
+         "PackedCirculant needs values of at most 18 bits for the fft datapath, got QFormat(bits=18, frac=0, signed=False)"),
+        (lambda: spectral_layer(8, signals={"hidden": QFormat(25, 15)}),
+         "lstm.weight_hh_l0.i needs transforms of at most 27 bits (DSP48E2), but with block 8 and QFormat(bits=25"),
+        (lambda: spectral_layer(8, acc_bits=24),
+         "needs an accumulator under 24 bits, but a sum of spectrum products could reach"),
+        (lambda: spectral_layer(8, delta={"hidden": 3}),
+         "lstm.weight_hh_l0.i with differences needs the datapath time: transforms round, so that sums of what changed"),
         (lambda: PackedCirculant((4, 4), INT4, 4, np.full((1, 1, 4), 9)), "PackedCirculant needs integers of"),
         (lambda: PackedLayer("LSTM", layer_of().blocks, {}, {k: v for k, v in SIGNALS.items() if k != "cell"}, LINEAR),
          "PackedLayer needs the signals input, pre, sigmoid, tanh, cell, hidden, got input, pre, sigmoid, tanh, hidden"),

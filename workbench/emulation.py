@@ -45,7 +45,10 @@ class Rounding:
 
     @classmethod
     def of(cls, layer: PackedLayer) -> "Rounding":
-        """ValueError where a table would need too many entries, and for delta thresholds."""
+        """ValueError where a table would need too many entries, for delta thresholds and for blocks on the fft datapath."""
+        if layer.spectral_blocks:
+            raise ValueError("the emulation multiplies circulant blocks exactly, as the datapath time does, not fft: train "
+                             f"with the one and pack with the other, got fft for {', '.join(layer.spectral_blocks)}")
         if layer.delta:
             raise ValueError("the emulation sends every signal whole in every step: train without delta thresholds and pack "
                              f"with them, got {layer.delta}")

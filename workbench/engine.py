@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from workbench.fixedpoint import ExactMatrix, exact_float, largest_row_sum, requantise
+from workbench.fixedpoint import exact_float, largest_row_sum, requantise
 from workbench.packed import PARTS, PackedLayer
 
 
@@ -127,7 +127,7 @@ class _Integers:
 
     def __init__(self, layer: PackedLayer, trace=None):
         self.layer, self.trace = layer, trace
-        self.products = {(part, gate): ExactMatrix(layer.block(part, gate).dense(), layer.signals[PARTS[part]].magnitude)
+        self.products = {(part, gate): layer.block(part, gate).multiplication(layer.signals[PARTS[part]].magnitude)
                          for part, gate in layer.products}
 
     def from_input(self, x):
@@ -181,6 +181,8 @@ def _float_types(layer: PackedLayer) -> dict[str, type] | None:
     All numbers there are integers times powers of two, and powers of two scale a float without rounding it. So a type is exact
     for a sum, in any order, as long as the largest integer that may occur fits its mantissa.
     """
+    if layer.spectral_blocks:  # they round inside their products
+        return None
     s, bounds = layer.signals, layer.row_bounds()
     one, hidden = s["sigmoid"].frac, s["hidden"]
     inner = s["unprojected"] if layer.projected else hidden

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from workbench.container import read_tensors, write_tensors
-from workbench.fixedpoint import TABLES, QFormat
+from workbench.fixedpoint import TABLES, ExactMatrix, QFormat
+from workbench.spectrum import OPERAND_BITS, WORD_BITS, SpectralProduct, forward_bounds, weight_spectra, word_bits
 
 GATES = {"LSTM": ("i", "f", "g", "o"), "GRU": ("r", "z", "n")}  # torch's order of the gates in a weight matrix
 PROJECTION = ("p",)  # the only gate of a projection matrix
@@ -82,12 +83,20 @@ class _Stored:
         """Fraction bits of the integers of dense()."""
         return self.fmt.frac
 
+    def multiplication(self, magnitude: int):
+        """A function (..., in) integers -> (..., out) int64, their sums at sum_frac; magnitude: largest |integer| taken."""
+        return ExactMatrix(self.dense(), magnitude)
+
+    def sum_frac(self, signal: QFormat) -> int:
+        """Fraction bits of its sums; signal: the format of what it multiplies."""
+        return self.frac + signal.frac
+
     def row_bounds(self, magnitude: int) -> list[int]:
         """Of each row the largest magnitude that its sum could reach, in whatever order it is added up; magnitude: largest
         |integer| of what the block multiplies."""
         return [int(total) * magnitude for total in np.abs(self.dense()).sum(axis=1)]
 
-    def check_operands(self, name: str, signal: QFormat) -> None:
+    def check_operands(self, name: str, signal: QFormat, acc_bits: int) -> None:
         """Refuse a multiplication wider than the array's; name: of the block; signal: the format of what it multiplies."""
         _check_product(name, self.fmt, signal)
 
@@ -413,12 +422,16 @@ class PackedSparse(_Stored):
         return cls(tuple(shape), fmt, rows[kept], cols[kept], words[kept], (encoding,))
 
 
+DATAPATHS = ("time", "fft")  # of a circulant block
+
+
 @dataclass(frozen=True)
 class PackedCirculant(_Stored):
     """k x k circulant tiles, one vector of k weights each: W[i, j] = vectors[i // k, j // k, (i - j) % k].
 
     vectors: (out // k, ceil(in / k), k) int64, the first column of every tile. Columns that k does not divide are
-    padded with zeros; the padding is stored and counted. datapath "time": plain multiply-accumulates.
+    padded with zeros; the padding is stored and counted. datapath "time": plain multiply-accumulates. "fft": products in the
+    frequency domain (spectrum.py), for k a power of two; stored are the same integers, the array holds their spectra.
     """
 
     shape: tuple[int, int]
@@ -434,8 +447,62 @@ class PackedCirculant(_Stored):
         expected = (self.shape[0] // self.block, -(-self.shape[1] // self.block), self.block)
         if self.vectors.shape != expected:
             raise ValueError(f"PackedCirculant needs vectors {expected}, got {self.vectors.shape}")
-        if self.datapath != "time":
-            raise ValueError(f'PackedCirculant has the datapath "time" only so far, got {self.datapath!r}')
+        if self.datapath not in DATAPATHS:
+            raise ValueError(f"PackedCirculant has the datapaths {', '.join(DATAPATHS)}, got {self.datapath!r}")
+        if self.spectral and (self.block < 2 or self.block & (self.block - 1)):
+            raise ValueError(f"PackedCirculant needs a block that is a power of two for the fft datapath, got {self.block}")
+        if self.spectral and self.fmt.bits + (not self.fmt.signed) > WORD_BITS:
+            raise ValueError(f"PackedCirculant needs values of at most {WORD_BITS} bits for the fft datapath, got {self.fmt}")
+
+    @property
+    def spectral(self) -> bool:
+        return self.datapath == "fft"
+
+    @property
+    def spectrum_bits(self) -> int:
+        """Width of a spectrum's words: k times as large as the values, at most 18 bits."""
+        return word_bits(self.fmt.bits + (not self.fmt.signed), self.block)
+
+    @property
+    def spectrum_frac(self) -> int:
+        return self.fmt.frac - (self.fmt.bits + (not self.fmt.signed) + self.block.bit_length() - 1 - self.spectrum_bits)
+
+    @cached_property
+    def spectrum(self) -> np.ndarray:
+        """(out // k, ceil(in / k), k) words that the array holds for the fft datapath."""
+        return weight_spectra(self.vectors, self.fmt.bits + (not self.fmt.signed))
+
+    @cached_property
+    def _spectral_products(self):
+        return {}
+
+    def multiplication(self, magnitude):
+        if not self.spectral:
+            return super().multiplication(magnitude)
+        known = self._spectral_products
+        if magnitude not in known:
+            known[magnitude] = SpectralProduct(self.spectrum, self.shape[1], magnitude)
+        return known[magnitude]
+
+    def sum_frac(self, signal):
+        if not self.spectral:
+            return super().sum_frac(signal)
+        return self.spectrum_frac + signal.frac + self.multiplication(signal.magnitude).more_frac
+
+    def row_bounds(self, magnitude):
+        return self.multiplication(magnitude).row_bounds if self.spectral else super().row_bounds(magnitude)
+
+    def check_operands(self, name, signal, acc_bits):
+        super().check_operands(name, signal, acc_bits)
+        if not self.spectral:
+            return
+        largest = int(np.max(forward_bounds(signal.magnitude, self.block)))
+        if largest >= 1 << (OPERAND_BITS - 1):
+            raise ValueError(f"{name} needs transforms of at most {OPERAND_BITS} bits (DSP48E2), but with block {self.block} "
+                             f"and {signal} they could reach {largest} ({largest.bit_length() + 1} bits)")
+        if (largest := self.multiplication(signal.magnitude).sum_bound) >= 1 << (acc_bits - 1):
+            raise ValueError(f"{name} needs an accumulator under {acc_bits} bits, but a sum of spectrum products could reach "
+                             f"{largest} ({largest.bit_length() + 1} bits) with {self.spectrum_bits}-bit spectra and {signal}")
 
     @property
     def stored_values(self) -> int:
@@ -513,8 +580,8 @@ class PackedLowRank(_Stored):
         inner = self.inner_bounds(magnitude)
         return [sum(u * bound for u, bound in zip(row, inner, strict=True)) for row in np.abs(self.left).tolist()]
 
-    def check_operands(self, name, signal):
-        super().check_operands(name, signal)
+    def check_operands(self, name, signal, acc_bits):
+        super().check_operands(name, signal, acc_bits)
         narrow, wide = sorted((self.fmt.bits + (not self.fmt.signed), self.inner_bits(signal.magnitude)))
         if narrow > 18 or wide > 27:
             raise ValueError(f"{name} needs sums V x that multiply {self.fmt} within 18 x 27 bits (DSP48E2), but with {signal} "
@@ -580,11 +647,15 @@ class PackedLayer:
             check_whole("PackedLayer", f"delta threshold of {name}", threshold, 0, fmt.max - fmt.min)
         for part, gate in self.products:
             what = " with differences" * (PARTS[part] in self.delta)
-            self.block(part, gate).check_operands(self.block_name(part, gate) + what, self.operand(part))
+            block = self.block(part, gate)
+            if what and self.block_name(part, gate) in self.spectral_blocks:
+                raise ValueError(f"{self.block_name(part, gate)}{what} needs the datapath time: transforms round, so that sums "
+                                 "of what changed are not those of the values")
+            block.check_operands(self.block_name(part, gate) + what, self.operand(part), self.acc_bits)
             shape = {"ih": (self.hidden_size, self.input_size), "hh": (self.hidden_size, self.output_size),
                      "hr": (self.output_size, self.hidden_size)}[part]
-            if self.block(part, gate).shape != shape:
-                raise ValueError(f"{self.block_name(part, gate)} needs shape {shape}, got {self.block(part, gate).shape}")
+            if block.shape != shape:
+                raise ValueError(f"{self.block_name(part, gate)} needs shape {shape}, got {block.shape}")
         if len(self.blocks) != len(self.products):
             raise ValueError(f"PackedLayer needs {len(self.products)} blocks, got {', '.join(self.blocks)}")
         if set(self.tables) != {"sigmoid", "tanh"} or len({type(table) for table in self.tables.values()}) > 1:
@@ -687,6 +758,11 @@ class PackedLayer:
         return self.blocks[self.block_name(part, gate)]
 
     @property
+    def spectral_blocks(self) -> list[str]:
+        """Names of the circulant blocks on the fft datapath."""
+        return [name for name, block in self.blocks.items() if isinstance(block, PackedCirculant) and block.spectral]
+
+    @property
     def input_size(self) -> int:
         return self.block("ih", self.gates[0]).shape[1]
 
@@ -717,7 +793,7 @@ class PackedLayer:
 
     def product_frac(self, part: str, gate: str) -> int:
         """Fraction bits of the products of a block."""
-        return self.block(part, gate).frac + self.signals[PARTS[part]].frac
+        return self.block(part, gate).sum_frac(self.signals[PARTS[part]])
 
     def alignment(self, gate: str) -> tuple[int, int, int]:
         """(F, left shift of the W_ih sum, left shift of the other term): F = the larger fraction of the two. The other term is

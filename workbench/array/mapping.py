@@ -637,6 +637,8 @@ def _check_layer(layer, spec):
     """Refuse a layer whose words or sums are wider than the array's."""
     if layer.delta:
         raise ValueError(f"the array sends every signal whole so far, got delta thresholds {layer.delta}")
+    if layer.spectral_blocks:
+        raise ValueError(f"the array maps the datapath time so far, got fft for {', '.join(layer.spectral_blocks)}")
     widest = max([layer.signals[PARTS[part]] for part in parts_of(layer)] + [block.fmt for block in layer.blocks.values()],
                  key=lambda fmt: fmt.bits)
     if widest.bits > spec.word_bits:

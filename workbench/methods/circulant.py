@@ -11,14 +11,15 @@ from torch import nn
 from torch.nn import functional
 
 from workbench.methods.base import check_matrix, check_rows, fake_quantise, powers_of_two, to_integers
-from workbench.packed import PackedCirculant
+from workbench.packed import DATAPATHS, PackedCirculant
 
 
 @dataclass(frozen=True)
 class BlockCirculant:
     """One vector for each k x k tile, whose rows are its rotations (C-LSTM, arXiv 1803.06305).
 
-    block: tile size k >= 2. datapath: how the array multiplies; "time" is plain multiply-accumulates.
+    block: tile size k >= 2. datapath: how engine and array multiply; "time" is plain multiply-accumulates, "fft" products in
+    the frequency domain, of blocks that are powers of two; their roundings differ, so the weights may be trained with either.
     """
 
     block: int
@@ -27,8 +28,10 @@ class BlockCirculant:
     def __post_init__(self):
         if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 2:
             raise ValueError(f"BlockCirculant needs a whole block of at least 2, got {self.block!r}")
-        if self.datapath != "time":
-            raise ValueError(f'BlockCirculant has the datapath "time" only so far, got {self.datapath!r}')
+        if self.datapath not in DATAPATHS:
+            raise ValueError(f"BlockCirculant has the datapaths {', '.join(DATAPATHS)}, got {self.datapath!r}")
+        if self.datapath == "fft" and self.block & (self.block - 1):
+            raise ValueError(f"BlockCirculant needs a block that is a power of two for the fft datapath, got {self.block}")
 
     @classmethod
     def ladder(cls, shapes):
