@@ -313,7 +313,7 @@ def test_events_by_hand():
     per_step = {"macs": 384, "padding_macs": 0, "weight_reads": 384, "data_reads": 384, "acc_reads": 16 * 2 * 8 + 128,
                 "acc_writes": 16 * 2 * 8, "link_words": 128, "activation_lookups": 40, "elementwise_multiplies": 24,
                     "roundings": 0, "multicast_words": 12, "data_writes": 4 * 4 + 8 * 4,
-                "loaded_bits": 0, "weight_writes": 0}
+                "loaded_bits": 0, "weight_writes": 0, "skipped_macs": 0}
     assert counts == {event: 3 * count for event, count in per_step.items()}
 
 
@@ -637,7 +637,7 @@ def test_trained_stacks_equal_the_engine(make, method, tables):
     ({"rows": -4, "cols": 0}, "ArraySpec needs rows of at least 1, got -4"),
     ({"word_bits": 19}, "word_bits of at most 18 (one DSP48E2 multiplies 27 x 18 bits), got 19"),
     ({"acc_bits": 49}, "acc_bits of at most 48 (one DSP48E2 adds 48 bits), got 49"),
-    ({"lookahead": 4}, "lookahead 1 only so far (no zero skipping), got 4"),
+    ({"lookahead": 0}, "ArraySpec needs lookahead of at least 1, got 0"),
 ])
 def test_spec_refuses(changes, message):
     with pytest.raises(ValueError) as error:

@@ -75,7 +75,7 @@ def sent_steps(x, threshold: int) -> np.ndarray:
     return steps
 
 
-def _sender(layer, name, shape, dtype):
+def sender(layer, name, shape, dtype):
     """A function (a signal's values in a step) -> what weights multiply: the values, or with a delta threshold what has been
     sent of them. Hardware adds W times what changed to sums that it keeps; being exact, they are W times what was sent."""
     if name not in layer.delta:
@@ -139,8 +139,8 @@ class _Integers:
     def stepper(self, h, c):
         """A function (what from_input gives for a step, array for the new h) -> the new c."""
         layer, products, steps = self.layer, self.products, itertools.count()
-        send_h = _sender(layer, "hidden", h.shape, h.dtype)
-        send_m = _sender(layer, "unprojected", c.shape, c.dtype) if layer.projected else None
+        send_h = sender(layer, "hidden", h.shape, h.dtype)
+        send_m = sender(layer, "unprojected", c.shape, c.dtype) if layer.projected else None
 
         def gate(name, from_input, sent):
             return gate_values(layer, name, from_input[name] + (products["hh", name](sent) << layer.alignment(name)[2]))
@@ -313,8 +313,8 @@ class _Floats:
             m, products = np.empty(c.shape, types["hr"]), np.empty(h.shape, types["hr"])
             h_sums, h_code = np.empty(h.shape, types["sums"]), np.empty(h.shape, np.intp)
             h_offset = np.array(_offset(signals["hidden"]), types["sums"])
-            send_m = _sender(self.layer, "unprojected", c.shape, types["hr"])
-        send_h = _sender(self.layer, "hidden", h.shape, self.dtype)
+            send_m = sender(self.layer, "unprojected", c.shape, types["hr"])
+        send_h = sender(self.layer, "hidden", h.shape, self.dtype)
 
         def step(from_input, out):
             nonlocal h
@@ -354,7 +354,7 @@ class _Floats:
         s, n, total = (np.empty(h.shape, types["cell"]) for _ in range(3))
         n_sums = np.empty(h.shape, np.promote_types(types["sums"], types["cell"]))
         offset = np.array(_offset(self.layer.signals["hidden"]), types["cell"])
-        send_h = _sender(self.layer, "hidden", h.shape, self.dtype)
+        send_h = sender(self.layer, "hidden", h.shape, self.dtype)
 
         def step(from_input, out):
             nonlocal h

@@ -3,11 +3,13 @@
 from workbench.array.execute import Execution, StackExecution, execute_layer, execute_stack
 from workbench.array.mapping import BlockMapping, LayerMapping, Layout, Region, map_block, map_layer
 from workbench.array.schedule import Operation, Schedule, schedule_layer, schedule_layers
+from workbench.array.skipping import multiplied
 from workbench.array.spec import ASSUMPTIONS, FIELDS, PRESETS, ArraySpec, preset
 from workbench.array.systolic import SYSTOLIC, SystolicArray, SystolicRun, last_cycle, layer_products, run_product
 
 __all__ = [
     "ASSUMPTIONS", "FIELDS", "PRESETS", "SYSTOLIC", "ArraySpec", "BlockMapping", "Execution", "LayerMapping", "Layout",
     "Operation", "Region", "Schedule", "StackExecution", "SystolicArray", "SystolicRun", "execute_layer", "execute_stack",
-    "last_cycle", "layer_products", "map_block", "map_layer", "preset", "run_product", "schedule_layer", "schedule_layers",
+    "last_cycle", "layer_products", "map_block", "map_layer", "multiplied", "preset", "run_product", "schedule_layer",
+    "schedule_layers",
 ]  # fmt: skip

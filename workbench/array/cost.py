@@ -95,7 +95,8 @@ def energy(counts: dict[str, int]) -> Energy:
 
 @dataclass(frozen=True)
 class Memory:
-    """A memory that every PE has once. depth: words of the fullest PE; bits: width; per PE either LUTs or RAMB18s."""
+    """A memory that every PE, or every activation unit, has once. depth: words of the fullest; bits: width; each takes either
+    LUTs or RAMB18s."""
 
     depth: int
     bits: int
@@ -113,7 +114,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Resources:
-    """Modelled resources of the whole array. lut and ff: intervals (low, high), memories in LUTs included."""
+    """Modelled resources of the whole array. lut and ff: intervals (low, high), memories in LUTs included. edge: memories of
+    every activation unit that delta thresholds need: the sums that are kept, and what was sent last of each signal."""
 
     dsp: int
     weights: Memory
@@ -121,6 +123,7 @@ class Resources:
     bram36: int
     lut: tuple[int, int]
     ff: tuple[int, int]
+    edge: tuple[Memory, ...] = ()
 
     def share(self, device: str) -> dict[str, tuple[float, float]]:
         """Resource -> used part of what a device has, low and high; an unknown device raises ValueError."""
@@ -146,14 +149,25 @@ def resources(mapping: LayerMapping) -> Resources:
     word; streaming buffers count twice. lut and ff, per PE: multiply-accumulate as synthesised; accumulators (all banks) in
     LUT RAM; the adder (a LUT a bit) and the registers of the link that a drain goes over, acc_bits wide; weights and data
     where they are small enough for LUT RAM. High end of lut: LUT RAMs that are written while they are read (accumulators,
-    data, streamed weights) take DUAL_PORT times as much. Not counted: tables and logic of the activation units, multicast,
-    loader, edge buffer, control."""
+    data, streamed weights, those of the edge) take DUAL_PORT times as much. Not counted: tables and logic of the activation
+    units, multicast, loader, edge buffer, control."""
     spec, layout = mapping.spec, mapping.layout
     weights = Memory(int(mapping.resident_words.max()) + 2 * layout.stream_words,
                      min(max(block.word_bits for block in mapping.blocks.values()), spec.weight_word_bits))
     data = Memory(mapping.batch * max(int(words.max()) for words in data_words_kept(mapping.layer, layout, mapping.blocks)),
-                  max(mapping.layer.signals[PARTS[part]].bits for part in parts_of(mapping.layer)))
-    return _resources(spec, weights, data, layout.stream_words > 0)
+                  max(mapping.layer.operand(part).bits for part in parts_of(mapping.layer)))
+    return _resources(spec, weights, data, layout.stream_words > 0, _edge_memories(mapping))
+
+
+def _edge_memories(mapping) -> tuple[Memory, ...]:
+    layer, spec = mapping.layer, mapping.spec
+    if not layer.delta:
+        return ()
+    kept = sum(mapping.blocks[i.parts[0], i.gate].rows_between(*i.rows) for i in mapping.program
+               if i.kind == "drain" and PARTS[i.parts[0]] in layer.delta)
+    widths = {"input": layer.input_size, "hidden": layer.output_size, "unprojected": layer.hidden_size}
+    return (Memory(ceil_div(kept, spec.act_units), spec.acc_bits),
+            *(Memory(ceil_div(mapping.batch * widths[name], spec.act_units), layer.signals[name].bits) for name in layer.delta))
 
 
 def full_resources(spec: ArraySpec) -> Resources:
@@ -161,16 +175,19 @@ def full_resources(spec: ArraySpec) -> Resources:
     return _resources(spec, Memory(spec.weight_words, spec.weight_word_bits), Memory(spec.data_words, spec.word_bits), True)
 
 
-def _resources(spec, weights, data, streamed):
+def _resources(spec, weights, data, streamed, edge=()):
     pes = spec.rows * spec.cols
+    edge_luts = spec.act_units * sum(memory.luts for memory in edge)
+    ramb18 = pes * (weights.ramb18 + data.ramb18) + spec.act_units * sum(memory.ramb18 for memory in edge)
     accumulators = spec.acc_bits * ceil_div(spec.acc_banks * spec.acc_depth, LUT_RAM_DEPTH)  # LUTs, as all below
     written_while_read = accumulators + data.luts + (weights.luts if streamed else 0)
     low = accumulators + data.luts + weights.luts + spec.acc_bits
     high = low + (DUAL_PORT - 1) * written_while_read
     return Resources(
-        dsp=pes + spec.act_units, weights=weights, data=data, bram36=ceil_div(pes * (weights.ramb18 + data.ramb18), 2),
-        lut=tuple(ceil_div(n * pes, 16) + pes * more for n, more in zip(LUT_PER_16_PES, (low, high), strict=True)),
-        ff=tuple(ceil_div(n * pes, 16) + pes * spec.acc_bits * spec.link_cycles for n in FF_PER_16_PES),
+        dsp=pes + spec.act_units, weights=weights, data=data, bram36=ceil_div(ramb18, 2),
+        lut=tuple(ceil_div(n * pes, 16) + pes * more + ports * edge_luts
+                  for n, more, ports in zip(LUT_PER_16_PES, (low, high), (1, DUAL_PORT), strict=True)),
+        ff=tuple(ceil_div(n * pes, 16) + pes * spec.acc_bits * spec.link_cycles for n in FF_PER_16_PES), edge=edge,
     )
 
 

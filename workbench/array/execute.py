@@ -6,8 +6,19 @@ import numpy as np
 
 from workbench.array.mapping import Layout
 from workbench.array.schedule import Schedule, schedule_layer
+from workbench.array.skipping import multiplied
 from workbench.array.spec import ArraySpec
-from workbench.engine import candidate, cell_update, gate_values, gru_update, hidden_product, project, reversed_steps
+from workbench.engine import (
+    candidate,
+    cell_update,
+    gate_values,
+    gru_update,
+    hidden_product,
+    project,
+    reversed_steps,
+    sender,
+    sent_steps,
+)
 from workbench.fixedpoint import ExactMatrix
 from workbench.packed import PARTS, PackedLayer
 
@@ -32,19 +43,22 @@ def execute_layer(layer: PackedLayer, spec: ArraySpec, x, layout: Layout | None 
     if x.dtype.kind not in "iu" or x.min() < fmt.min or x.max() > fmt.max:
         raise ValueError(f"execute_layer needs integers of {fmt}, got {x.dtype} from {x.min()} to {x.max()}")
     steps, batch, _ = x.shape
-    schedule = schedule_layer(layer, spec, steps, layout, batch)
+    schedule = schedule_layer(layer, spec, steps, layout, batch, multiplied(layer, x) if spec.lookahead > 1 else None)
     sums = {(part, gate): ExactMatrix(block.dense(), layer.signals[PARTS[part]].magnitude)
             for (part, gate), block in schedule.mapping.blocks.items()}
+    sent = sent_steps(x, layer.delta["input"]) if "input" in layer.delta else x
     aligned = {}  # gate -> (T, B, hidden_size): the input's sum and the bias
     for gate in layer.gates:
         _, shift, _ = layer.alignment(gate)
-        aligned[gate] = (sums["ih", gate](x) << shift) + layer.bias[gate]
+        aligned[gate] = (sums["ih", gate](sent) << shift) + layer.bias[gate]
     h = np.zeros((batch, layer.output_size), dtype=np.int64)
     c = np.zeros((batch, layer.hidden_size), dtype=np.int64) if layer.cell == "LSTM" else None
     output = np.empty((steps, batch, layer.output_size), dtype=np.int64)
     step = _lstm_step if layer.cell == "LSTM" else _gru_step
+    send_h, send_m = (sender(layer, name, (batch, size), np.int64)
+                      for name, size in (("hidden", layer.output_size), ("unprojected", layer.hidden_size)))
     for t in range(steps):
-        h, c = step(layer, sums, {gate: values[t] for gate, values in aligned.items()}, h, c)
+        h, c = step(layer, sums, {gate: values[t] for gate, values in aligned.items()}, h, c, send_h(h), send_m)
         output[t] = h
     return Execution(output, h, c, schedule)
 
@@ -53,14 +67,14 @@ def _gate(layer, sums, inputs, gate, h):
     return gate_values(layer, gate, inputs[gate] + (sums["hh", gate](h) << layer.alignment(gate)[2]))
 
 
-def _lstm_step(layer, sums, inputs, h, c):
-    h, c = cell_update(layer, *(_gate(layer, sums, inputs, gate, h) for gate in layer.gates), c)
-    return project(layer, sums["hr", "p"](h)) if layer.projected else h, c
+def _lstm_step(layer, sums, inputs, h, c, sent, send_m):
+    h, c = cell_update(layer, *(_gate(layer, sums, inputs, gate, sent) for gate in layer.gates), c)
+    return project(layer, sums["hr", "p"](send_m(h))) if layer.projected else h, c
 
 
-def _gru_step(layer, sums, inputs, h, _):
-    r, z = (_gate(layer, sums, inputs, gate, h) for gate in "rz")
-    s = hidden_product(layer, sums["hh", "n"](h) + layer.bias["hn"])
+def _gru_step(layer, sums, inputs, h, _, sent, send_m):
+    r, z = (_gate(layer, sums, inputs, gate, sent) for gate in "rz")
+    s = hidden_product(layer, sums["hh", "n"](sent) + layer.bias["hn"])
     return gru_update(layer, z, candidate(layer, r, s, inputs["n"]), h), None
 
 

@@ -5,6 +5,7 @@ from schedule.py. What may start is decided by the state of memories, accumulato
 would be a hazard in hardware raises RuntimeError.
 """
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from workbench.array.mapping import COPIES, LayerMapping, columns_kept, parts_of, sums_of, words_taken
-from workbench.packed import PackedSparse
+from workbench.packed import PARTS, PackedSparse
 
 SENT = {"hh": "h", "hr": "m"}  # part -> the value that is multicast for it in the step that computes it
 
@@ -143,6 +144,8 @@ class _Active:
     held: int = 0  # cycles that the present piece of work has been held
     flying: int = 0
     row_held: dict = field(default_factory=dict)  # PE -> the row whose sum its DSP holds
+    chosen: set = field(default_factory=set)  # PEs that have found the next input that is not zero
+    unread: set = field(default_factory=set)  # PEs that dropped the first of a word, which is not read yet
 
 
 class _Item:
@@ -153,6 +156,8 @@ class _Item:
         self.arrived = Counter()  # (part, step) -> words multicast
         self.arrived["hh", -1] = layer.output_size
         self.edge, self.edge_parts = defaultdict(int), Counter()  # (step, sum, row)
+        # With delta thresholds: (part, column) -> what was sent last; (parts, sum, row) -> the sum that is kept at the edge.
+        self.last_sent, self.kept = Counter(), Counter()
         # Instruction of the activation units -> its tasks; where there are two, their values are joined into one.
         self.tasks, self.join = (_lstm_tasks if layer.cell == "LSTM" else _gru_tasks)(layer)
         self.values = defaultdict(dict)  # (step, value; "sum ..." on the edge) -> index -> integer
@@ -280,8 +285,10 @@ class _Machine:
         t, item = step - i.lag, self.items[i.item]
         if i.kind == "mac":
             wait_word, wait_mac = words_taken(self.mapping.blocks[i.parts[0], i.gate], self.spec) - 1, self.spec.mac_ii - 1
-            todo = {pe: [slot for mac in macs for slot in [None] * (wait_word * mac[0] + wait_mac) + [mac]]
-                    for pe, macs in self._pe_lists(i).items()}  # what each PE issues in each cycle
+            todo = self._pe_lists(i)
+            if self.spec.lookahead == 1:  # nothing is skipped: what each PE issues in each cycle is known
+                todo = {pe: [slot for mac in macs for slot in [None] * (wait_word * mac[0] + wait_mac) + [mac]]
+                        for pe, macs in todo.items()}
         elif i.kind == "load":
             self.buffers[i.region, self._buffer(step, i)] = self.chunk_users[i.region, i.chunk]
             block = self.mapping.blocks[i.parts[0], i.gate]
@@ -327,16 +334,24 @@ class _Machine:
             raise RuntimeError(f"hazard: {i.name} of step {a.step} writes the bank {bank} that a drain reads, cycle {self.now}")
         self.bank_written[bank] = self.now + self.spec.mac_latency
         taken = words_taken(self.mapping.blocks[part, i.gate], self.spec)
+
+        def read(pe, column):
+            if column >= size:  # padding
+                return 0
+            tag, x = self.data[i.region, *pe][i.item, part, copy, column]
+            if tag != due:
+                raise RuntimeError(f"hazard: step {a.t} reads {part} {column} of step {tag} in cycle {self.now}")
+            return x
+
         for pe, slots in a.todo.items():
+            if self.spec.lookahead > 1 and pe not in a.chosen:
+                self._skip(a, pe, slots, taken, lambda mac, pe=pe: read(pe, mac[3]) == 0)
             mac = slots.pop(0)
             if mac is None:
                 continue
+            a.chosen.discard(pe)
             first, value, row, column, padding = mac
-            x = 0
-            if column < size:
-                tag, x = self.data[i.region, *pe][i.item, part, copy, column]
-                if tag != due:
-                    raise RuntimeError(f"hazard: step {a.t} reads {part} {column} of step {tag} in cycle {self.now}")
+            x = read(pe, column)
             self.counts["weight_reads"] += taken * first  # a word is read once and held while it is used
             self.counts.update({"macs": 1, "data_reads": 1, "padding_macs": int(padding)})
             if a.row_held.get(pe) != row:
@@ -345,6 +360,25 @@ class _Machine:
             self._fly(a, self.spec.mac_latency, lambda place=(*bank, *pe), key=(entry, row), product=value * x:
                       self._accumulate(place, key, product))
         a.todo = {pe: slots for pe, slots in a.todo.items() if slots}
+
+    def _skip(self, a, pe, slots, taken, is_zero):
+        """A PE that is free inspects the inputs of what comes next and drops the leading zeros. Before the first that is not
+        zero it waits as long as that takes; if there is none among them it has nothing for this cycle."""
+        window = slots[: self.spec.lookahead]
+        zeros = list(itertools.takewhile(is_zero, window))
+        del slots[: len(zeros)]
+        self.counts["skipped_macs"] += len(zeros)
+        if any(first for first, *_ in zeros):
+            a.unread.add(pe)
+        if len(zeros) == len(window):
+            slots.insert(0, None)
+            self._fly(a, self.spec.mac_latency, lambda: None)  # a cycle without a multiplication passes the pipeline, too
+            return
+        first, *rest = slots[0]
+        first = first or pe in a.unread
+        a.unread.discard(pe)
+        slots[:1] = [None] * (self.spec.mac_ii - 1 + (taken - 1) * first) + [(first, *rest)]
+        a.chosen.add(pe)
 
     def _accumulate(self, place, key, product):
         self.acc[place][key] += product
@@ -378,7 +412,12 @@ class _Machine:
         item, place, shift = self.items[i.item], (a.t, i.sum, row), 0
         if i.sum not in ("hn", "p"):  # which nothing joins before they are rounded
             shift = self.layer.alignment(i.gate)[1 if i.parts[0] == "ih" else 2]
-        item.edge[place] += partial << shift
+        partial <<= shift
+        if PARTS[i.parts[0]] in self.layer.delta:  # what was drained is what this sum moved by
+            item.kept[i.parts, i.sum, row] += partial
+            partial = item.kept[i.parts, i.sum, row]
+            self.counts.update({"acc_reads": 1, "acc_writes": 1})
+        item.edge[place] += partial
         item.edge_parts[place] += len(i.parts)
         if item.edge_parts[place] == len(self.sums[i.sum]):
             item.values[a.t, f"sum {i.sum}"][row] = item.edge[place]
@@ -396,6 +435,11 @@ class _Machine:
 
     def _store(self, item, part, t, column, value):
         self.items[item].arrived[part, t] += 1
+        if PARTS[part] in self.layer.delta:
+            last_sent = self.items[item].last_sent
+            moved = value - last_sent[part, column]
+            value = moved if abs(moved) > self.layer.delta[PARTS[part]] else 0
+            last_sent[part, column] += value
         for pe in self.keepers[part, column]:
             self.data[pe][item, part, t % COPIES[part], column] = (t, value)
             self.counts["data_writes"] += 1

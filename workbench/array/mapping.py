@@ -288,6 +288,10 @@ class BlockMapping:
         """(pe_rows,) rows accumulated in each PE row."""
         return np.bincount(self.pe_row_of_row, minlength=self.pe_rows)
 
+    def rows_between(self, low: int, high: int) -> int:
+        """Rows of all PE rows that have the local numbers [low, high)."""
+        return int(np.clip(self.local_rows - low, 0, high - low).sum())
+
     @property
     def on_chip_bits(self) -> int:
         """Bits of the words that the array stores, padding words included."""
@@ -455,10 +459,12 @@ def map_blocks(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> dict[tupl
 
 def _share_accumulators(layer, layout, products, unit) -> bool:
     """W_ih and W_hh of a gate add up in the same accumulators if their products have the same fraction, they lie in the
-    same region and their rows are dealt in units of the same size; else each sum is drained and shifted at the edge.
-    products: of one sum; unit: (part, gate) -> rows per unit."""
+    same region, their rows are dealt in units of the same size and both or neither have a delta threshold; else each sum is
+    drained and shifted at the edge. products: of one sum; unit: (part, gate) -> rows per unit."""
     if len(products) == 1:
         return False
+    if len({PARTS[part] in layer.delta for part, _ in products}) > 1:
+        return False  # one of them is added to sums that are kept, the other is not
     _, *shifts = layer.alignment(products[0][1])
     regions = {layout.region_of(layer.block(*p)) for p in products}
     return shifts == [0, 0] and len(regions) == len({unit[p] for p in products}) == 1
@@ -635,11 +641,9 @@ def fitting_mappings(layer: PackedLayer, spec: ArraySpec, layout: Layout, batch:
 
 def _check_layer(layer, spec):
     """Refuse a layer whose words or sums are wider than the array's."""
-    if layer.delta:
-        raise ValueError(f"the array sends every signal whole so far, got delta thresholds {layer.delta}")
     if layer.spectral_blocks:
         raise ValueError(f"the array maps the datapath time so far, got fft for {', '.join(layer.spectral_blocks)}")
-    widest = max([layer.signals[PARTS[part]] for part in parts_of(layer)] + [block.fmt for block in layer.blocks.values()],
+    widest = max([layer.operand(part) for part in parts_of(layer)] + [block.fmt for block in layer.blocks.values()],
                  key=lambda fmt: fmt.bits)
     if widest.bits > spec.word_bits:
         raise ValueError(f"the array has words of {spec.word_bits} bits (word_bits), got {widest}")

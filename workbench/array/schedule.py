@@ -29,8 +29,9 @@ from workbench.array.mapping import (
     map_layer,
     words_taken,
 )
+from workbench.array.skipping import work_of
 from workbench.array.spec import ArraySpec, ceil_div
-from workbench.packed import PackedLayer
+from workbench.packed import PARTS, PackedLayer
 
 MAX_TRANSIENT = 512  # steps within which a schedule must have become periodic
 MAX_PERIOD = 12  # steps per period that are looked for
@@ -38,7 +39,8 @@ SPLIT = ("multiply", "stall", "drain", "activation", "multicast", "load", "confi
 BOUND_BY = {"compute": ("multiply", "stall"), "memory": ("load",), "links": ("drain", "multicast"),
             "activation": ("activation",)}
 EVENTS = ("macs", "padding_macs", "weight_reads", "data_reads", "acc_reads", "acc_writes", "link_words", "activation_lookups",
-          "elementwise_multiplies", "roundings", "multicast_words", "data_writes", "loaded_bits", "weight_writes")
+          "elementwise_multiplies", "roundings", "multicast_words", "data_writes", "loaded_bits", "weight_writes",
+          "skipped_macs")
 ABSENT = -1  # the start of an instruction whose step of the sequence does not exist
 # Part -> (steps of the sequence back, multicast) of what it multiplies.
 ARRIVES = {"ih": (0, "x to PEs"), "hh": (1, "h to PEs"), "hr": (0, "m to PEs")}
@@ -98,8 +100,10 @@ def _time_program(mapping: LayerMapping) -> tuple[Timed, ...]:
                          (macs - padding) * spec.mac_ii // (block.pe_rows * block.pe_cols))
         if i.kind == "drain":
             block, (low, high) = mapping.blocks[i.parts[0], i.gate], i.rows
-            words = int(np.clip(block.local_rows - low, 0, high - low).sum()) * block.pe_cols
-            return Timed(high - low, (block.pe_cols - 1) * spec.link_cycles, needs, {"acc_reads": words, "link_words": words})
+            rows = block.rows_between(low, high)
+            words, kept = rows * block.pe_cols, rows * (PARTS[i.parts[0]] in layer.delta)  # sums at the edge that are added to
+            return Timed(high - low, (block.pe_cols - 1) * spec.link_cycles, needs,
+                         {"acc_reads": words + kept, "acc_writes": kept, "link_words": words})
         if i.kind == "multicast":
             kept = (columns_kept(layer, mapping.layout, mapping.blocks, i.parts[0], n)[:, : i.values].sum()
                     for n in range(len(mapping.layout.regions)))
@@ -109,6 +113,21 @@ def _time_program(mapping: LayerMapping) -> tuple[Timed, ...]:
         return Timed(ceil_div(i.values, spec.act_units) * spec.act_ii, spec.act_latency, needs, {i.event: i.values})
 
     return tuple(timed(n, i, needed) for n, (i, needed) in enumerate(zip(mapping.program, needs, strict=True)))
+
+
+def _time_rows(mapping, timed, inputs, steps) -> tuple[tuple[Timed, ...], ...]:
+    """What the program takes in each of its steps, that of step -1 first, where zeros in what is multiplied are skipped."""
+    program = mapping.program
+    rows = [list(timed) for _ in range(steps + 1 + max(i.lag for i in program))]
+    for n, i in enumerate(program):
+        if i.kind == "mac":
+            block = mapping.blocks[i.parts[0], i.gate]
+            work = work_of(block, i.rows, i.words, inputs[i.parts[0]][:, i.item], mapping.spec)
+            for step in range(steps):
+                counts = {event: int(count[step]) for event, count in work.events.items()}
+                rows[1 + step + i.lag][n] = replace(timed[n], busy=int(work.busy[step]), multiply=int(work.multiply[step]),
+                                                    counts=counts)
+    return tuple(map(tuple, rows))
 
 
 def _slice_counts(mapping):
@@ -178,9 +197,10 @@ def _needs(mapping):
     return [tuple(needs(n, i)) for n, i in enumerate(program)]
 
 
-def _run_step(timed, program, past, free, end, latest=max):
+def _run_step(timed, program, past, free, end, latest=max, before=()):
     """Starts of the operations of one row, None where there is none. past: the rows before, latest last; free: resource ->
-    cycle, which moves on; end: of the steps of the sequence. Cycles are integers, or arrays with latest=np.maximum."""
+    cycle, which moves on; end: of the steps of the sequence. Cycles are integers, or arrays with latest=np.maximum. before:
+    what the program took in the rows before, if not what it takes now."""
     row, step = [], len(past) - 1
     for i, op in zip(program, timed, strict=True):
         if not 0 <= step - i.lag < end:
@@ -190,18 +210,22 @@ def _run_step(timed, program, past, free, end, latest=max):
         for back, m in op.needs:
             needed = (past[-back][m] if back else row[m]) if back <= len(past) else None
             if needed is not None:  # else it is in place
-                start = latest(start, needed + timed[m].took)
+                start = latest(start, needed + (before[-back] if before and back else timed)[m].took)
         row.append(start)
         free[i.resource] = start + op.busy
     return row
 
 
-def _run(timed, program, config_end, steps):
+def _run(timed, program, config_end, steps, by_row=()):
     """Starts (steps of the program, n) of all operations, those of step -1 first, and the period (steps, cycles) into which
-    they fall."""
+    they fall; by_row: what the program takes in each of these steps, if they differ, so that there is no period (None)."""
     depth, lags = max(back for op in timed for back, _ in op.needs), [i.lag for i in program]
     whole = 1 + max(lags)  # rows before which some instructions have no step yet
     rows, frees, period = [], [dict.fromkeys((i.resource for i in program), config_end)], None
+    for row, taken in enumerate(by_row):
+        rows.append(_run_step(taken, program, rows, frees[0], steps, before=by_row[:row]))
+    if by_row:
+        return np.array([[ABSENT if start is None else start for start in row] for row in rows]), None
     while period is None:
         if len(rows) == whole + MAX_TRANSIENT:
             raise RuntimeError(f"the schedule is not periodic after {MAX_TRANSIENT} steps")
@@ -231,14 +255,16 @@ def _period(rows, depth):
 @dataclass(frozen=True)
 class Schedule:
     """The operations of a sequence. candidates: what the scheduler compared, a row each: layout, least_cycles (bound by
-    multiplications and loads), and steady_state_cycles and cr_chip where it was scheduled, or why it was refused."""
+    multiplications and loads), and steady_state_cycles and cr_chip where it was scheduled, or why it was refused. by_row:
+    what the program takes in the step of each row, where the zeros of a real sequence are skipped and steps differ."""
 
     mapping: LayerMapping
     steps: int
     timed: tuple[Timed, ...]
     rows: np.ndarray  # (1 + steps of the program, instructions) starts in cycles, of step -1 first; ABSENT where there is none
-    period: tuple[int, int]  # (steps, cycles) once periodic
+    period: tuple[int, int] | None  # (steps, cycles) once periodic; None where steps differ
     candidates: tuple[dict, ...] = ()
+    by_row: tuple[tuple[Timed, ...], ...] = ()
 
     @property
     def starts(self) -> np.ndarray:
@@ -252,8 +278,12 @@ class Schedule:
 
     @cached_property
     def _ends(self):
-        ends = self.rows + np.array([op.took for op in self.timed])
+        ends = self.rows + self._of_operations("took")
         return np.where(self.rows == ABSENT, ABSENT, ends)
+
+    def _of_operations(self, name):
+        """A field of Timed for every operation (rows, instructions), or (1, instructions) if steps do not differ."""
+        return np.array([[getattr(op, name) for op in taken] for taken in self.by_row or [self.timed]])
 
     @property
     def cycles(self) -> int:
@@ -263,8 +293,15 @@ class Schedule:
     @property
     def steady_state_cycles(self) -> float:
         """Cycles from one step's h in the PEs, of all items, to the next step's, once periodic (mean over a period of several
-        steps)."""
+        steps); where steps differ the mean of all after the first."""
+        if self.period is None:
+            return float(self.step_cycles[min(1, self.steps - 1) :].mean())
         return self.period[1] / self.period[0]
+
+    @property
+    def step_cycles(self) -> np.ndarray:
+        """(steps,) cycles from one step's h in the PEs, of all items, to the next step's; the first step's from the start."""
+        return np.diff(self.ends[: self.steps, -1], prepend=0)
 
     @property
     def cycles_per_item(self) -> float:
@@ -287,7 +324,8 @@ class Schedule:
         found = [Operation("configuration", "config", "", -1, -1, "config", 0, self.mapping.spec.config_cycles, (), {})]
         numbers = {}  # (row, number in the program) -> number of the operation
         for row, starts in enumerate(self.rows.tolist()):
-            for n, (i, op, start) in enumerate(zip(self.mapping.program, self.timed, starts, strict=True)):
+            taken = self.by_row[row] if self.by_row else self.timed
+            for n, (i, op, start) in enumerate(zip(self.mapping.program, taken, starts, strict=True)):
                 if start != ABSENT:
                     after = {numbers.get((row - back, m), 0) for back, m in op.needs} or ({0} if row == 0 else ())
                     numbers[row, n] = len(found)
@@ -306,9 +344,11 @@ class Schedule:
     def counts(self) -> dict[str, int]:
         """Events of the whole sequence (EVENTS)."""
         total = dict.fromkeys(EVENTS, 0)
-        for op in self.timed:
+        counted = [(self.by_row[row][n], 1) for row, n in np.argwhere(self.rows != ABSENT)] if self.by_row else [
+            (op, self.steps) for op in self.timed]
+        for op, times in counted:
             for event, count in op.counts.items():
-                total[event] += count * self.steps
+                total[event] += count * times
         return total
 
     def split(self) -> dict[str, int]:
@@ -319,13 +359,14 @@ class Schedule:
         """
         split = dict.fromkeys(SPLIT, 0)
         width, starts, released_by = len(self.timed), self.rows.ravel().tolist(), self._released_by().ravel().tolist()
-        kinds, multiply = [i.kind for i in self.mapping.program], [op.multiply for op in self.timed]
+        kinds = [i.kind for i in self.mapping.program]
+        multiply = np.broadcast_to(self._of_operations("multiply"), self.rows.shape).ravel().tolist()
         place, boundary = int(self._ends.argmax()), self.cycles
         while place >= 0:
             n, start = place % width, starts[place]
             if kinds[n] == "mac":
-                split["multiply"] += multiply[n]
-                split["stall"] += boundary - start - multiply[n]
+                split["multiply"] += multiply[place]
+                split["stall"] += boundary - start - multiply[place]
             else:
                 split["activation" if kinds[n] == "elementwise" else kinds[n]] += boundary - start
             boundary, place = start, released_by[place]
@@ -343,7 +384,7 @@ class Schedule:
         for mine in by_resource.values():
             served = np.maximum.accumulate(np.where(present[:, mine], place[:, mine], -1).ravel())
             before[:, mine] = np.concatenate([[-1], served[:-1]]).reshape(-1, len(mine))
-        left = self.rows + np.array([op.busy for op in self.timed])
+        left = self.rows + self._of_operations("busy")
         released_by = np.where((before >= 0) & (left.ravel()[before] == self.rows), before, -1)
         for nth in reversed(range(max(len(op.needs) for op in self.timed))):  # the first need that fits counts
             some = [n for n, op in enumerate(self.timed) if len(op.needs) > nth]
@@ -360,17 +401,22 @@ class Schedule:
         return max(BOUND_BY, key=lambda name: sum(split[kind] for kind in BOUND_BY[name]))
 
     def utilisation(self) -> np.ndarray:
-        """(rows, cols): multiply-accumulates that each PE issues per cycle, those of padding included."""
+        """(rows, cols): multiply-accumulates of each PE per cycle, those of padding and of skipped zeros included."""
         return self.mapping.macs * self.mapping.batch * self.steps / self.cycles
 
 
-def schedule_mapping(mapping: LayerMapping, steps: int) -> Schedule:
-    """The schedule of one mapping over `steps` time steps."""
+def schedule_mapping(mapping: LayerMapping, steps: int, inputs=None) -> Schedule:
+    """The schedule of one mapping over `steps` time steps. inputs: what the weights multiply in them (skipping.multiplied),
+    whose zeros an array with a lookahead above 1 skips; without them none is taken to be zero."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"a schedule needs a whole number of steps, at least 1, got {steps!r}")
-    timed = _time_program(mapping)
-    rows, period = _run(timed, mapping.program, mapping.spec.config_cycles, steps)
-    return Schedule(mapping, steps, timed, rows, period)
+    timed, by_row = _time_program(mapping), ()
+    if inputs is not None and mapping.spec.lookahead > 1:
+        if (got := inputs["ih"].shape) != (expected := (steps, mapping.batch, mapping.layer.input_size)):
+            raise ValueError(f"a schedule of {steps} steps needs inputs of shape {expected}, got {got}")
+        by_row = _time_rows(mapping, timed, inputs, steps)
+    rows, period = _run(timed, mapping.program, mapping.spec.config_cycles, steps, by_row)
+    return Schedule(mapping, steps, timed, rows, period, by_row=by_row)
 
 
 def beats(cycles, best: Schedule, former: Schedule | None):
@@ -380,21 +426,21 @@ def beats(cycles, best: Schedule, former: Schedule | None):
 
 
 def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layout | None = None,
-                   batch: int = 1) -> Schedule:
-    """Schedule one layer over `steps` time steps of `batch` sequences side by side.
+                   batch: int = 1, inputs=None) -> Schedule:
+    """Schedule one layer over `steps` time steps of `batch` sequences side by side; inputs: as schedule_mapping.
 
     Without a layout the candidate with the fewest steady-state cycles is taken, of equal ones the first; one whose
-    multiplications or loads alone take too long to win is not scheduled, one that the array cannot hold is passed over. What
-    no candidate holds or maps raises ValueError with the numbers.
+    multiplications (unless zeros are skipped) or loads alone take too long to win is not scheduled, one that the array cannot
+    hold is passed over. What no candidate holds or maps raises ValueError with the numbers.
     """
     if not isinstance(layer, PackedLayer) or not isinstance(spec, ArraySpec):
         raise TypeError("schedule_layer needs a PackedLayer and an ArraySpec, got "
                         f"{type(layer).__name__} and {type(spec).__name__}")
     layouts = [layout] if layout is not None else sorted(
         candidate_layouts(layer, spec), key=lambda candidate: least_cycles(layer, spec, candidate))
-    best, rows, refusals = None, [], []
+    best, rows, refusals, skips = None, [], [], inputs is not None and spec.lookahead > 1
     for candidate in layouts:
-        bound = batch * least_cycles(layer, spec, candidate)
+        bound = 0 if skips else batch * least_cycles(layer, spec, candidate)
         if best is not None and bound >= best.steady_state_cycles:
             rows.append({"layout": candidate.name, "least_cycles": bound})
             continue
@@ -411,7 +457,7 @@ def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layo
             of_candidate.append(row)
             if best is not None and not beats(row["least_cycles"], best, former):
                 continue
-            schedule = schedule_mapping(mapping, steps)
+            schedule = schedule_mapping(mapping, steps, inputs)
             row |= {"cr_chip": mapping.cr_chip, "steady_state_cycles": schedule.steady_state_cycles}
             if best is None or beats(schedule.steady_state_cycles, best, former):
                 best = schedule

@@ -24,7 +24,7 @@ class ArraySpec:
     weight_words: words of weight_word_bits per PE; data_words: words per PE of what weights multiply (inputs, hidden values,
     what a projection takes).
     load_bits_per_cycle: loader bandwidth from outside. config_cycles: one configuration broadcast, once per sequence.
-    lookahead: coming inputs that a PE may inspect to skip zeros; 1 skips nothing and is the only value so far.
+    lookahead: coming inputs that a PE may inspect in a cycle to skip zeros (skipping.py); 1 skips nothing.
 
     What the model assumes beyond the fields is listed in ASSUMPTIONS: sums cross a free edge buffer, each region drains at an
     edge of its own, one multicast rate for every region, x arrives by multicast, resident weights are in place.
@@ -68,8 +68,6 @@ class ArraySpec:
         if self.acc_bits > DSP_ACC_BITS:
             raise ValueError(f"ArraySpec needs acc_bits of at most {DSP_ACC_BITS} (one DSP48E2 adds {DSP_ACC_BITS} bits), "
                              f"got {self.acc_bits}")
-        if self.lookahead != 1:
-            raise ValueError(f"ArraySpec knows lookahead 1 only so far (no zero skipping), got {self.lookahead}")
 
     def with_(self, **changes: int) -> "ArraySpec":
         """A copy with some fields changed; an unknown field raises TypeError."""
@@ -89,6 +87,10 @@ ASSUMPTIONS = (
     "A barrier per region lies between operations: the fullest PE counts.",
     "A PE reads one memory word of its weights per cycle, not ahead: a stored word that takes several holds its PE longer. "
     "Streamed words are written through a second port.",
+    "With a lookahead above 1 a PE sees the columns of the words in its window and a flag for each input that it keeps (zero "
+    "or not) beside its memories; neither is charged, and what it drops is read from neither memory.",
+    "With a delta threshold the sender takes the difference from what it sent last and sends it, one bit wider, or 0 in its "
+    "place; that costs no cycle. The sums to which drained ones are added are kept at the edge (counted and charged).",
     "Alignment, bias and rounding belong to the latency of an activation; every activation unit owns a multiplier and keeps "
     "its part of c, or of a GRU's h. A sum that is rounded without a look-up (a GRU's W_hn h + b_hn, a projected h) takes as "
     "long as a look-up.",
@@ -118,7 +120,7 @@ FIELDS = {
     "data_words": ("words per PE", f"{ASSUMED}; k26: what LUTs hold"),
     "load_bits_per_cycle": ("bits per cycle", f"{ASSUMED}: 512 bits at 200 MHz are 12.8 GB/s"),
     "config_cycles": ("cycles per sequence", f"{ASSUMED}: one configuration over an H-tree"),
-    "lookahead": ("inputs", f"{ASSUMED}: 1 skips nothing"),
+    "lookahead": ("inputs per cycle", f"{ASSUMED}: 1 skips nothing"),
 }
 PRESETS = {
     "group4x4": ArraySpec(rows=4, cols=4, h_words_per_cycle=1, act_units=4, load_bits_per_cycle=64),
