@@ -209,8 +209,8 @@ def test_only_the_final_measurement_reads_the_test_split(monkeypatch, tiny_task,
     retraining = study.Retraining(dense_epochs=1, epochs=1, distillation_weight=0.0, checkpoints=None)
     plan = study._plans(dense[0], tiny_task, ["g"], STRENGTH, TARGET, [study.HYBRID])[study.HYBRID]
     study._compressed(tiny_task, dense[0], dense[0], plan, study.HYBRID, 0, retraining)
-    study._dense_control(tiny_task, dense[0], study.DENSE, 0, retraining)
-    study._small_control(tiny_task, dense[0], TARGET, 0, retraining)
+    study.dense_control(tiny_task, dense[0], study.DENSE, 0, retraining)
+    study.small_control(tiny_task, dense[0], TARGET, 0, retraining)
     assert read == 3 * ["valid", "valid", "test"]
 
 

@@ -247,9 +247,9 @@ def compare(task: Task, dense: dict[int, torch.nn.Module], sensitive: list[str],
     for variant in sorted(variants, key=lambda v: v != SMALL):  # the longest first
         for seed, model in dense.items():
             if variant == SMALL:
-                jobs.append((_small_control, task, model, target_cr_disk, seed, retraining))
+                jobs.append((small_control, task, model, target_cr_disk, seed, retraining))
             elif variant in (DENSE, DENSE_ONCE):
-                jobs.append((_dense_control, task, model, variant, seed, retraining))
+                jobs.append((dense_control, task, model, variant, seed, retraining))
             else:
                 jobs.append((_compressed, task, model, model, plans[seed][variant], variant, seed, retraining))
     rows = parallel(operator.call, jobs, workers, "retraining")
@@ -321,7 +321,7 @@ def _units(model) -> int:
     return next(iter(blocks(model).values())).shape[0]
 
 
-def _dense_control(task, dense, variant, seed, retraining) -> dict:
+def dense_control(task, dense, variant, seed, retraining) -> dict:
     """The dense model in float, retrained (DENSE) or as it was (DENSE_ONCE)."""
     measured = bake(dense)
     before = evaluate(measured, task, "valid")
@@ -332,7 +332,7 @@ def _dense_control(task, dense, variant, seed, retraining) -> dict:
         "rnn_bytes": 4 * dense_weights(blocks(dense))} | _measurement(measured, task, before)
 
 
-def _small_control(task, dense, target_cr_disk, seed, retraining) -> dict:
+def small_control(task, dense, target_cr_disk, seed, retraining) -> dict:
     """An LSTM with as many units as fill the target's bytes at 8 bits, trained from scratch and then in 8 bits."""
     payload_bits = math.ceil(32 * dense_weights(blocks(dense)) / target_cr_disk)
     hidden_size = small_hidden_size(task.num_features, payload_bits)
@@ -344,10 +344,22 @@ def _small_control(task, dense, target_cr_disk, seed, retraining) -> dict:
 def _compressed(task, dense, start, plan, variant, seed, retraining) -> dict:
     """`start` retrained inside the plan, packed, and measured on the integer engine. Ratios are against `dense`."""
     before = evaluate(attach(start, pack(start, plan)), task, "valid")
+    compressed = retrained(task, dense, start, plan, seed, retraining)
+    return measured(task, dense, start, compressed, plan, variant, seed, before)
+
+
+def retrained(task: Task, dense, start, plan: Plan, seed: int, retraining: Retraining):
+    """`start`, the dense model or a small one, retrained inside the plan."""
     compressed = compress(start, plan)
     modules = (constrain, plan_module, quantise, gates, fixedpoint)
     constraints = [module.__file__ for module in modules] + sorted(Path(methods.__file__).parent.glob("*.py"))
     retraining.run(compressed, task, dense, seed, f"{_units(start)} {json.dumps(plan.to_json())}", constraints)
+    return compressed
+
+
+def measured(task: Task, dense, start, compressed, plan: Plan, variant: str, seed: int, before) -> dict:
+    """What was retrained, packed under the plan and measured on the integer engine: a study's row. before: Evaluation of the
+    validation split before retraining."""
     # Retraining moves the ranges of the signals, so their formats are calibrated on the model that is packed.
     plan = plan.with_signals(calibrate(compressed, calibration_batches(task)))
     packed = pack(compressed, plan, original=dense)
@@ -418,11 +430,11 @@ def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], 
     """
     _check_points(methods, target_cr_disks, bits, search_epochs)
     retraining = Retraining(dense_epochs, epochs, distillation_weight, checkpoints)
-    hybrids = _search_hybrids(task, dense, target_cr_disks, search_epochs, workers) if HYBRID in methods else {}
+    hybrids = search_hybrids(task, dense, target_cr_disks, search_epochs, workers) if HYBRID in methods else {}
     jobs = [(_point, task, model, method, target, seed, bits, hybrids.get(target), retraining)
             for method in sorted(methods, key=lambda method: method != SMALL)  # the longest first
             for target in target_cr_disks for seed, model in dense.items()]
-    jobs += [(_dense_control, task, model, variant, seed, retraining)
+    jobs += [(dense_control, task, model, variant, seed, retraining)
              for variant in (DENSE, DENSE_ONCE) for seed, model in dense.items()]
     rows = parallel(operator.call, jobs, workers, "retraining")
     points, controls = rows[:-2 * len(dense)], rows[-2 * len(dense):]
@@ -438,7 +450,7 @@ def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], 
     )
 
 
-def _search_hybrids(task, dense, target_cr_disks, epochs, workers):
+def search_hybrids(task: Task, dense: dict, target_cr_disks: list[float], epochs: int, workers: int) -> dict:
     """Target -> (sensitive gates, Strength), found on the validation split, or the OutOfReach that says why none is."""
     table = sensitivity_over_seeds(task, dense, [TopK(0.125), BlockCirculant(8)], bits=8, epochs=0, workers=workers)
     sensitive = sensitive_gates(classify(table))
@@ -457,25 +469,33 @@ def _search_hybrid(task, model, sensitive, target_cr_disk, seed, epochs):
 
 
 def _point(task, dense, method, target_cr_disk, seed, bits, hybrid, retraining) -> dict:
-    """One method at one target: its row, or the reason why it is out of reach. hybrid: what _search_hybrids found."""
+    """One method at one target: its row, or the reason why it is out of reach. hybrid: what search_hybrids found."""
     point = {"method": method, "target_cr_disk": target_cr_disk, "seed": seed}
     if method == SMALL:
-        row = _small_control(task, dense, target_cr_disk, seed, retraining)
+        row = small_control(task, dense, target_cr_disk, seed, retraining)
     else:
-        signals = calibrate(dense, calibration_batches(task))
         try:
-            if method != HYBRID:
-                plan = uniform_plan(dense, METHODS[method], bits, target_cr_disk, signals)
-            elif isinstance(hybrid, OutOfReach):
-                raise hybrid
-            else:
-                plan = hybrid_plan(dense, *hybrid, target_cr_disk, signals)
+            plan = point_plan(task, dense, method, target_cr_disk, bits, hybrid)
         except OutOfReach as error:
             return point | {"reason": str(error)}
         row = _compressed(task, dense, dense, plan, method, seed, retraining)
+    return row | point | strength_of(row) | {"plan": None, "packed": None}
+
+
+def point_plan(task: Task, dense, method: str, target_cr_disk: float, bits: int, hybrid) -> Plan:
+    """The uniform plan of a method, or the hybrid plan (hybrid: what search_hybrids found); OutOfReach where there is none."""
+    signals = calibrate(dense, calibration_batches(task))
+    if method != HYBRID:
+        return uniform_plan(dense, METHODS[method], bits, target_cr_disk, signals)
+    if isinstance(hybrid, OutOfReach):
+        raise hybrid
+    return hybrid_plan(dense, *hybrid, target_cr_disk, signals)
+
+
+def strength_of(row: dict) -> dict:
+    """What was planned, in a row's words: the methods' labels, and the mean bits of a stored value."""
     packed, labels = row["packed"], {method_label(entry.method): None for entry in row["plan"].blocks.values()}
-    return row | point | {"strength": ", ".join(labels), "bits": packed.value_bits / _stored_values(packed),
-                          "plan": None, "packed": None}
+    return {"strength": ", ".join(labels), "bits": packed.value_bits / _stored_values(packed)}
 
 
 def _loss_points(control, row) -> float:

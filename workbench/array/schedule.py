@@ -358,20 +358,26 @@ class Schedule:
         (imbalance, padding, further memory words, pipeline latency). Element-wise operations count as activation.
         """
         split = dict.fromkeys(SPLIT, 0)
-        width, starts, released_by = len(self.timed), self.rows.ravel().tolist(), self._released_by().ravel().tolist()
-        kinds = [i.kind for i in self.mapping.program]
-        multiply = np.broadcast_to(self._of_operations("multiply"), self.rows.shape).ravel().tolist()
-        place, boundary = int(self._ends.argmax()), self.cycles
-        while place >= 0:
-            n, start = place % width, starts[place]
-            if kinds[n] == "mac":
-                split["multiply"] += multiply[place]
-                split["stall"] += boundary - start - multiply[place]
+        multiply = np.broadcast_to(self._of_operations("multiply"), self.rows.shape)
+        for row, n, start, until in self.critical_path():
+            kind = self.mapping.program[n].kind
+            if kind == "mac":
+                split["multiply"] += int(multiply[row, n])
+                split["stall"] += until - start - int(multiply[row, n])
             else:
-                split["activation" if kinds[n] == "elementwise" else kinds[n]] += boundary - start
-            boundary, place = start, released_by[place]
-        split["config"] += boundary
+                split["activation" if kind == "elementwise" else kind] += until - start
+        split["config"] += self.cycles - sum(split.values())
         return split
+
+    def critical_path(self) -> list[tuple[int, int, int, int]]:
+        """(row, number in the program, start, until) of the operations that the end waits for, the last first: each until the
+        start of the one before it in this list. Nothing but the configuration comes before the last of them."""
+        width, starts, released_by = len(self.timed), self.rows.ravel().tolist(), self._released_by().ravel().tolist()
+        place, until, path = int(self._ends.argmax()), self.cycles, []
+        while place >= 0:
+            path.append((*divmod(place, width), starts[place], until))
+            until, place = starts[place], released_by[place]
+        return path
 
     def _released_by(self):
         """Of every operation (row, number) the one (row * instructions + number) whose end, or whose leaving the resource, let
