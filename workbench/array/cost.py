@@ -152,7 +152,10 @@ def resources(mapping: LayerMapping) -> Resources:
     data, streamed weights, those of the edge) take DUAL_PORT times as much. Not counted: tables and logic of the activation
     units, multicast, loader, edge buffer, control."""
     spec, layout = mapping.spec, mapping.layout
-    weights = Memory(int(mapping.resident_words.max()) + 2 * layout.stream_words,
+    streaming = {i.region for i in mapping.program if i.kind == "load"}
+    depths = [int(mapping.resident_words[region.window].max()) + 2 * layout.stream_words * (n in streaming)
+              for n, region in enumerate(layout.regions)]
+    weights = Memory(max(depths),
                      min(max(block.word_bits for block in mapping.blocks.values()), spec.weight_word_bits))
     data = Memory(mapping.batch * max(int(words.max()) for words in data_words_kept(mapping.layer, layout, mapping.blocks)),
                   max(mapping.layer.operand(part).bits for part in parts_of(mapping.layer)))

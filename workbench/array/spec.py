@@ -15,7 +15,8 @@ class ArraySpec:
     """A two-dimensional grid of processing elements (PEs). Units and sources of all fields: FIELDS, shown in reports.
 
     rows, cols: PEs, multiples of 4. clock_mhz: MHz. word_bits: widest weight or signal word; acc_bits: accumulator.
-    mac_latency: cycles from issuing a multiply-accumulate to reading its accumulator; mac_ii: cycles that it holds its PE.
+    mac_latency: cycles between the last that a multiply-accumulate holds its PE and the first that can read its accumulator;
+    mac_ii: cycles that it holds its PE.
     acc_depth: accumulators per bank and PE; acc_banks: banks, each a memory that multiplications or a drain use, never both
     in one cycle: with one bank, drains and multiplications of a region alternate; with two, one sum is drained while the
     next one, in the other bank, is multiplied.

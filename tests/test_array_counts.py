@@ -1,0 +1,245 @@
+"""Events add up: what the schedule counts, against the packed blocks and hardware rules alone, over every mapping."""
+
+from math import ceil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_array import (
+    COARSE,
+    KINDS,
+    SIGNALS,
+    SMALL,
+    circulant,
+    dense,
+    dense_layer,
+    layer_of,
+    one_region,
+    pruned,
+    spans,
+    sparse,
+)
+
+from workbench.array import ArraySpec, schedule_layer
+from workbench.array.cost import resources
+from workbench.array.mapping import candidate_layouts, fitting_mappings
+from workbench.array.schedule import EVENTS, SPLIT, schedule_mapping
+from workbench.fixedpoint import QFormat
+from workbench.methods import BankBalanced, BlockSparse, RowBalanced, Structured, TopK
+from workbench.packed import PackedCirculant, PackedDense, PackedSparse
+
+pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")  # of a mapping, where a case fails
+
+MAKES = {
+    "dense": dense, "sparse": sparse, "empty": lambda shape, rng, frac: sparse(shape, rng, 0, frac),
+    "circulant 4": lambda shape, rng, frac: circulant(shape, rng, 4, frac),
+    "circulant 2": lambda shape, rng, frac: circulant(shape, rng, 2, frac),
+    **{str(method): lambda shape, rng, frac, method=method: pruned(method, shape, rng, frac)
+       for method in (TopK(0.3), RowBalanced(0.3), BankBalanced(0.3, 4), BlockSparse(0.3, 4), Structured(4))},
+}  # fmt: skip
+
+
+@st.composite
+def mappings(draw):
+    choose = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+    hidden, inputs = choose(4, 8, 12, 16), choose(1, 3, 5, 8)
+
+    def block(part, gate, shape, rng):
+        return MAKES[choose(*MAKES)](shape, rng, frac=choose(7, 6)) if shape[1] >= 4 else dense(shape, rng)
+
+    layer = layer_of(block, hidden, inputs, draw(st.integers(0, 99)), signals=choose(SIGNALS, COARSE), **KINDS[choose(*KINDS)])
+    spec = ArraySpec(rows=choose(4, 8), cols=choose(4, 8), acc_depth=choose(4, 64), acc_banks=choose(1, 2),
+                     weight_words=choose(2048, 40, 16), weight_word_bits=choose(18, 8), load_bits_per_cycle=choose(7, 64),
+                     h_words_per_cycle=choose(1, 3), act_units=choose(1, 4))
+    layout = draw(st.sampled_from(candidate_layouts(layer, spec)))
+    return draw(st.sampled_from(fitting_mappings(layer, spec, layout, choose(1, 1, 3))))
+
+
+def stored(packed, unit, pe_cols):
+    """(multiply-accumulates, those of padding, words, bits of a word) of a block, from its form alone."""
+    rows, columns = packed.shape
+    if isinstance(packed, PackedDense):
+        return packed.values.size, 0, packed.values.size, packed.fmt.bits
+    if isinstance(packed, PackedSparse):  # a word for each weight, and one for each row and PE column without any
+        weights = packed.dense() != 0
+        padding = sum(not weights[:, c::pe_cols][row].any() for row in range(rows) for c in range(min(pe_cols, columns)))
+        index = (ceil(columns / pe_cols) - 1).bit_length()
+        return int(weights.sum()) + padding, padding, int(weights.sum()) + padding, packed.fmt.bits + index + 1
+    assert isinstance(packed, PackedCirculant)
+    pieces, padded = rows // unit * ceil(columns / unit), ceil(columns / unit) * unit
+    diagonals = packed.block if unit == packed.block else 2 * unit - 1
+    return rows * padded, rows * (padded - columns), pieces * diagonals, packed.fmt.bits
+
+
+def keepers(mapping, part, column):
+    """PEs that multiply a column of x, h or m: one PE column for each region and size of pieces, in all its PE rows."""
+    found = set()
+    for (p, gate), block in mapping.blocks.items():
+        region = mapping.layout.region_of(mapping.layer.block(p, gate))
+        if p == part:
+            found |= {(region, row, column // block.unit % block.pe_cols) for row in range(block.pe_rows)}
+    return len(found)
+
+
+def streaming(mapping):
+    """Numbers of the regions whose weights do not fit their PEs."""
+    needed = [np.zeros((r.rows, r.cols), dtype=np.int64) for r in mapping.layout.regions]
+    for (part, gate), block in mapping.blocks.items():
+        needed[mapping.layout.region_of(mapping.layer.block(part, gate))] += (
+            np.bincount(block.pe, minlength=block.pe_rows * block.pe_cols).reshape(block.pe_rows, block.pe_cols)
+            * ceil(block.word_bits / mapping.spec.weight_word_bits))
+    return {n for n, words in enumerate(needed) if words.max() > mapping.spec.weight_words}
+
+
+def drained(mapping):
+    """Words over links: every row of every sum that is drained passes all PE columns of its region. W_ih and W_hh of a gate are
+    one sum where they are in one region, in pieces of one size, with products of one fraction."""
+    layer, words = mapping.layer, 0
+    for gate in layer.gates:
+        sums = {(region, unit, frac) for part in ("ih", "hh") for region, unit, frac in
+                [(mapping.layout.region_of(layer.block(part, gate)), mapping.blocks[part, gate].unit,
+                  layer.product_frac(part, gate))]}
+        apart = [mapping.layout.region_of(layer.block(part, gate)) for part in ("ih", "hh")]
+        separate = len(sums) == 2 or (layer.cell == "GRU" and gate == "n")
+        regions = apart if separate else apart[:1]
+        words += sum(layer.hidden_size * mapping.layout.regions[r].cols for r in regions)
+    if layer.projected:
+        words += layer.output_size * mapping.layout.regions[mapping.layout.region_of(layer.block("hr", "p"))].cols
+    return words
+
+
+def expected(mapping):
+    """Event -> its number in one step."""
+    layer, spec, items = mapping.layer, mapping.spec, mapping.batch
+    hidden, gru = layer.hidden_size, layer.cell == "GRU"
+    macs = padding = reads = 0
+    for (part, gate), block in mapping.blocks.items():
+        products, useless, words, bits = stored(layer.block(part, gate), block.unit, block.pe_cols)
+        macs, padding = macs + products, padding + useless
+        reads += words * ceil(bits / spec.weight_word_bits)
+    vectors = {"ih": layer.input_size, "hh": layer.output_size} | ({"hr": hidden} if layer.projected else {})
+    counts = {
+        "macs": macs, "padding_macs": padding, "weight_reads": reads, "data_reads": macs, "link_words": drained(mapping),
+        "multicast_words": sum(vectors.values()),
+        "data_writes": sum(keepers(mapping, part, column) for part, size in vectors.items() for column in range(size)),
+        "activation_lookups": (3 if gru else 5) * hidden, "elementwise_multiplies": 3 * hidden,
+        "roundings": hidden if gru else layer.output_size * layer.projected,
+    }
+    return {event: items * count for event, count in counts.items()} | {"loaded_bits": mapping.streamed_bits}
+
+
+@settings(max_examples=100, deadline=None)
+@given(mappings(), st.sampled_from([1, 2, 5]))
+def test_events_are_those_of_the_blocks(mapping, steps):
+    schedule = schedule_mapping(mapping, steps)
+    counts = schedule.counts()
+    assert {event: counts[event] for event in expected(mapping)} == {e: steps * n for e, n in expected(mapping).items()}
+    # A sum is read as often as it is written, and once more when it is drained; a PE turns to every row of its blocks.
+    assert counts["acc_reads"] == counts["acc_writes"] + counts["link_words"]
+    assert counts["acc_writes"] <= counts["macs"]
+    assert set(counts) == set(EVENTS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(mappings())
+def test_bits_are_conserved(mapping):
+    """What stays and what is loaded once is all that is stored; no memory holds more than it has."""
+    spec, bits, memory_words = mapping.spec, 0, 0
+    for (part, gate), block in mapping.blocks.items():
+        _, _, words, word_bits = stored(mapping.layer.block(part, gate), block.unit, block.pe_cols)
+        bits += words * word_bits
+        memory_words += words * ceil(word_bits / spec.weight_word_bits)
+    assert mapping.on_chip_bits == bits == mapping.initial_bits + mapping.streamed_bits // mapping.passes
+    assert mapping.memory_words.sum() == memory_words
+    written = schedule_mapping(mapping, 1).counts()["weight_writes"]
+    assert mapping.resident_words.sum() + written // mapping.passes == memory_words
+    fullest = [int(mapping.resident_words[r.window].max()) + 2 * mapping.layout.stream_words * (n in streaming(mapping))
+               for n, r in enumerate(mapping.layout.regions)]
+    assert resources(mapping).weights.depth == max(fullest) <= spec.weight_words
+    assert mapping.layout.stream_words == 0 or written > 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(mappings(), st.sampled_from([1, 3, 30]))
+def test_cycles_add_up(mapping, steps):
+    schedule = schedule_mapping(mapping, steps)
+    split = schedule.split()
+    assert set(split) == set(SPLIT) and min(split.values()) >= 0
+    assert sum(split.values()) == schedule.cycles == max(op.end for op in schedule.operations)
+    assert schedule.first_step_latency <= schedule.cycles
+    # No resource works faster than it can.
+    for resource, least in least_busy(mapping).items():
+        assert schedule.cycles >= steps * least, resource
+    assert schedule.utilisation().max() <= 1 / mapping.spec.mac_ii
+
+
+def least_busy(mapping):
+    """Resource -> cycles of one step in which it must work, from the events alone."""
+    spec, counts = mapping.spec, expected(mapping)
+    values = counts["activation_lookups"] + counts["elementwise_multiplies"] + counts["roundings"]
+    return {"PEs": mapping.batch * int(mapping.macs.max()), "loader": ceil(counts["loaded_bits"] / spec.load_bits_per_cycle),
+            "network": ceil(counts["multicast_words"] / spec.h_words_per_cycle), "units": ceil(values / spec.act_units)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", MAKES)
+def test_every_form_with_every_cell(make, kind):
+    """The drawn cases mix forms; here each form alone with each cell, in every layout."""
+    layer = layer_of(lambda part, gate, shape, rng: MAKES[make](shape, rng, frac=7), 16, 8, **KINDS[kind])
+    spec = ArraySpec(rows=8, cols=4, weight_words=64)
+    for layout in candidate_layouts(layer, spec):
+        for mapping in fitting_mappings(layer, spec, layout):
+            counts = schedule_mapping(mapping, 2).counts()
+            assert {event: counts[event] for event in expected(mapping)} == {e: 2 * n for e, n in expected(mapping).items()}
+
+
+# Cycles by hand from the rules: multiply-accumulates of the fullest PE + 4 of pipeline + rows of a PE row + hops of columns.
+
+
+def block_cycles(layer, spec, layout=None):
+    """From the first multiply-accumulate of W_hi to its last sum at the edge; W_ii is drained apart."""
+    found = spans(schedule_layer(layer, spec, 1, layout))
+    return found["drain i hh"][1] - found["mac i hh"][0]
+
+
+def test_a_dense_block_that_does_not_fill_the_grid():
+    """6 x 6 on 4 x 4 PEs: 2 rows x 2 columns in the fullest PE, 2 rows to drain, 3 hops of 2 cycles; three cycles a product."""
+    assert block_cycles(dense_layer(6, 4, hidden_frac=6), SMALL.with_(link_cycles=2)) == 4 + 4 + 2 + 3 * 2
+    assert block_cycles(dense_layer(6, 4, hidden_frac=6), SMALL.with_(mac_ii=3)) == 3 * 4 + 4 + 2 + 3
+
+
+def test_an_unbalanced_sparse_block():
+    """8 x 8: one row is full, 2 weights in each PE of a PE row; the others have one weight in PE column 0 and a padding word in
+    the other three. Each PE row holds 2 rows, so the fullest PE has 2 + 1 words."""
+    values = np.zeros((8, 8), dtype=np.int64)
+    values[0], values[1:, 0] = 5, 3
+    layer = layer_of(lambda part, gate, shape, rng: PackedSparse.from_dense(values, QFormat(8, 6 if part == "hh" else 7)), 8, 8)
+    assert block_cycles(layer, SMALL) == 3 + 4 + 2 + 3
+
+
+def test_circulant_tiles_in_time_domain():
+    """8 x 8 of 2 x 2 tiles of 4 x 4, one per PE: 16 cycles; each of two PE rows drains 4 rows."""
+    layer = layer_of(lambda part, gate, shape, rng: circulant(shape, rng, 4, 6 if part == "hh" else 7), 8, 8)
+    assert block_cycles(layer, SMALL, one_region(SMALL)) == 16 + 4 + 4 + 3
+
+
+def test_units_and_multicast_that_do_not_divide_the_values():
+    """8 values: 3 words a cycle; 3 units of 2 cycles a value, 4 of latency."""
+    found = spans(schedule_layer(dense_layer(), SMALL.with_(h_words_per_cycle=3, act_units=3, act_ii=2), 1))
+    assert found["h to PEs"][1] - found["h to PEs"][0] == 3
+    assert found["act i"][1] - found["act i"][0] == 3 * 2 + 4
+
+
+@pytest.mark.parametrize(("cell", "cycles"), [
+    # From h in the PEs: W_hi h 4 + 4; its drain 2 + 3; W_hg h, in the same bank, 4 + 4; its drain 2 + 3; g's look-up 2 + 4;
+    # c, of two products, 4 + 4; tanh c holds the units for 2, then o's look-up takes 2 + 4; h 2 + 4; 8 words to the PEs.
+    ("LSTM", 8 + 5 + 8 + 5 + 6 + 8 + 2 + 6 + 6 + 8),
+    # W_hr h holds the PEs for 4; W_hn h 4 + 4; its drain 2 + 3; s, r*s: 2 + 4 each; n's look-up holds the units for 2;
+    # z's takes 2 + 4; h, of two products, 4 + 4; 8 words.
+    ("GRU", 4 + 8 + 5 + 6 + 6 + 2 + 6 + 8 + 8)])
+def test_the_recurrence_by_hand(cell, cycles):
+    schedule = schedule_layer(dense_layer(cell=cell), SMALL, 9)
+    assert schedule.steady_state_cycles == cycles
+    first, second = spans(schedule, 3), spans(schedule, 4)
+    assert min(start for name, (start, _) in second.items() if name.endswith("hh")) == first["h to PEs"][1]
