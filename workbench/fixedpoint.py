@@ -121,7 +121,7 @@ class ExactMatrix:
 
 TABLE_RANGE_LOG2 = 3  # the linear table covers |x| in [0, 8); beyond it the last knot holds
 TABLE_SEGMENTS_LOG2 = 8  # 256 segments
-KNOT_FRAC = 15  # knots are 16-bit unsigned words with 15 fraction bits, so that 1.0 is one of them
+KNOT_BITS, KNOT_FRAC = 16, 15  # knots are unsigned words, with fraction bits such that 1.0 is one of them
 MAX_LOOKUP_FRAC = 48  # of a table's input: interpolation at more fraction bits would leave 64-bit integers
 MAX_EXACT_BITS = 16  # of an exact table's input
 MAX_WALK_BITS = 20  # of an input whose every code is walked to find the largest error
@@ -160,14 +160,14 @@ class LinearTable(_Table):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.knots.shape != ((1 << TABLE_SEGMENTS_LOG2) + 1,) or self.knots.min() < 0 or self.knots.max() >= 1 << 16:
+        if self.knots.shape != ((1 << TABLE_SEGMENTS_LOG2) + 1,) or self.knots.min() < 0 or self.knots.max() >= 1 << KNOT_BITS:
             raise ValueError(f"LinearTable needs 257 knots of 16 bits, got shape {self.knots.shape}")
 
     @classmethod
     def build(cls, function: str, uses=()) -> "LinearTable":
         """The same knots for every use."""
         x = np.arange((1 << TABLE_SEGMENTS_LOG2) + 1) * 2.0 ** (TABLE_RANGE_LOG2 - TABLE_SEGMENTS_LOG2)
-        return cls(function, QFormat(16, KNOT_FRAC, signed=False).quantise(_function("LinearTable", function)(x)))
+        return cls(function, QFormat(KNOT_BITS, KNOT_FRAC, signed=False).quantise(_function("LinearTable", function)(x)))
 
     @cached_property
     def _segments(self):

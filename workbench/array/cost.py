@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from workbench.array.mapping import LayerMapping, data_words_kept, parts_of
 from workbench.array.schedule import EVENTS, Schedule
 from workbench.array.spec import ArraySpec, ceil_div
+from workbench.fixedpoint import FUNCTIONS, KNOT_BITS, ExactTable, LinearTable
 from workbench.packed import PARTS
 
 HOROWITZ = "M. Horowitz, Computing's energy problem, ISSCC 2014, 45 nm, 0.9 V"
@@ -115,7 +116,8 @@ class Memory:
 @dataclass(frozen=True)
 class Resources:
     """Modelled resources of the whole array. lut and ff: intervals (low, high), memories in LUTs included. edge: memories of
-    every activation unit that delta thresholds need: the sums that are kept, and what was sent last of each signal."""
+    every activation unit that delta thresholds need: the sums that are kept, and what was sent last of each signal; tables: of
+    every activation unit."""
 
     dsp: int
     weights: Memory
@@ -124,6 +126,7 @@ class Resources:
     lut: tuple[int, int]
     ff: tuple[int, int]
     edge: tuple[Memory, ...] = ()
+    tables: tuple[Memory, ...] = ()
 
     def share(self, device: str) -> dict[str, tuple[float, float]]:
         """Resource -> used part of what a device has, low and high; an unknown device raises ValueError."""
@@ -149,8 +152,9 @@ def resources(mapping: LayerMapping) -> Resources:
     word; streaming buffers count twice. lut and ff, per PE: multiply-accumulate as synthesised; accumulators (all banks) in
     LUT RAM; the adder (a LUT a bit) and the registers of the link that a drain goes over, acc_bits wide; weights and data
     where they are small enough for LUT RAM. High end of lut: LUT RAMs that are written while they are read (accumulators,
-    data, streamed weights, those of the edge) take DUAL_PORT times as much. Not counted: tables and logic of the activation
-    units, multicast, loader, edge buffer, control."""
+    data, streamed weights, those of the edge) take DUAL_PORT times as much. Every bank is a memory of its own. Every activation
+    unit has the tables: of "linear" the start and the slope of each segment, in one memory; of "exact" all codes. Not counted:
+    logic of the activation units, multicast, loader, edge buffer, control."""
     spec, layout = mapping.spec, mapping.layout
     streaming = {i.region for i in mapping.program if i.kind == "load"}
     depths = [int(mapping.resident_words[region.window].max()) + 2 * layout.stream_words * (n in streaming)
@@ -159,7 +163,15 @@ def resources(mapping: LayerMapping) -> Resources:
                      min(max(block.word_bits for block in mapping.blocks.values()), spec.weight_word_bits))
     data = Memory(mapping.batch * max(int(words.max()) for words in data_words_kept(mapping.layer, layout, mapping.blocks)),
                   max(mapping.layer.operand(part).bits for part in parts_of(mapping.layer)))
-    return _resources(spec, weights, data, layout.stream_words > 0, _edge_memories(mapping))
+    return _resources(spec, weights, data, layout.stream_words > 0, _table_memories(mapping.layer.tables),
+                      _edge_memories(mapping))
+
+
+def _table_memories(tables) -> tuple[Memory, ...]:
+    segments = sum(table.knots.size - 1 for table in tables.values() if isinstance(table, LinearTable))
+    exact = (Memory(codes.size, out_fmt.bits) for table in tables.values() if isinstance(table, ExactTable)
+             for (_, out_fmt), codes in table.entries.items())
+    return (*((Memory(2 * segments, KNOT_BITS),) if segments else ()), *exact)
 
 
 def _edge_memories(mapping) -> tuple[Memory, ...]:
@@ -174,23 +186,25 @@ def _edge_memories(mapping) -> tuple[Memory, ...]:
 
 
 def full_resources(spec: ArraySpec) -> Resources:
-    """Of an array whose memories are all as deep and as wide as its specification lets them be."""
-    return _resources(spec, Memory(spec.weight_words, spec.weight_word_bits), Memory(spec.data_words, spec.word_bits), True)
+    """Of an array whose memories are all as deep and as wide as its specification lets them be, with linear tables."""
+    return _resources(spec, Memory(spec.weight_words, spec.weight_word_bits), Memory(spec.data_words, spec.word_bits), True,
+                      _table_memories({name: LinearTable.build(name) for name in FUNCTIONS}))
 
 
-def _resources(spec, weights, data, streamed, edge=()):
+def _resources(spec, weights, data, streamed, tables, edge=()):
     pes = spec.rows * spec.cols
-    edge_luts = spec.act_units * sum(memory.luts for memory in edge)
-    ramb18 = pes * (weights.ramb18 + data.ramb18) + spec.act_units * sum(memory.ramb18 for memory in edge)
-    accumulators = spec.acc_bits * ceil_div(spec.acc_banks * spec.acc_depth, LUT_RAM_DEPTH)  # LUTs, as all below
+    table_luts, edge_luts = (spec.act_units * sum(memory.luts for memory in some) for some in (tables, edge))
+    ramb18 = pes * (weights.ramb18 + data.ramb18) + spec.act_units * sum(memory.ramb18 for memory in (*tables, *edge))
+    accumulators = spec.acc_bits * spec.acc_banks * ceil_div(spec.acc_depth, LUT_RAM_DEPTH)  # LUTs, as all below
     written_while_read = accumulators + data.luts + (weights.luts if streamed else 0)
     low = accumulators + data.luts + weights.luts + spec.acc_bits
     high = low + (DUAL_PORT - 1) * written_while_read
     return Resources(
         dsp=pes + spec.act_units, weights=weights, data=data, bram36=ceil_div(ramb18, 2),
-        lut=tuple(ceil_div(n * pes, 16) + pes * more + ports * edge_luts
+        lut=tuple(ceil_div(n * pes, 16) + pes * more + table_luts + ports * edge_luts
                   for n, more, ports in zip(LUT_PER_16_PES, (low, high), (1, DUAL_PORT), strict=True)),
-        ff=tuple(ceil_div(n * pes, 16) + pes * spec.acc_bits * spec.link_cycles for n in FF_PER_16_PES), edge=edge,
+        ff=tuple(ceil_div(n * pes, 16) + pes * spec.acc_bits * spec.link_cycles for n in FF_PER_16_PES),
+        edge=edge, tables=tables,
     )
 
 
