@@ -5,11 +5,12 @@ from workbench.array.mapping import BlockMapping, LayerMapping, Layout, Region, 
 from workbench.array.schedule import Operation, Schedule, schedule_layer, schedule_layers
 from workbench.array.skipping import multiplied
 from workbench.array.spec import ASSUMPTIONS, FIELDS, PRESETS, ArraySpec, preset
+from workbench.array.stack import StagedSchedule, schedule_stack
 from workbench.array.systolic import SYSTOLIC, SystolicArray, SystolicRun, last_cycle, layer_products, run_product
 
 __all__ = [
     "ASSUMPTIONS", "FIELDS", "PRESETS", "SYSTOLIC", "ArraySpec", "BlockMapping", "Execution", "LayerMapping", "Layout",
-    "Operation", "Region", "Schedule", "StackExecution", "SystolicArray", "SystolicRun", "execute_layer", "execute_stack",
-    "last_cycle", "layer_products", "map_block", "map_layer", "multiplied", "preset", "run_product", "schedule_layer",
-    "schedule_layers",
+    "Operation", "Region", "Schedule", "StackExecution", "StagedSchedule", "SystolicArray", "SystolicRun", "execute_layer",
+    "execute_stack", "last_cycle", "layer_products", "map_block", "map_layer", "multiplied", "preset", "run_product",
+    "schedule_layer", "schedule_layers", "schedule_stack",
 ]  # fmt: skip

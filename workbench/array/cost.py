@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from workbench.array.mapping import LayerMapping, data_words_kept, parts_of
+from workbench.array.mapping import LayerMapping, parts_of
 from workbench.array.schedule import EVENTS, Schedule
 from workbench.array.spec import ArraySpec, ceil_div
 from workbench.fixedpoint import FUNCTIONS, KNOT_BITS, ExactTable, LinearTable
@@ -155,16 +155,14 @@ def resources(mapping: LayerMapping) -> Resources:
     data, streamed weights, those of the edge) take DUAL_PORT times as much. Every bank is a memory of its own. Every activation
     unit has the tables: of "linear" the start and the slope of each segment, in one memory; of "exact" all codes. Not counted:
     logic of the activation units, multicast, loader, edge buffer, control."""
-    spec, layout = mapping.spec, mapping.layout
-    streaming = {i.region for i in mapping.program if i.kind == "load"}
-    depths = [int(mapping.resident_words[region.window].max()) + 2 * layout.stream_words * (n in streaming)
-              for n, region in enumerate(layout.regions)]
-    weights = Memory(max(depths),
-                     min(max(block.word_bits for block in mapping.blocks.values()), spec.weight_word_bits))
-    data = Memory(mapping.batch * max(int(words.max()) for words in data_words_kept(mapping.layer, layout, mapping.blocks)),
-                  max(mapping.layer.operand(part).bits for part in parts_of(mapping.layer)))
-    return _resources(spec, weights, data, layout.stream_words > 0, _table_memories(mapping.layer.tables),
-                      _edge_memories(mapping))
+    spec, edge = mapping.spec, tuple(memory for m in mapping.layers for memory in _edge_memories(m))
+    weights = Memory(mapping.weight_depth,
+                     min(max(block.word_bits for m in mapping.layers for block in m.blocks.values()), spec.weight_word_bits))
+    data = Memory(mapping.data_words, max(m.layer.operand(part).bits for m in mapping.layers for part in parts_of(m.layer)))
+    # Layers share a table where it is the same.
+    tables = {(name, *(array.tobytes() for array in table.arrays.values())): table
+              for m in mapping.layers for name, table in m.layer.tables.items()}
+    return _resources(spec, weights, data, mapping.streamed_bits > 0, _table_memories(tables), edge)
 
 
 def _table_memories(tables) -> tuple[Memory, ...]:
@@ -230,9 +228,9 @@ def compare(schedules: dict[str, Schedule]) -> list[dict]:
 def _row(label, schedule: Schedule, base: Schedule) -> dict:
     mapping, used, modelled = schedule.mapping, resources(schedule.mapping), energy(schedule.counts())
     multiply, base_multiply = int(mapping.macs.max()), int(base.mapping.macs.max())
-    base_bits = base.mapping.cr_chip * base.mapping.on_chip_bits  # 32 * dense weights, also for a layer of fewer units
+    base_bits = 32 * base.mapping.dense_weights  # also for a layer of fewer units
     return {
-        "label": label, "layout": mapping.layout.name, "batch": mapping.batch,
+        "label": label, "layout": mapping.layout_name, "batch": mapping.batch,
         "steady_state_cycles": schedule.steady_state_cycles, "cycles_per_item": schedule.cycles_per_item,
         "first_step_latency": schedule.first_step_latency, "cycles": schedule.cycles,
         "acceleration": base.cycles_per_item / schedule.cycles_per_item,

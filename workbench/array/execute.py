@@ -8,7 +8,9 @@ from workbench.array.mapping import Layout
 from workbench.array.schedule import Schedule, schedule_layer
 from workbench.array.skipping import multiplied
 from workbench.array.spec import ArraySpec
+from workbench.array.stack import StagedSchedule, layer_name, schedule_stack
 from workbench.engine import (
+    LayerResult,
     candidate,
     cell_update,
     gate_values,
@@ -16,6 +18,7 @@ from workbench.engine import (
     hidden_product,
     project,
     reversed_steps,
+    run_layer,
     sender,
     sent_steps,
 )
@@ -36,16 +39,28 @@ def execute_layer(layer: PackedLayer, spec: ArraySpec, x, layout: Layout | None 
 
     The sums come from the words as they lie in the PEs; each part is drained, then shifted once, as the engine defines.
     """
-    x = np.asarray(x)
-    if x.ndim != 3 or x.shape[2] != layer.input_size or not x.size:
-        raise ValueError(f"execute_layer needs x of shape (T, B, {layer.input_size}) with T and B of at least 1, got {x.shape}")
-    fmt = layer.signals["input"]
-    if x.dtype.kind not in "iu" or x.min() < fmt.min or x.max() > fmt.max:
-        raise ValueError(f"execute_layer needs integers of {fmt}, got {x.dtype} from {x.min()} to {x.max()}")
+    x = _checked(layer, x, "execute_layer")
     steps, batch, _ = x.shape
     schedule = schedule_layer(layer, spec, steps, layout, batch, multiplied(layer, x) if spec.lookahead > 1 else None)
+    found = _run(layer, schedule.mapping.blocks, x)
+    return Execution(found.output, found.h, found.c, schedule)
+
+
+def _checked(layer, x, who):
+    x = np.asarray(x)
+    if x.ndim != 3 or x.shape[2] != layer.input_size or not x.size:
+        raise ValueError(f"{who} needs x of shape (T, B, {layer.input_size}) with T and B of at least 1, got {x.shape}")
+    fmt = layer.signals["input"]
+    if x.dtype.kind not in "iu" or x.min() < fmt.min or x.max() > fmt.max:
+        raise ValueError(f"{who} needs integers of {fmt}, got {x.dtype} from {x.min()} to {x.max()}")
+    return x
+
+
+def _run(layer, blocks, x) -> LayerResult:
+    """What a layer computes from its words as they lie in the PEs. blocks: (part, gate) -> BlockMapping."""
+    steps, batch, _ = x.shape
     sums = {(part, gate): ExactMatrix(block.dense(), layer.signals[PARTS[part]].magnitude)
-            for (part, gate), block in schedule.mapping.blocks.items()}
+            for (part, gate), block in blocks.items()}
     sent = sent_steps(x, layer.delta["input"]) if "input" in layer.delta else x
     aligned = {}  # gate -> (T, B, hidden_size): the input's sum and the bias
     for gate in layer.gates:
@@ -60,7 +75,7 @@ def execute_layer(layer: PackedLayer, spec: ArraySpec, x, layout: Layout | None 
     for t in range(steps):
         h, c = step(layer, sums, {gate: values[t] for gate, values in aligned.items()}, h, c, send_h(h), send_m)
         output[t] = h
-    return Execution(output, h, c, schedule)
+    return LayerResult(output, h, c)
 
 
 def _gate(layer, sums, inputs, gate, h):
@@ -80,21 +95,41 @@ def _gru_step(layer, sums, inputs, h, _, sent, send_m):
 
 @dataclass(frozen=True)
 class StackExecution:
-    """layers: one entry per layer index, (forward,) or (forward, reverse); a reverse direction's execution lists its steps
+    """layers: one entry per layer index, (forward,) or (forward, reverse); a reverse direction's values are listed by the steps
     in the order in which it takes them, the last of the sequence first."""
 
     output: np.ndarray  # (T, B, directions * output_size) int64 of the last layer
-    layers: tuple[tuple[Execution, ...], ...]
+    layers: tuple[tuple[LayerResult, ...], ...]
+    schedule: StagedSchedule
 
 
-def execute_stack(stack, spec: ArraySpec, x) -> StackExecution:
-    """Run B sequences through all layers and directions of one recurrent module (stack: as PackedModel.stack gives it), one
-    after the other: x (T, B, input_size). Each layer and direction has a schedule of its own; nothing overlaps them."""
-    x, layers = np.asarray(x), []
-    for directions in stack:
-        done = tuple(execute_layer(layer, spec, reversed_steps(x, None) if reverse else x)
-                     for reverse, layer in enumerate(directions))
-        layers.append(done)
-        x = np.concatenate([reversed_steps(run.output, None) if reverse else run.output for reverse, run in enumerate(done)],
-                           axis=-1)
-    return StackExecution(x, tuple(layers))
+def execute_stack(stack, spec: ArraySpec, x, form: str = "") -> StackExecution:
+    """Run B sequences through all layers and directions of one recurrent module: x (T, B, input_size), as schedule_stack
+    arranges them."""
+    stack, x = [tuple(directions) for directions in stack], _checked(stack[0][0], x, "execute_stack")
+    inputs = _multiplied_by_all(stack, x) if spec.lookahead > 1 else None
+    schedule, blocks = schedule_stack(stack, spec, len(x), x.shape[1], form, inputs), {}
+    for mapping in schedule.mapping.layers:
+        blocks.setdefault(mapping.name, {}).update(mapping.blocks)
+    results = []
+    for index, directions in enumerate(stack):
+        found = tuple(_run(layer, blocks[layer_name(index, reverse)], _turned(x, reverse))
+                      for reverse, layer in enumerate(directions))
+        results.append(found)
+        x = np.concatenate([_turned(run.output, reverse) for reverse, run in enumerate(found)], axis=-1)
+    return StackExecution(x, tuple(results), schedule)
+
+
+def _turned(x, reverse):
+    return reversed_steps(x, None) if reverse else x
+
+
+def _multiplied_by_all(stack, x):
+    """Layer's name -> skipping.multiplied."""
+    found = {}
+    for index, directions in enumerate(stack):
+        found |= {layer_name(index, reverse): multiplied(layer, _turned(x, reverse))
+                  for reverse, layer in enumerate(directions)}
+        x = np.concatenate([_turned(run_layer(layer, _turned(x, reverse)).output, reverse)
+                            for reverse, layer in enumerate(directions)], axis=-1)
+    return found

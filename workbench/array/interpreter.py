@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from workbench.array.mapping import COPIES, LayerMapping, columns_kept, parts_of, sums_of, words_taken
+from workbench.array.mapping import COPIES, LayerMapping, SideBySide, columns_kept, parts_of, sums_of, words_taken
 from workbench.packed import PARTS, PackedSparse
 
 SENT = {"hh": "h", "hr": "m"}  # part -> the value that is multicast for it in the step that computes it
@@ -20,7 +20,8 @@ SENT = {"hh": "h", "hr": "m"}  # part -> the value that is multicast for it in t
 
 @dataclass(frozen=True)
 class Interpretation:
-    """spans: (step of the program, number in it) -> (start, end) cycles; the multicast of the first x is of step -1."""
+    """spans: (step of the program, number in it) -> (start, end) cycles; the multicast of the first x is of step -1. Of layers
+    side by side, output and c are lists with an entry each."""
 
     output: list  # (T, B, output_size); no B where x has none
     c: list | None  # (B, hidden_size); None for a GRU
@@ -111,23 +112,24 @@ def _gru_tasks(layer):
     return tasks, join
 
 
-def interpret(mapping: LayerMapping, x) -> Interpretation:
-    """Run a few steps of one layer: x (T, B, input_size) integers, or (T, input_size) of one sequence; h and c start at
-    zero."""
-    sequences = [[row] for row in x] if np.ndim(x) == 2 else x
-    machine = _Machine(mapping, [[[int(v) for v in values] for values in row] for row in sequences])
+def interpret(mapping: LayerMapping | SideBySide, x) -> Interpretation:
+    """Run a few steps: x (T, B, input_size) integers, or (T, input_size) of one sequence; h and c start at zero. Of layers side
+    by side, x is a list, with the x of each, or of the first of a pipeline."""
+    alone = isinstance(mapping, LayerMapping)
+    xs = [np.asarray(one) for one in ([x] if alone else x)]
+    machine = _Machine(mapping, [(one[:, None] if one.ndim == 2 else one).tolist() for one in xs])
     machine.run()
-    steps, items = range(len(x)), [machine.items[b] for b in range(mapping.batch)]
-    output = [[item.listed(t, "h") for item in items] for t in steps]
-    c = [item.listed(steps[-1], "cell") for item in items] if "cell" in machine.items[0].tasks else None
-    if np.ndim(x) == 2:
-        output, c = [row[0] for row in output], c and c[0]
+    output, c = zip(*(machine.result(n) for n in range(len(mapping.layers))), strict=True)
+    if alone:
+        output, c = output[0], c[0]
+        if xs[0].ndim == 2:
+            output, c = [row[0] for row in output], c and c[0]
     return Interpretation(output, c, machine.now, machine.spans, dict(+machine.counts))
 
 
 def _key(i):
     """What instructions of one step of the sequence have in common that together read, or add up to, one thing."""
-    return i.item, i.kind, i.region, i.gate, i.parts, i.rows
+    return i.layer, i.item, i.kind, i.region, i.gate, i.parts, i.rows
 
 
 @dataclass
@@ -149,10 +151,10 @@ class _Active:
 
 
 class _Item:
-    """The values of one sequence; h and c start at zero."""
+    """The values of one sequence in one layer; h and c start at zero."""
 
     def __init__(self, layer):
-        self.layer = layer
+        self.layer, self.sums = layer, sums_of(layer)
         self.arrived = Counter()  # (part, step) -> words multicast
         self.arrived["hh", -1] = layer.output_size
         self.edge, self.edge_parts = defaultdict(int), Counter()  # (step, sum, row)
@@ -177,12 +179,13 @@ class _Item:
 
 class _Machine:
     def __init__(self, mapping, x):
-        self.mapping, self.layer, self.spec, self.x = mapping, mapping.layer, mapping.spec, x
+        """x: per layer, or of the first only, (T, B, input_size)."""
+        self.mapping, self.spec, self.x, self.steps = mapping, mapping.spec, x, len(x[0])
         self.program = mapping.program
         self.now, self.counts, self.spans = 0, Counter(), {}
         # Program order, per resource; a step of the program does what belongs to a step of the sequence.
-        self.order = [(step, n) for step in range(-1, len(x)) for n, i in enumerate(self.program)
-                      if 0 <= step - i.lag < len(x)]
+        self.order = [(step, n) for step in range(-1, self.steps + len(mapping.layers)) for n, i in enumerate(self.program)
+                      if 0 <= step - i.lag < self.steps]
         self.queues = defaultdict(list)
         for step, n in self.order:
             self.queues[self.program[n].resource].append((step, n))
@@ -203,24 +206,42 @@ class _Machine:
         self.bank_drained = {}  # (region, bank) -> cycle of the last read of a drain
         self.buffers = {}  # (region, 0 or 1) -> multiplications that are still to use its chunk
         self.loaded = set()  # (region, step, chunk)
-        self.sums = sums_of(self.layer)
-        self.items = [_Item(self.layer) for _ in range(mapping.batch)]
-        # (part, column) -> the PEs that keep it
-        self.keepers = defaultdict(list)
-        for n, region in enumerate(mapping.layout.regions):
-            for part in parts_of(self.layer):
-                for pe_col, columns in enumerate(columns_kept(self.layer, mapping.layout, mapping.blocks, part, n).tolist()):
-                    for column, kept in enumerate(columns):
-                        self.keepers[part, column] += [(n, pe_row, pe_col) for pe_row in range(region.rows) if kept]
-        for j in range(self.layer.output_size):
-            for pe in self.keepers["hh", j]:
-                self.data[pe] |= {(item, "hh", 0, j): (-1, 0) for item in range(mapping.batch)}
+        self.regions = [region for m in mapping.layers for region in m.layout.regions]
+        self.items = {(n, item): _Item(m.layer) for n, m in enumerate(mapping.layers) for item in range(mapping.batch)}
+        # (layer, part, column) -> the PEs that keep it
+        self.keepers, first = defaultdict(list), 0
+        for layer, m in enumerate(mapping.layers):
+            for n, region in enumerate(m.layout.regions):
+                for part in parts_of(m.layer):
+                    for pe_col, columns in enumerate(columns_kept(m.layer, m.layout, m.blocks, part, n).tolist()):
+                        for column, kept in enumerate(columns):
+                            self.keepers[layer, part, column] += [
+                                (first + n, pe_row, pe_col) for pe_row in range(region.rows) if kept]
+            first += len(m.layout.regions)
+            for j in range(m.layer.output_size):
+                for pe in self.keepers[layer, "hh", j]:
+                    self.data[pe] |= {(item, "hh", 0, j): (-1, 0) for item in range(mapping.batch)}
 
-    def _operand(self, step, part):
-        """What a part of a step multiplies: its size, the step that it is from, its place among the copies in a PE."""
-        size = {"ih": self.layer.input_size, "hh": self.layer.output_size, "hr": self.layer.hidden_size}[part]
-        due = step - 1 if part == "hh" else step
+    def _operand(self, i, t):
+        """What a multiplication of step t takes: its size, the step that it is from, its place among the copies in a PE."""
+        layer, part = self.mapping.layers[i.layer].layer, i.parts[0]
+        size = {"ih": layer.input_size, "hh": layer.output_size, "hr": layer.hidden_size}[part]
+        due = t - 1 if part == "hh" else t
         return size, due, due % COPIES[part]
+
+    def _block(self, i):
+        return self.mapping.layers[i.layer].blocks[i.parts[0], i.gate]
+
+    def _takers(self, i):
+        """(layer, part) of those that a multicast is for: h of a pipelined layer is the x of the next, too."""
+        above = self.mapping.pipelined and i.parts == ("hh",) and i.layer + 1 < len(self.mapping.layers)
+        return [(i.layer, i.parts[0])] + [(i.layer + 1, "ih")] * above
+
+    def result(self, layer):
+        """h of every step, (T, B, output_size), and the last c, (B, hidden_size) or None."""
+        items = [self.items[layer, item] for item in range(self.mapping.batch)]
+        output = [[item.listed(t, "h") for item in items] for t in range(self.steps)]
+        return output, [item.listed(self.steps - 1, "cell") for item in items] if "cell" in items[0].tasks else None
 
     def run(self):
         while any(self.queues.values()) or any(self.issuing.values()) or self.landing:
@@ -242,21 +263,22 @@ class _Machine:
 
     def _may_start(self, step, n):
         i = self.program[n]
-        t, item = step - i.lag, self.items[i.item]
+        t, item = step - i.lag, self.items[i.layer, i.item]
         if i.kind == "mac":
-            size, due, _ = self._operand(t, i.parts[0])
+            size, due, _ = self._operand(i, t)
             return (item.arrived[i.parts[0], due] == size and self._has_bank(step, n)
                     and (i.chunk < 0 or (i.region, step, i.chunk) in self.loaded))
         if i.kind == "drain":
             return self._has_bank(step, n) and all(
-                self._all_retired(t, (i.item, "mac", i.region, i.gate, (part,), i.rows)) for part in i.parts)
+                self._all_retired(t, (i.layer, i.item, "mac", i.region, i.gate, (part,), i.rows)) for part in i.parts)
         if i.kind == "load":
             return (i.region, self._buffer(step, i)) not in self.buffers
-        if i.kind == "multicast" and i.parts == ("ih",):  # x overwrites that of two steps before
-            readers = [key for key in self.per_step if key[:2] == (i.item, "mac") and key[4] == ("ih",)]
-            return t < 2 or all(self._all_retired(t - 2, key) for key in readers)
         if i.kind == "multicast":
-            return item.complete(t, SENT[i.parts[0]])
+            for layer, part in self._takers(i):  # x overwrites that of two steps before
+                readers = [key for key in self.per_step if key[:3] == (layer, i.item, "mac") and key[5] == ("ih",)]
+                if part == "ih" and t > 1 and not all(self._all_retired(t - 2, key) for key in readers):
+                    return False
+            return i.parts == ("ih",) or item.complete(t, SENT[i.parts[0]])
         return all(item.complete(t - back, value) for task in item.tasks[i.name] for back, value in task.reads)
 
     def _all_retired(self, t, key):
@@ -282,16 +304,16 @@ class _Machine:
 
     def _start(self, resource, step, n):
         i = self.program[n]
-        t, item = step - i.lag, self.items[i.item]
+        t, item = step - i.lag, self.items[i.layer, i.item]
         if i.kind == "mac":
-            wait_word, wait_mac = words_taken(self.mapping.blocks[i.parts[0], i.gate], self.spec) - 1, self.spec.mac_ii - 1
+            wait_word, wait_mac = words_taken(self._block(i), self.spec) - 1, self.spec.mac_ii - 1
             todo = self._pe_lists(i)
             if self.spec.lookahead == 1:  # nothing is skipped: what each PE issues in each cycle is known
                 todo = {pe: [slot for mac in macs for slot in [None] * (wait_word * mac[0] + wait_mac) + [mac]]
                         for pe, macs in todo.items()}
         elif i.kind == "load":
             self.buffers[i.region, self._buffer(step, i)] = self.chunk_users[i.region, i.chunk]
-            block = self.mapping.blocks[i.parts[0], i.gate]
+            block = self._block(i)
             words = sum(first for macs in self._pe_lists(i).values() for first, *_ in macs)
             self.counts["weight_writes"] += words * words_taken(block, self.spec)
             todo = words * block.word_bits
@@ -299,15 +321,15 @@ class _Machine:
         elif i.kind == "drain":
             todo = list(range(*i.rows))
         elif i.kind == "multicast":
-            todo = list(enumerate(self.x[t][i.item] if i.parts == ("ih",) else item.listed(t, SENT[i.parts[0]])))
+            todo = list(enumerate(self.x[i.layer][t][i.item] if i.parts == ("ih",) else item.listed(t, SENT[i.parts[0]])))
         else:
             todo = [(j, task) for task in item.tasks[i.name] for j in range(item.size(task.value))]
         self.issuing[resource] = _Active(step, t, n, i, self.now, todo)
 
     def _pe_lists(self, i):
         """(pe row, pe col) -> list of (first of its word or not, value, row, column, padding or not), in the PE's order."""
-        block = self.mapping.blocks[i.parts[0], i.gate]
-        sparse = isinstance(self.layer.block(i.parts[0], i.gate), PackedSparse)
+        block = self._block(i)
+        sparse = isinstance(self.mapping.layers[i.layer].layer.block(i.parts[0], i.gate), PackedSparse)
         words = defaultdict(list)
         for number, value in enumerate(block.values.tolist()):
             if i.rows[0] <= int(block.local_row[number]) < i.rows[1]:
@@ -328,12 +350,12 @@ class _Machine:
 
     def _work_mac(self, a):
         i, part = a.instruction, a.instruction.parts[0]
-        size, due, copy = self._operand(a.t, part)
+        size, due, copy = self._operand(i, a.t)
         bank, entry = self._bank(a.step, i), self._entry(a.step, i)
         if self.bank_drained.get(bank) == self.now:
             raise RuntimeError(f"hazard: {i.name} of step {a.step} writes the bank {bank} that a drain reads, cycle {self.now}")
         self.bank_written[bank] = self.now + self.spec.mac_latency
-        taken = words_taken(self.mapping.blocks[part, i.gate], self.spec)
+        taken = words_taken(self._block(i), self.spec)
 
         def read(pe, column):
             if column >= size:  # padding
@@ -387,7 +409,7 @@ class _Machine:
 
     def _work_drain(self, a):
         i, local = a.instruction, a.todo.pop(0)
-        block = self.mapping.blocks[i.parts[0], i.gate]
+        block = self._block(i)
         for row, pe_row in enumerate(block.pe_row_of_row.tolist()):
             if block.local_of_row[row] == local:
                 self._pass_on(a, row, pe_row, 0, 0)
@@ -400,7 +422,7 @@ class _Machine:
         self.bank_drained[bank] = self.now
         partial += self.acc[*bank, pe_row, column][self._entry(a.step, i), row]
         self.counts.update({"acc_reads": 1, "link_words": 1})
-        if column < self.mapping.layout.regions[i.region].cols - 1:
+        if column < self.regions[i.region].cols - 1:
             # It enters the neighbour `link_cycles` later: what lands at the end of a cycle is used in the next.
             self.landing.append((self.now + self.spec.link_cycles, "link", a, (row, pe_row, column + 1, partial)))
             a.flying += 1
@@ -409,17 +431,17 @@ class _Machine:
 
     def _reach_edge(self, a, row, partial):
         i = a.instruction
-        item, place, shift = self.items[i.item], (a.t, i.sum, row), 0
+        item, place, shift = self.items[i.layer, i.item], (a.t, i.sum, row), 0
         if i.sum not in ("hn", "p"):  # which nothing joins before they are rounded
-            shift = self.layer.alignment(i.gate)[1 if i.parts[0] == "ih" else 2]
+            shift = item.layer.alignment(i.gate)[1 if i.parts[0] == "ih" else 2]
         partial <<= shift
-        if PARTS[i.parts[0]] in self.layer.delta:  # what was drained is what this sum moved by
+        if PARTS[i.parts[0]] in item.layer.delta:  # what was drained is what this sum moved by
             item.kept[i.parts, i.sum, row] += partial
             partial = item.kept[i.parts, i.sum, row]
             self.counts.update({"acc_reads": 1, "acc_writes": 1})
         item.edge[place] += partial
         item.edge_parts[place] += len(i.parts)
-        if item.edge_parts[place] == len(self.sums[i.sum]):
+        if item.edge_parts[place] == len(item.sums[i.sum]):
             item.values[a.t, f"sum {i.sum}"][row] = item.edge[place]
 
     def _work_load(self, a):
@@ -430,19 +452,20 @@ class _Machine:
         i, t = a.instruction, a.t
         for column, value in a.todo[: self.spec.h_words_per_cycle]:
             self.counts["multicast_words"] += 1
-            self._fly(a, 0, lambda column=column, value=value: self._store(i.item, i.parts[0], t, column, value))
+            self._fly(a, 0, lambda column=column, value=value: self._store(i, t, column, value))
         del a.todo[: self.spec.h_words_per_cycle]
 
-    def _store(self, item, part, t, column, value):
-        self.items[item].arrived[part, t] += 1
-        if PARTS[part] in self.layer.delta:
-            last_sent = self.items[item].last_sent
-            moved = value - last_sent[part, column]
-            value = moved if abs(moved) > self.layer.delta[PARTS[part]] else 0
-            last_sent[part, column] += value
-        for pe in self.keepers[part, column]:
-            self.data[pe][item, part, t % COPIES[part], column] = (t, value)
-            self.counts["data_writes"] += 1
+    def _store(self, i, t, column, value):
+        for layer, part in self._takers(i):
+            item, stored = self.items[layer, i.item], value
+            item.arrived[part, t] += 1
+            if PARTS[part] in item.layer.delta:
+                moved = value - item.last_sent[part, column]
+                stored = moved if abs(moved) > item.layer.delta[PARTS[part]] else 0
+                item.last_sent[part, column] += stored
+            for pe in self.keepers[layer, part, column]:
+                self.data[pe][i.item, part, t % COPIES[part], column] = (t, stored)
+                self.counts["data_writes"] += 1
 
     def _work_activation(self, a):
         a.held += 1
@@ -455,7 +478,7 @@ class _Machine:
         del a.todo[: self.spec.act_units]
 
     def _compute(self, t, i, j, task):
-        item = self.items[i.item]
+        item = self.items[i.layer, i.item]
         item.values[t, task.value][j] = task.compute(j, *(item.values[t - back, value][j] for back, value in task.reads))
         computed = [item.values[t, other.value].get(j) for other in item.tasks[i.name]]
         if len(computed) > 1 and None not in computed:

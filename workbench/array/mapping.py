@@ -5,7 +5,7 @@ Nothing here knows a cycle; schedule.py says when, interpreter.py executes liter
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product, zip_longest
+from itertools import combinations, pairwise, product, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -480,7 +480,8 @@ class Instruction:
     accumulator banks take the entries in turn, over all steps. chunk: number of the streamed chunk in its region and step, or
     -1. sum: (sums_of) that it adds to, drains, or takes off the edge. takes: names of those whose values it takes. values: that
     activation units compute, each counted as `event`, or words of a multicast. item: sequence of the batch. lag: step s of
-    the program does this for step s - lag of the sequence, so that -1 is one step ahead.
+    the program does this for step s - lag of the sequence, so that -1 is one step ahead. layer: number among the layers that
+    run side by side.
     """
 
     name: str
@@ -499,6 +500,7 @@ class Instruction:
     event: str = ""
     item: int = 0
     lag: int = 0
+    layer: int = 0
 
 
 @dataclass(frozen=True)
@@ -517,8 +519,10 @@ class LayerMapping:
     """A layer on the array: its words in the PEs and the program of one time step, in the order the resources serve it.
 
     batch: sequences side by side. passes: groups of them; those of one share each load of a streamed chunk, which the next
-    loads again.
+    loads again. name: of the layer in its stack.
     """
+
+    pipelined = False
 
     layer: PackedLayer
     spec: ArraySpec
@@ -529,6 +533,32 @@ class LayerMapping:
     streamed_bits: int  # bits that the loader brings in every step
     batch: int = 1
     passes: int = 1
+    name: str = ""
+
+    @property
+    def layers(self) -> tuple["LayerMapping", ...]:
+        """Those that run side by side: itself."""
+        return (self,)
+
+    @property
+    def layout_name(self) -> str:
+        return self.layout.name
+
+    @property
+    def data_words(self) -> int:
+        """Data words that the fullest PE needs."""
+        return self.batch * max(int(words.max()) for words in data_words_kept(self.layer, self.layout, self.blocks))
+
+    @property
+    def weight_depth(self) -> int:
+        """Memory words of weights in the fullest PE, streaming buffers included."""
+        streaming = {i.region for i in self.program if i.kind == "load"}
+        return max(int(self.resident_words[region.window].max()) + 2 * self.layout.stream_words * (n in streaming)
+                   for n, region in enumerate(self.layout.regions))
+
+    @property
+    def dense_weights(self) -> int:
+        return sum(block.shape[0] * block.shape[1] for block in self.blocks.values())
 
     @property
     def initial_bits(self) -> int:
@@ -548,7 +578,7 @@ class LayerMapping:
     @property
     def cr_chip(self) -> float:
         """32 * dense weights / on_chip_bits."""
-        return 32 * sum(block.shape[0] * block.shape[1] for block in self.blocks.values()) / self.on_chip_bits
+        return 32 * self.dense_weights / self.on_chip_bits
 
     def per_pe(self, count) -> np.ndarray:
         """(rows, cols) of the array: the sum over the blocks of count(block), a (pe_rows, pe_cols) array."""
@@ -569,6 +599,107 @@ class LayerMapping:
         return self.per_pe(lambda block: block.macs)
 
 
+ADDED_UP = ("dense_weights", "on_chip_bits", "streamed_bits", "initial_bits", "memory_words", "resident_words", "macs")
+
+
+def _added_up(name):
+    return property(lambda self: sum(getattr(mapping, name) for mapping in self.layers), doc=f"{name}, added up")
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Layers at the same time on regions of their own, numbered through; they share activation units, multicast and loader.
+
+    pipelined: each layer takes the h of the layer before one step of the program later, and that layer's multicast of h brings
+    it. Else all of them, the two directions of one layer, take an x of their own in every step.
+    """
+
+    layers: tuple[LayerMapping, ...]
+    pipelined: bool
+    program: tuple[Instruction, ...]
+
+    @property
+    def spec(self) -> ArraySpec:
+        return self.layers[0].spec
+
+    @property
+    def batch(self) -> int:
+        return self.layers[0].batch
+
+    @property
+    def layout_name(self) -> str:
+        return " | ".join(f"{m.name}: {m.layout.name}" for m in self.layers)
+
+    @property
+    def data_words(self) -> int:
+        return max(m.data_words for m in self.layers)
+
+    @property
+    def weight_depth(self) -> int:
+        return max(m.weight_depth for m in self.layers)
+
+    dense_weights, on_chip_bits, streamed_bits, initial_bits, memory_words, resident_words, macs = map(_added_up, ADDED_UP)
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """Mappings of which each has the whole array, one after the other."""
+
+    stages: tuple[LayerMapping | SideBySide, ...]
+
+    @property
+    def layers(self) -> tuple[LayerMapping, ...]:
+        return tuple(mapping for stage in self.stages for mapping in stage.layers)
+
+    @property
+    def spec(self) -> ArraySpec:
+        return self.stages[0].spec
+
+    @property
+    def batch(self) -> int:
+        return self.stages[0].batch
+
+    @property
+    def layout_name(self) -> str:
+        return "; then ".join(stage.layout_name for stage in self.stages)
+
+    @property
+    def data_words(self) -> int:
+        return max(stage.data_words for stage in self.stages)
+
+    @property
+    def all_fit(self) -> bool:
+        """Whether the weights of all stages are in the PEs together."""
+        return sum(stage.weight_depth for stage in self.stages) <= self.spec.weight_words
+
+    @property
+    def weight_depth(self) -> int:
+        return (sum if self.all_fit else max)(stage.weight_depth for stage in self.stages)
+
+    dense_weights, on_chip_bits, streamed_bits, initial_bits, memory_words, resident_words, macs = map(_added_up, ADDED_UP)
+
+def programs_side_by_side(layers, pipelined: bool) -> list[list[Instruction]]:
+    """The programs of layers that run at the same time, with regions numbered through; pipelined: layer n, n steps behind."""
+    programs, first = [], 0
+    for below, above in pairwise(layers) if pipelined else ():
+        if "hidden" in below.layer.delta or "input" in above.layer.delta:
+            raise ValueError(f"a pipeline sends h once for two layers, so that it takes no delta threshold of it, got "
+                             f"{below.layer.delta} below and {above.layer.delta} above")
+    for n, mapping in enumerate(layers):
+        program = [i for i in mapping.program if not (pipelined and n and i.kind == "multicast" and i.parts == ("ih",))]
+        programs.append([_renumbered(i, n, first, n * pipelined) for i in program])
+        first += len(mapping.layout.regions)
+    return programs
+
+
+def _renumbered(i, layer, first_region, lag):
+    i = replace(i, layer=layer, lag=i.lag + lag)
+    if i.region < 0:
+        return i
+    resource = i.resource if i.kind == "load" else f"{i.resource.split()[0]} {i.region + first_region}"
+    return replace(i, region=i.region + first_region, resource=resource)
+
+
 def words_taken(block: BlockMapping, spec: ArraySpec) -> int:
     """Memory words of one stored word: wider words take several, read in as many cycles; narrower ones are not packed
     together."""
@@ -587,30 +718,39 @@ def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, 
     if used.max() > 1 or used.sum() != sum(region.rows * region.cols for region in layout.regions):
         raise ValueError(f"{layout} needs regions that do not overlap, inside {spec.rows} x {spec.cols} PEs")
     blocks = map_blocks(layer, spec, layout) if blocks is None else blocks
-    data_words = batch * max(int(words.max()) for words in data_words_kept(layer, layout, blocks))
-    if data_words > spec.data_words:
-        kept = "x twice, h once" + ", o * tanh(c) once" * layer.projected + f", for each of {batch} items" * (batch > 1)
-        raise ValueError(f"a PE needs {data_words} data words ({kept}), the array has {spec.data_words} (data_words)")
     if 2 * layout.stream_words > spec.weight_words:
         raise ValueError(f"{layout} needs two buffers of {layout.stream_words} words per PE, the array has {spec.weight_words} "
                          "(weight_words)")
     builder = _ProgramBuilder(layer, spec, layout, blocks, batch)
-    return LayerMapping(layer, spec, layout, blocks, builder.program(), builder.resident, builder.streamed_bits, batch,
-                        len(builder.passes))
+    mapping = LayerMapping(layer, spec, layout, blocks, builder.program(), builder.resident, builder.streamed_bits, batch,
+                           len(builder.passes))
+    if mapping.data_words > spec.data_words:
+        kept = "x twice, h once" + ", o * tanh(c) once" * layer.projected + f", for each of {batch} items" * (batch > 1)
+        raise ValueError(f"a PE needs {mapping.data_words} data words ({kept}), the array has {spec.data_words} (data_words)")
+    return mapping
 
 
-def candidate_layouts(layer: PackedLayer, spec: ArraySpec) -> list[Layout]:
-    """Every arrangement of regions, with whole and with split circulant tiles; where sparse and other blocks meet, the
-    array is also split in two by group columns or by group rows."""
-    kinds = {type(block) for block in layer.blocks.values()}
-    arrangements = [(Region(0, 0, spec.rows, spec.cols),)]
+def candidate_layouts(layer: PackedLayer, spec: ArraySpec, within: Region | None = None) -> list[Layout]:
+    """Every arrangement of regions on the array, or within a part of it, with whole and with split circulant tiles; where
+    sparse and other blocks meet, the array is also split in two by group columns or by group rows."""
+    kinds, place = {type(block) for block in layer.blocks.values()}, within or Region(0, 0, spec.rows, spec.cols)
+    arrangements = [(place,)]
     if PackedSparse in kinds and len(kinds) > 1:
-        arrangements += [(Region(0, 0, spec.rows, c), Region(0, c, spec.rows, spec.cols - c))
-                         for c in range(GROUP, spec.cols, GROUP)]
-        arrangements += [(Region(0, 0, r, spec.cols), Region(r, 0, spec.rows - r, spec.cols))
-                         for r in range(GROUP, spec.rows, GROUP)]
+        arrangements += strips(place, 2)
     return [Layout(regions, split_tiles=split)
             for regions, split in product(arrangements, (False, True) if PackedCirculant in kinds else (False,))]
+
+
+def strips(place: Region, count: int) -> list[tuple[Region, ...]]:
+    """Every way to cut a region into so many strips of whole groups: side by side first, then one below the other."""
+    cuts = []
+    for cols in combinations(range(GROUP, place.cols, GROUP), count - 1):
+        cuts.append(tuple(Region(place.row, place.col + low, place.rows, high - low)
+                          for low, high in pairwise((0, *cols, place.cols))))
+    for rows in combinations(range(GROUP, place.rows, GROUP), count - 1):
+        cuts.append(tuple(Region(place.row + low, place.col, high - low, place.cols)
+                          for low, high in pairwise((0, *rows, place.rows))))
+    return cuts
 
 
 def least_cycles(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> int:

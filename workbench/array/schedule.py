@@ -20,8 +20,10 @@ from functools import cached_property
 import numpy as np
 
 from workbench.array.mapping import (
+    COPIES,
     LayerMapping,
     Layout,
+    SideBySide,
     candidate_layouts,
     columns_kept,
     fitting_mappings,
@@ -49,7 +51,8 @@ ARRIVES = {"ih": (0, "x to PEs"), "hh": (1, "h to PEs"), "hr": (0, "m to PEs")}
 @dataclass(frozen=True)
 class Operation:
     """One operation. step: of the program; -1 holds the configuration and the first x. start, end: cycles, end excluded;
-    after: numbers of the operations whose end it waits for. item: sequence of the batch."""
+    after: numbers of the operations whose end it waits for. item: sequence of the batch; layer: its name in a stack;
+    sequence_step: step of the sequence that it works for; stage: of stages in turn."""
 
     name: str
     kind: str
@@ -62,6 +65,9 @@ class Operation:
     after: tuple[int, ...]
     counts: dict[str, int]
     item: int = 0
+    layer: str = ""
+    sequence_step: int = -1
+    stage: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,14 +86,20 @@ class Timed:
         return self.busy + self.latency
 
 
-def _time_program(mapping: LayerMapping) -> tuple[Timed, ...]:
+def _time_program(mapping) -> tuple[Timed, ...]:
     """Cycles and events of every instruction."""
-    spec, layer = mapping.spec, mapping.layer
+    spec = mapping.spec
     needs, counted = _needs(mapping), _slice_counts(mapping)
 
+    def data_writes(layer, part, words):
+        kept = (columns_kept(layer.layer, layer.layout, layer.blocks, part, n)[:, :words].sum()
+                for n in range(len(layer.layout.regions)))
+        return sum(int(columns) * r.rows for columns, r in zip(kept, layer.layout.regions, strict=True))
+
     def timed(n, i, needs):
+        layer = mapping.layers[i.layer]
         if i.kind in ("mac", "load"):
-            block = mapping.blocks[i.parts[0], i.gate]
+            block = layer.blocks[i.parts[0], i.gate]
             words, macs, padding, runs, fullest = counted[n]
             accesses = words * words_taken(block, spec)
             if i.kind == "load":
@@ -99,15 +111,15 @@ def _time_program(mapping: LayerMapping) -> tuple[Timed, ...]:
             return Timed(fullest, spec.mac_latency, needs, counts,
                          (macs - padding) * spec.mac_ii // (block.pe_rows * block.pe_cols))
         if i.kind == "drain":
-            block, (low, high) = mapping.blocks[i.parts[0], i.gate], i.rows
+            block, (low, high) = layer.blocks[i.parts[0], i.gate], i.rows
             rows = block.rows_between(low, high)
-            words, kept = rows * block.pe_cols, rows * (PARTS[i.parts[0]] in layer.delta)  # sums at the edge that are added to
+            words, kept = rows * block.pe_cols, rows * (PARTS[i.parts[0]] in layer.layer.delta)  # added to sums at the edge
             return Timed(high - low, (block.pe_cols - 1) * spec.link_cycles, needs,
                          {"acc_reads": words + kept, "acc_writes": kept, "link_words": words})
         if i.kind == "multicast":
-            kept = (columns_kept(layer, mapping.layout, mapping.blocks, i.parts[0], n)[:, : i.values].sum()
-                    for n in range(len(mapping.layout.regions)))
-            writes = sum(int(columns) * r.rows for columns, r in zip(kept, mapping.layout.regions, strict=True))
+            writes = data_writes(layer, i.parts[0], i.values)
+            if _taken_above(mapping, i):
+                writes += data_writes(mapping.layers[i.layer + 1], "ih", i.values)
             return Timed(ceil_div(i.values, spec.h_words_per_cycle), 0, needs,
                          {"multicast_words": i.values, "data_writes": writes})
         return Timed(ceil_div(i.values, spec.act_units) * spec.act_ii, spec.act_latency, needs, {i.event: i.values})
@@ -121,8 +133,8 @@ def _time_rows(mapping, timed, inputs, steps) -> tuple[tuple[Timed, ...], ...]:
     rows = [list(timed) for _ in range(steps + 1 + max(i.lag for i in program))]
     for n, i in enumerate(program):
         if i.kind == "mac":
-            block = mapping.blocks[i.parts[0], i.gate]
-            work = work_of(block, i.rows, i.words, inputs[i.parts[0]][:, i.item], mapping.spec)
+            block = mapping.layers[i.layer].blocks[i.parts[0], i.gate]
+            work = work_of(block, i.rows, i.words, inputs[i.layer][i.parts[0]][:, i.item], mapping.spec)
             for step in range(steps):
                 counts = {event: int(count[step]) for event, count in work.events.items()}
                 rows[1 + step + i.lag][n] = replace(timed[n], busy=int(work.busy[step]), multiply=int(work.multiply[step]),
@@ -136,9 +148,9 @@ def _slice_counts(mapping):
     slices, counted = defaultdict(list), {}
     for n, i in enumerate(mapping.program):
         if i.kind in ("mac", "load"):
-            slices[i.parts[0], i.gate, i.rows].append(n)
-    for (part, gate, rows), numbers in slices.items():
-        block, bounds = mapping.blocks[part, gate], np.array([mapping.program[n].words for n in numbers])
+            slices[i.layer, i.parts[0], i.gate, i.rows].append(n)
+    for (layer, part, gate, rows), numbers in slices.items():
+        block, bounds = mapping.layers[layer].blocks[part, gate], np.array([mapping.program[n].words for n in numbers])
         words, macs, padding, runs = block.slice_counts(*rows, bounds[:, 0], bounds[:, 1])
         # A word is used once it is whole: each memory word after its first holds the PE for a cycle.
         fullest = (macs * mapping.spec.mac_ii + words * (words_taken(block, mapping.spec) - 1)).max(axis=1)
@@ -147,12 +159,17 @@ def _slice_counts(mapping):
     return counted
 
 
+def _taken_above(mapping, i) -> bool:
+    """Whether a multicast brings h to the layer above, too."""
+    return mapping.pipelined and i.parts == ("hh",) and i.layer + 1 < len(mapping.layers)
+
+
 def _needs(mapping):
     """Per instruction the (steps back, number) of those whose end it waits for. In-order resources spare all but the last
     of several that end in order."""
     program, banks = mapping.program, mapping.spec.acc_banks
     sum_drains, drains, macs, uses = (defaultdict(list) for _ in range(4))
-    named, loads, drained_before, last_mac = {}, {}, {}, {}
+    named, loads, drained_before, last_mac, readers = {}, {}, {}, {}, defaultdict(dict)
     chunks = Counter(i.region for i in program if i.kind == "load")
     for n, i in enumerate(program):
         if i.kind == "mac":
@@ -160,16 +177,18 @@ def _needs(mapping):
             latest = len(drains[i.region]) - 1
             drained_before[n] = latest - (latest - i.entry) % banks
             macs[i.region].append(n)
+            if i.parts == ("ih",):
+                readers[i.layer, i.item][i.region] = n  # the last of each region
             if i.chunk >= 0:
                 uses[i.region, i.chunk].append(n)
         elif i.kind == "drain":
-            sum_drains[i.item, i.sum].append(n)
+            sum_drains[i.layer, i.item, i.sum].append(n)
             drains[i.region].append(n)
             last_mac[n] = next(m for m in reversed(macs[i.region]) if (program[m].entry - i.entry) % banks == 0)
         elif i.kind == "load":
             loads[i.region, i.chunk] = n
         else:
-            named[i.item, i.name] = n
+            named[i.layer, i.item, i.name] = n
 
     def since(i, m, steps=0):
         """What program[m] did for the same step of the sequence as i, or some steps before."""
@@ -178,7 +197,8 @@ def _needs(mapping):
     def needs(n, i):
         if i.kind == "mac":
             steps, name = ARRIVES[i.parts[0]]
-            yield since(i, named[i.item, name], steps)
+            below = mapping.pipelined and i.layer and i.parts == ("ih",)
+            yield since(i, named[(i.layer - 1, i.item, "h to PEs") if below else (i.layer, i.item, name)], steps)
             back, entry = divmod(drained_before[n], len(drains[i.region]))
             yield -back, drains[i.region][entry]
             if i.chunk >= 0:
@@ -191,8 +211,10 @@ def _needs(mapping):
         elif i.name == "x to PEs":  # its place in the double buffer is free once the former h has passed on the same network
             return
         else:
-            yield from (since(i, m) for m in (sum_drains[i.item, i.sum] if i.sum else ()))
-            yield from (since(i, named[i.item, name]) for name in i.takes)
+            yield from (since(i, m) for m in (sum_drains[i.layer, i.item, i.sum] if i.sum else ()))
+            yield from (since(i, named[i.layer, i.item, name]) for name in i.takes)
+            if i.kind == "multicast" and _taken_above(mapping, i):  # the place of two steps before in the double buffer
+                yield from (since(i, m, COPIES["ih"]) for m in readers[i.layer + 1, i.item].values())
 
     return [tuple(needs(n, i)) for n, i in enumerate(program)]
 
@@ -252,13 +274,43 @@ def _period(rows, depth):
     return None
 
 
+class Readings:
+    """What is read alike off the operations of one stage or of several in turn."""
+
+    @property
+    def cycles_per_item(self) -> float:
+        """Steady-state cycles by which one more step of one item costs; the latency of a step is longer in a batch."""
+        return self.steady_state_cycles / self.mapping.batch
+
+    def table(self, step: int | None = None) -> list[dict]:
+        """The operations as rows, all or those of one step; step -1 holds the configuration and the first x."""
+        return [asdict(op) for op in self.operations if step is None or op.step == step]
+
+    def to_json(self) -> str:
+        """Everything: spec, layouts, steps, batch, figures and the operations as `table` lists them."""
+        mapping = self.mapping
+        return json.dumps({
+            "spec": asdict(mapping.spec), "layout": mapping.layout_name,
+            "layers": [{"name": m.name, "layout": asdict(m.layout)} for m in mapping.layers], "steps": self.steps,
+            "batch": mapping.batch, "whole_sequence": self.whole_sequence, "cycles": self.cycles,
+            "steady_state_cycles": self.steady_state_cycles, "first_step_latency": self.first_step_latency,
+            "initial_load_cycles": self.initial_load_cycles, "split": self.split(), "counts": self.counts(),
+            "operations": self.table()})
+
+    @property
+    def bound(self) -> str:
+        """What the sequence's cycles mostly wait for: compute, memory (the loader), links (drain, multicast) or activation."""
+        split = self.split()
+        return max(BOUND_BY, key=lambda name: sum(split[kind] for kind in BOUND_BY[name]))
+
+
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Readings):
     """The operations of a sequence. candidates: what the scheduler compared, a row each: layout, least_cycles (bound by
     multiplications and loads), and steady_state_cycles and cr_chip where it was scheduled, or why it was refused. by_row:
     what the program takes in the step of each row, where the zeros of a real sequence are skipped and steps differ."""
 
-    mapping: LayerMapping
+    mapping: LayerMapping | SideBySide
     steps: int
     timed: tuple[Timed, ...]
     rows: np.ndarray  # (1 + steps of the program, instructions) starts in cycles, of step -1 first; ABSENT where there is none
@@ -300,18 +352,21 @@ class Schedule:
 
     @property
     def step_cycles(self) -> np.ndarray:
-        """(steps,) cycles from one step's h in the PEs, of all items, to the next step's; the first step's from the start."""
-        return np.diff(self.ends[: self.steps, -1], prepend=0)
-
-    @property
-    def cycles_per_item(self) -> float:
-        """Steady-state cycles by which one more step of one item costs; the latency of a step is longer in a batch."""
-        return self.steady_state_cycles / self.mapping.batch
+        """(steps,) cycles from one step's h in the PEs, of all items and layers, to the next step's; the first step's from the
+        start."""
+        lags = np.array([i.lag for i in self.mapping.program])
+        return np.diff(self.ends[lags.max() :, lags == lags.max()].max(axis=1), prepend=0)
 
     @property
     def first_step_latency(self) -> int:
-        """Cycles from the start, configuration and first x included, until the first h of all items is in the PEs."""
-        return int(self.ends[0, -1])
+        """Cycles from the start, configuration and first x included, until the first h of the last layer, of all items, is in
+        the PEs."""
+        return int(self.step_cycles[0])
+
+    @property
+    def whole_sequence(self) -> bool:
+        """Whether it needs the whole sequence before it can give its first result, as two directions do."""
+        return len(self.mapping.layers) > 1 and not self.mapping.pipelined
 
     @property
     def initial_load_cycles(self) -> int:
@@ -329,17 +384,10 @@ class Schedule:
                 if start != ABSENT:
                     after = {numbers.get((row - back, m), 0) for back, m in op.needs} or ({0} if row == 0 else ())
                     numbers[row, n] = len(found)
-                    found.append(Operation(i.name, i.kind, i.gate, i.region, row - 1, i.resource, start,
-                                           int(self._ends[row, n]), tuple(sorted(after)), op.counts, i.item))
+                    found.append(Operation(
+                        i.name, i.kind, i.gate, i.region, row - 1, i.resource, start, int(self._ends[row, n]),
+                        tuple(sorted(after)), op.counts, i.item, self.mapping.layers[i.layer].name, row - 1 - i.lag))
         return tuple(found)
-
-    def table(self, step: int | None = None) -> list[dict]:
-        """The operations as rows, all or those of one step; step -1 holds the configuration and the first x."""
-        return [asdict(op) for op in self.operations if step is None or op.step == step]
-
-    def to_json(self) -> str:
-        return json.dumps({"layout": self.mapping.layout.name, "spec": asdict(self.mapping.spec), "cycles": self.cycles,
-                           "steps": self.steps, "operations": self.table()})
 
     def counts(self) -> dict[str, int]:
         """Events of the whole sequence (EVENTS)."""
@@ -400,26 +448,22 @@ class Schedule:
             released_by[:, some] = np.where(fits, row * width + m, released_by[:, some])
         return released_by
 
-    @property
-    def bound(self) -> str:
-        """What the sequence's cycles mostly wait for: compute, memory (the loader), links (drain, multicast) or activation."""
-        split = self.split()
-        return max(BOUND_BY, key=lambda name: sum(split[kind] for kind in BOUND_BY[name]))
-
     def utilisation(self) -> np.ndarray:
         """(rows, cols): multiply-accumulates of each PE per cycle, those of padding and of skipped zeros included."""
         return self.mapping.macs * self.mapping.batch * self.steps / self.cycles
 
 
-def schedule_mapping(mapping: LayerMapping, steps: int, inputs=None) -> Schedule:
-    """The schedule of one mapping over `steps` time steps. inputs: what the weights multiply in them (skipping.multiplied),
-    whose zeros an array with a lookahead above 1 skips; without them none is taken to be zero."""
+def schedule_mapping(mapping: LayerMapping | SideBySide, steps: int, inputs=None) -> Schedule:
+    """The schedule of one mapping over `steps` time steps. inputs: what the weights multiply in them (skipping.multiplied), of
+    layers side by side a list, whose zeros an array with a lookahead above 1 skips; without them none is taken to be zero."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"a schedule needs a whole number of steps, at least 1, got {steps!r}")
     timed, by_row = _time_program(mapping), ()
     if inputs is not None and mapping.spec.lookahead > 1:
-        if (got := inputs["ih"].shape) != (expected := (steps, mapping.batch, mapping.layer.input_size)):
-            raise ValueError(f"a schedule of {steps} steps needs inputs of shape {expected}, got {got}")
+        inputs = [inputs] if isinstance(mapping, LayerMapping) else inputs
+        for one, of in zip(inputs, mapping.layers, strict=True):
+            if (got := one["ih"].shape) != (expected := (steps, mapping.batch, of.layer.input_size)):
+                raise ValueError(f"a schedule of {steps} steps needs inputs of shape {expected}, got {got}")
         by_row = _time_rows(mapping, timed, inputs, steps)
     rows, period = _run(timed, mapping.program, mapping.spec.config_cycles, steps, by_row)
     return Schedule(mapping, steps, timed, rows, period, by_row=by_row)

@@ -1,0 +1,229 @@
+"""Layers and directions side by side and in turn: hand numbers, the literal interpreter and the engine as oracles, messages."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_array import KINDS, SMALL, dense_layer, hybrid_layer
+
+from workbench.array import (
+    ArraySpec,
+    Layout,
+    Operation,
+    Region,
+    execute_stack,
+    map_layer,
+    preset,
+    schedule_layer,
+    schedule_stack,
+)
+from workbench.array.cost import Memory, resources
+from workbench.array.interpreter import interpret
+from workbench.array.mapping import candidate_layouts, fitting_mappings, strips
+from workbench.array.stack import side_by_side
+from workbench.engine import StackEngine, run_layer
+
+WIDE = SMALL.with_(cols=8)  # two strips of 4 x 4
+
+
+def stack_of(kind="LSTM", hidden=8, inputs=4, layers=2, directions=1, make=dense_layer):
+    width = directions * KINDS[kind].get("proj", hidden)
+    return [tuple(make(hidden, columns, seed=2 * index + reverse, **KINDS[kind]) for reverse in range(directions))
+            for index, columns in enumerate((inputs,) + (width,) * (layers - 1))]
+
+
+def check_side_by_side(mappings, pipelined, steps, seed):
+    """Spans, events and values of layers side by side are those of the literal machine and of the engine."""
+    rng, layers, batch = np.random.default_rng(seed), [m.layer for m in mappings], mappings[0].batch
+    schedule = side_by_side(mappings, pipelined, steps)
+    xs = [rng.integers(-4096, 4096, (steps, batch, layer.input_size)) for layer in (layers[:1] if pipelined else layers)]
+    literal = interpret(schedule.mapping, xs)
+    engine = None
+    for n, layer in enumerate(layers):
+        engine = run_layer(layer, engine.output if pipelined and n else xs[n])
+        np.testing.assert_array_equal(np.array(literal.output[n]), engine.output)
+        assert literal.c[n] == (None if engine.c is None else engine.c.tolist())
+    assert literal.cycles == schedule.cycles
+    for (step, n), (start, end) in literal.spans.items():
+        assert schedule.rows[step + 1, n] == start and schedule.timed[n].busy + schedule.timed[n].latency == end - start
+    assert len(literal.spans) == (schedule.rows >= 0).sum() == steps * len(schedule.mapping.program)
+    assert literal.counts == {event: count for event, count in schedule.counts().items() if count}
+    assert sum(schedule.split().values()) == schedule.cycles
+    return schedule
+
+
+@st.composite
+def tiny_stacks(draw):
+    def choose(*values):
+        return draw(st.sampled_from(values))
+
+    count, kind, pipelined = choose(2, 2, 3), choose(*KINDS), choose(True, True, False)
+    spec = ArraySpec(
+        rows=choose(4, 8), cols=12, mac_latency=choose(0, 4), acc_depth=choose(4, 64), acc_banks=choose(1, 2, 3),
+        link_cycles=choose(1, 2), h_words_per_cycle=choose(1, 3), act_units=choose(1, 4), act_latency=choose(0, 2),
+        weight_words=choose(2048, 24), load_bits_per_cycle=choose(7, 64), config_cycles=choose(0, 5))
+    width = KINDS[kind].get("proj")
+    layers, inputs = [], choose(1, 3, 5)
+    for seed in range(count):
+        make, hidden = choose(dense_layer, hybrid_layer), choose(4, 8)
+        layers.append(make(hidden, inputs, seed=seed, **KINDS[kind]))
+        inputs = width or hidden if pipelined else inputs
+    regions, batch = draw(st.sampled_from(strips(Region(0, 0, spec.rows, spec.cols), count))), choose(1, 1, 2)
+    mappings = tuple(draw(st.sampled_from(fitting_mappings(layer, spec, draw(st.sampled_from(
+        candidate_layouts(layer, spec, region))), batch))) for layer, region in zip(layers, regions, strict=True))
+    return mappings, pipelined, choose(1, 2, 4), draw(st.integers(0, 1000))
+
+
+@settings(max_examples=80, deadline=None)
+@given(tiny_stacks())
+def test_layers_side_by_side_equal_the_literal_interpreter(case):
+    check_side_by_side(*case)
+
+
+# Pipelines.
+
+
+def pipeline(kind="LSTM", steps=2, batch=1, **changes):
+    """Two layers, each on 4 x 4 PEs of 4 x 8."""
+    mappings = (map_layer(layer, WIDE.with_(**changes), Layout((Region(0, 4 * n, 4, 4),)), batch=batch)
+                for n, (layer,) in enumerate(stack_of(kind)))
+    return side_by_side(tuple(mappings), True, steps)
+
+
+def test_two_pipelined_layers_by_hand():
+    schedule = pipeline()
+    found = {(op.sequence_step, op.region, op.name): (op.start, op.end) for op in schedule.operations if op.region >= 0}
+    # h of layer 0 is in all PEs at 74, as of that layer alone. Then both layers begin: layer 0 with W_hh, layer 1 with W_ih.
+    assert [found[1, 0, f"mac {gate} hh"] for gate in "ifgo"] == [(74, 82), (78, 86), (87, 95), (91, 99)]
+    assert [found[0, 1, f"mac {gate} ih"] for gate in "ifgo"] == [(74, 82), (78, 86), (82, 90), (86, 94)]
+    # Then W_hh h of the first step, of zeros; g waits for the drain of i: 2 rows, 3 hops.
+    assert [found[0, 1, f"mac {gate} hh"] for gate in "ifgo"] == [(90, 98), (94, 102), (103, 111), (107, 115)]
+    assert found[0, 1, "drain i ih+hh"] == (98, 103) and found[0, 1, "drain g ih+hh"] == (111, 116)
+    spans = {(op.sequence_step, op.resource, op.name, op.start): op.end for op in schedule.operations if op.region < 0}
+    # The units serve layer 0 until its act o, at 116 for 2 cycles; its h is ready at 128, with 8 words to send.
+    assert spans[1, "activation", "act o", 116] == 122 and spans[0, "activation", "act i", 118] == 124
+    assert spans[1, "network", "h to PEs", 128] == 136  # 62 cycles after the one before
+    assert spans[0, "network", "h to PEs", 154] == schedule.first_step_latency == 162
+    assert schedule.period == (1, 62) and schedule.cycles == 162 + 62 == sum(schedule.split().values())
+    assert not schedule.whole_sequence
+
+
+def test_a_pipeline_is_as_fast_as_its_slowest_layer_alone():
+    for kind in KINDS:
+        schedule = pipeline(kind, 20)
+        alone = [schedule_layer(layer, SMALL, 20).steady_state_cycles for (layer,) in stack_of(kind)]
+        assert max(alone) <= schedule.steady_state_cycles < 1.05 * max(alone)
+
+
+def test_h_of_a_pipelined_layer_is_sent_once_and_stored_twice():
+    counts = pipeline(steps=3).counts()
+    assert counts["multicast_words"] == 3 * (4 + 8 + 8)
+    assert counts["data_writes"] == 3 * 4 * (4 + 2 * 8 + 8)  # in 4 PE rows: x; h in both layers; h of the last
+
+
+def test_strips_by_hand():
+    halves = [(Region(0, 0, 8, 4), Region(0, 4, 8, 4)), (Region(0, 0, 4, 8), Region(4, 0, 4, 8))]
+    assert strips(Region(0, 0, 8, 8), 2) == halves
+    assert strips(Region(4, 4, 4, 8), 2) == [(Region(4, 4, 4, 4), Region(4, 8, 4, 4))]
+    assert len(strips(Region(0, 0, 16, 16), 3)) == 6 and strips(Region(0, 0, 4, 4), 2) == []
+
+
+# Whole stacks.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_widths_of_strips_are_the_best(kind):
+    stack, spec = stack_of(kind, 32, 4, make=hybrid_layer), preset("array16x16")
+    best = schedule_stack(stack, spec, 10, form="side by side").stages[0]
+    for regions in strips(Region(0, 0, 16, 16), 2):
+        for split in (False, True):
+            mappings = tuple(fitting_mappings(layer, spec, Layout((region,), split_tiles=split))[0]
+                             for (layer,), region in zip(stack, regions, strict=True))
+            assert best.steady_state_cycles <= side_by_side(mappings, True, 10).steady_state_cycles
+
+
+def test_bidirectional_layers_wait_for_the_whole_sequence():
+    stack = stack_of(directions=2)
+    both = schedule_stack(stack, WIDE, 6, form="side by side")
+    assert [len(stage.mapping.layers) for stage in both.stages] == [2, 2] and both.whole_sequence
+    in_turn = schedule_stack(stack, WIDE, 6, form="in turn")
+    assert [stage.mapping.name for stage in in_turn.stages] == ["l0", "l0_reverse", "l1", "l1_reverse"]
+    last = max(op.end for op in both.operations if op.stage == 0)
+    assert min(op.start for op in both.operations if op.stage == 1) == last == both.stages[0].cycles
+    assert schedule_stack(stack, WIDE, 6).cycles == min(both.cycles, in_turn.cycles)
+    assert both.first_step_latency == last + both.stages[1].first_step_latency
+    assert not schedule_stack(stack_of(), WIDE, 6, form="side by side").whole_sequence
+    assert schedule_stack(stack_of(layers=1, directions=2), WIDE, 6, form="side by side").whole_sequence
+
+
+def test_stages_in_turn_load_their_weights_where_not_all_fit():
+    """Words per PE: 24 in the first layer, 32 in the second, of 8 bits."""
+    fit, reload = (schedule_stack(stack_of(), SMALL.with_(weight_words=words), 6) for words in (56, 55))
+    assert fit.loads == (0, 0) and reload.loads == (0, 32 * 16 * 8 // 64)
+    assert reload.cycles == fit.cycles + 64 == sum(reload.split().values()) and reload.split()["load"] == 64
+    assert reload.counts() == fit.counts() | {"loaded_bits": 32 * 16 * 8, "weight_writes": 32 * 16}
+    assert fit.initial_load_cycles == (24 + 32) * 2 and reload.initial_load_cycles == 24 * 2
+    assert (resources(fit.mapping).weights, resources(reload.mapping).weights) == (Memory(56, 8), Memory(32, 8))
+    assert resources(pipeline().mapping).weights == Memory(32, 8)  # of the fullest PE
+    for schedule in (fit, reload, pipeline()):
+        assert all(schedule.operations[n].end <= op.start for op in schedule.operations for n in op.after)
+        assert schedule.cycles == max(op.end for op in schedule.operations)
+        assert round(schedule.utilisation().sum() * schedule.cycles) == schedule.counts()["macs"]
+
+
+@pytest.mark.parametrize("form", ["in turn", "side by side", ""])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_stacks_equal_the_engine(kind, directions, form):
+    stack, x = stack_of(kind, layers=3, directions=directions, make=hybrid_layer), np.random.default_rng(0)
+    x = x.integers(-9000, 9000, (5, 2, 4))
+    executed, engine = execute_stack(stack, SMALL.with_(cols=12), x, form), StackEngine(stack).run(x)
+    np.testing.assert_array_equal(executed.output, engine.output)
+    np.testing.assert_array_equal([run.h for layer in executed.layers for run in layer], engine.h)
+    assert executed.schedule.mapping.batch == 2 and executed.schedule.steps == 5
+
+
+@pytest.mark.parametrize("form", ["in turn", "side by side"])
+def test_stacks_skip_zeros_as_their_layers_do(form):
+    stack, x = stack_of(), np.random.default_rng(0).integers(-9000, 9000, (6, 1, 4)) * (np.arange(6) % 3 == 0)[:, None, None]
+    executed = [execute_stack(stack, WIDE.with_(lookahead=n), x, form) for n in (1, 4)]
+    np.testing.assert_array_equal(executed[0].output, executed[1].output)
+    counts = executed[1].schedule.counts()
+    assert counts["skipped_macs"] == 4 * 4 * 8 * 4 + 2 * 4 * 8 * 8  # four steps of x, the first h of both layers
+    assert counts["macs"] + counts["skipped_macs"] == executed[0].schedule.counts()["macs"]
+    assert executed[1].schedule.cycles <= executed[0].schedule.cycles
+
+
+def test_a_pipeline_refuses_a_delta_threshold_of_what_two_layers_take():
+    (below,), (above,) = stack_of()
+    stack = [(replace(below, delta={"hidden": 3}),), (above,)]
+    with pytest.raises(ValueError, match="a pipeline sends h once for two layers, so that it takes no delta threshold of it"):
+        schedule_stack(stack, WIDE.with_(word_bits=17), 3, form="side by side")
+    assert schedule_stack(stack, WIDE.with_(word_bits=17), 3).stages[1].mapping.name == "l1"
+
+
+def test_json_rebuilds_the_table():
+    for schedule in (schedule_layer(dense_layer(), SMALL, 3, batch=2), pipeline(batch=2), schedule_stack(stack_of(), SMALL, 3)):
+        read = json.loads(schedule.to_json())
+        operations = [Operation(**row | {"after": tuple(row["after"])}) for row in read["operations"]]
+        assert tuple(operations) == schedule.operations
+        assert ArraySpec(**read["spec"]) == schedule.mapping.spec and read["batch"] == schedule.mapping.batch
+        layouts = [Layout(tuple(Region(**region) for region in layer["layout"].pop("regions")), **layer["layout"])
+                   for layer in read["layers"]]
+        assert layouts == [mapping.layout for mapping in schedule.mapping.layers]
+        assert (read["steps"], read["cycles"]) == (schedule.steps, schedule.cycles)
+        assert read["counts"] == schedule.counts() and read["split"] == schedule.split()
+
+
+def test_what_is_no_stack_or_has_no_place_is_refused():
+    with pytest.raises(TypeError, match="schedule_stack needs layers of PackedLayers"):
+        schedule_stack([], SMALL, 3)
+    with pytest.raises(ValueError, match="schedule_stack knows the forms in turn, side by side, got 'pipeline'"):
+        schedule_stack(stack_of(), SMALL, 3, form="pipeline")
+    with pytest.raises(ValueError, match="4 x 4 PEs have no strips of whole groups that hold l0, l1 side by side: too few"):
+        schedule_stack(stack_of(), SMALL, 3, form="side by side")
+    with pytest.raises(ValueError, match=r"side by side: a PE needs 6 data words .*the array has 5"):
+        schedule_stack(stack_of(), WIDE.with_(data_words=5), 3, form="side by side")

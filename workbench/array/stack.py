@@ -1,0 +1,232 @@
+"""Layers and directions of a recurrent module on one array: which run side by side, which in turn, on which regions.
+
+Layers of one direction are pipelined over time steps: a layer does step t while the one below does step t + 1. A reverse
+direction begins with the last step of the layer below, so that a bidirectional layer waits for the whole sequence below it:
+such layers run in turn, the two directions side by side on regions of their own or in turn on the whole array.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from workbench.array.mapping import (
+    InTurn,
+    LayerMapping,
+    Region,
+    SideBySide,
+    candidate_layouts,
+    fitting_mappings,
+    least_cycles,
+    programs_side_by_side,
+    strips,
+)
+from workbench.array.schedule import Operation, Readings, Schedule, schedule_layer, schedule_mapping
+from workbench.array.spec import ArraySpec
+from workbench.packed import PackedLayer
+
+
+@dataclass(frozen=True)
+class StagedSchedule(Readings):
+    """Schedules in turn, each a stage with a configuration of its own that begins when the one before has ended.
+
+    Where the weights of all stages do not fit the PEs' memories together, a stage begins with the load of its resident words
+    (the first stage's are in place). candidates: what the scheduler compared, a row each.
+    """
+
+    stages: tuple[Schedule, ...]
+    candidates: tuple[dict, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        return self.stages[-1].steps
+
+    @cached_property
+    def mapping(self) -> InTurn:
+        return InTurn(tuple(stage.mapping for stage in self.stages))
+
+    @cached_property
+    def loads(self) -> tuple[int, ...]:
+        """Cycles of the load that each stage begins with."""
+        return tuple(stage.initial_load_cycles * (n > 0 and not self.mapping.all_fit) for n, stage in enumerate(self.stages))
+
+    @property
+    def initial_load_cycles(self) -> int:
+        """Cycles that the loader takes once, before the sequence, for the resident weights; in no other figure."""
+        return self.stages[0].initial_load_cycles if not self.mapping.all_fit else sum(
+            stage.initial_load_cycles for stage in self.stages)
+
+    @property
+    def cycles(self) -> int:
+        """Of the whole sequence, configurations and loads between stages included."""
+        return sum(stage.cycles for stage in self.stages) + sum(self.loads)
+
+    @property
+    def steady_state_cycles(self) -> float:
+        """Cycles that one more step of the sequence costs, the sum over the stages."""
+        return sum(stage.steady_state_cycles for stage in self.stages)
+
+    @property
+    def first_step_latency(self) -> int:
+        """Cycles from the start until the last stage has its first result: all others have then ended."""
+        return self.cycles - self.stages[-1].cycles + self.stages[-1].first_step_latency
+
+    @property
+    def whole_sequence(self) -> bool:
+        """Whether it needs the whole sequence before it can give its first result."""
+        return len(self.stages) > 1 or self.stages[0].whole_sequence
+
+    @cached_property
+    def operations(self) -> tuple[Operation, ...]:
+        """The operations of all stages; the first of a stage wait for the last of the one before."""
+        found, offset = [], 0
+        for n, (stage, load) in enumerate(zip(self.stages, self.loads, strict=True)):
+            before, begin = len(found), offset + load
+            if load:
+                found.append(Operation("load of the stage", "load", "", -1, -1, "loader", offset, begin, (before - 1,),
+                                       _load_counts(stage.mapping), stage=n))
+            first = len(found)
+            for op in stage.operations:
+                after = tuple(first + m for m in op.after) or (first - 1,) * (first > 0)
+                found.append(replace(op, start=op.start + begin, end=op.end + begin, after=after, stage=n))
+            offset = begin + stage.cycles
+        return tuple(found)
+
+    def counts(self) -> dict[str, int]:
+        """Events of the whole sequence (EVENTS)."""
+        parts = [stage.counts() for stage in self.stages]
+        parts += [_load_counts(stage.mapping) for stage, load in zip(self.stages, self.loads, strict=True) if load]
+        return {event: sum(part.get(event, 0) for part in parts) for event in parts[0]}
+
+    def split(self) -> dict[str, int]:
+        """The total's cycles by what the critical path waits for; sums to `cycles`."""
+        parts = [stage.split() for stage in self.stages]
+        return {kind: sum(part[kind] for part in parts) + (sum(self.loads) if kind == "load" else 0) for kind in parts[0]}
+
+    def utilisation(self) -> np.ndarray:
+        """(rows, cols): multiply-accumulates that each PE issues per cycle, those of padding included."""
+        return sum(stage.utilisation() * stage.cycles for stage in self.stages) / self.cycles
+
+
+def _load_counts(mapping):
+    return {"loaded_bits": mapping.initial_bits, "weight_writes": int(mapping.resident_words.sum())}
+
+
+SETTLED = 8  # step of a layer alone by which it has found its pace
+PHASES = 8  # shares of a step by which each layer is thought to begin after the one before, when the order is chosen
+
+
+def side_by_side(layers: tuple[LayerMapping, ...], pipelined: bool, steps: int, inputs=None) -> Schedule:
+    """The schedule of mappings on regions that do not overlap; inputs: their names -> what schedule_layer takes.
+
+    Shared resources serve their instructions in the order in which these would start if each layer ran alone, each some cycles
+    behind the one before; of PHASES such delays the one with the fewest steady-state cycles is taken. No order beats the
+    slowest layer alone.
+    """
+    programs, best = programs_side_by_side(layers, pipelined), None
+    alone = [schedule_mapping(mapping, SETTLED + 2) for mapping in layers]
+    slowest = max(schedule.steady_state_cycles for schedule in alone)
+    began = []  # per layer and instruction, when an instruction and all before it have started, from the last h on
+    for schedule, program in zip(alone, programs, strict=True):
+        whole = schedule.mapping.program
+        h = max(n for n, i in enumerate(whole) if i.parts == ("hh",) and i.kind == "multicast")
+        starts = schedule.starts[SETTLED] - schedule.ends[SETTLED - 1, h]
+        taken = [i.name != "x to PEs" for i in whole] if len(program) < len(whole) else [True] * len(whole)
+        began.append(np.maximum.accumulate(starts[taken]))
+    for phase in range(PHASES):
+        order = sorted((start + n * phase * slowest / PHASES, n, m) for n, starts in enumerate(began)
+                       for m, start in enumerate(starts.tolist()))
+        program = tuple(programs[n][m] for _, n, m in order)
+        schedule = schedule_mapping(SideBySide(tuple(layers), pipelined, program), steps,
+                                    inputs and [inputs[mapping.name] for mapping in layers])
+        if best is None or schedule.steady_state_cycles < best.steady_state_cycles:
+            best = schedule
+        if inputs is None and best.steady_state_cycles <= slowest:
+            break
+    return best
+
+
+FORMS = ("in turn", "side by side")
+
+
+def layer_name(index: int, reverse: int) -> str:
+    """As torch names the parameters of a layer and direction: "l0", "l1_reverse"."""
+    return f"l{index}{'_reverse' * reverse}"
+
+
+def schedule_stack(stack, spec: ArraySpec, steps: int, batch: int = 1, form: str = "", inputs=None) -> StagedSchedule:
+    """Schedule all layers and directions of one recurrent module (stack: as PackedModel.stack gives it) over `steps` time steps
+    of `batch` sequences side by side; inputs: layer_name -> what schedule_layer takes.
+
+    form: "side by side": layers of one direction in a pipeline, or both directions of each layer, on strips of the array;
+    "in turn": each on the whole array; else that of the two which takes fewer cycles for the sequence. Strips are whole columns
+    or rows of groups; of all widths the fewest steady-state cycles win (one whose multiplications alone take as many as the
+    best so far is not scheduled). Within a strip each layer takes the layout whose multiplications bound it least. What the
+    array cannot hold raises ValueError with the numbers.
+    """
+    rows = []
+    named = [{layer_name(index, reverse): layer for reverse, layer in enumerate(directions)}
+             for index, directions in enumerate(stack)]
+    if not named or not all(isinstance(layer, PackedLayer) for layers in named for layer in layers.values()):
+        raise TypeError("schedule_stack needs layers of PackedLayers, as PackedModel.stack gives them")
+    if form not in ("", *FORMS):
+        raise ValueError(f"schedule_stack knows the forms {', '.join(FORMS)}, got {form!r}")
+
+    def compared(layers, pipelined):
+        """The stages that the layers take."""
+        found = {}
+        if form != "side by side" or len(layers) == 1:
+            found["in turn"] = [_alone(name, layer, spec, steps, batch, inputs) for name, layer in layers.items()]
+        if form != "in turn" and len(layers) > 1:
+            best = _best_side_by_side(layers, pipelined, spec, steps, batch, inputs, rows)
+            found |= {"side by side": [best]} if best else {}
+        if not found:
+            why = rows[-1]["refused"] if rows else "too few groups"
+            raise ValueError(f"{spec.rows} x {spec.cols} PEs have no strips of whole groups that hold {', '.join(layers)} side "
+                             f"by side: {why}")
+        found = {form: StagedSchedule(tuple(stages)) for form, stages in found.items()}
+        rows.extend({"form": form, "layout": staged.mapping.layout_name, "cycles": staged.cycles,
+                     "steady_state_cycles": staged.steady_state_cycles} for form, staged in found.items())
+        return min(found.values(), key=lambda staged: staged.cycles).stages
+
+    if all(len(layers) == 1 for layers in named):
+        stages = compared({name: layer for layers in named for name, layer in layers.items()}, pipelined=True)
+    else:
+        stages = [stage for layers in named for stage in compared(layers, pipelined=False)]
+    return StagedSchedule(tuple(stages), tuple(rows))
+
+
+def _alone(name, layer, spec, steps, batch, inputs):
+    schedule = schedule_layer(layer, spec, steps, batch=batch, inputs=inputs and inputs[name])
+    return replace(schedule, mapping=replace(schedule.mapping, name=name))
+
+
+def _best_side_by_side(layers, pipelined, spec, steps, batch, inputs, rows):
+    """The schedule with the fewest steady-state cycles over all strips, or None where no strips hold the layers."""
+    options = []
+    for regions in strips(Region(0, 0, spec.rows, spec.cols), len(layers)):
+        bounds, layouts = zip(*(
+            min(((least_cycles(layer, spec, layout), layout) for layout in candidate_layouts(layer, spec, region)),
+                key=lambda option: option[0]) for layer, region in zip(layers.values(), regions, strict=True)), strict=True)
+        options.append((batch * max(bounds) * (inputs is None), layouts))
+    best = None
+    for bound, layouts in sorted(options, key=lambda option: option[0]):
+        name = " | ".join(f"{name}: {layout.name}" for name, layout in zip(layers, layouts, strict=True))
+        row = {"form": "side by side", "layout": name, "least_cycles": bound}
+        rows.append(row)
+        if best is not None and bound >= best.steady_state_cycles:
+            continue
+        try:
+            fitting = [[replace(mapping, name=name) for mapping in fitting_mappings(layer, spec, layout, batch)]
+                       for (name, layer), layout in zip(layers.items(), layouts, strict=True)]
+            sizes = range(max(map(len, fitting)))  # of streaming buffers
+            schedules = [side_by_side(tuple(some[min(n, len(some) - 1)] for some in fitting), pipelined, steps, inputs)
+                         for n in sizes]
+        except ValueError as error:
+            row["refused"] = str(error)
+            continue
+        for schedule in schedules:
+            row["steady_state_cycles"] = min(schedule.steady_state_cycles, row.get("steady_state_cycles", float("inf")))
+            if best is None or schedule.steady_state_cycles < best.steady_state_cycles:
+                best = schedule
+    return best
