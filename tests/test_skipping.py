@@ -97,6 +97,16 @@ def test_zeros_of_a_dense_block_by_hand(lookahead, cycles):
                       "acc_writes": 12}
 
 
+@pytest.mark.parametrize(("lookahead", "cycles"), [(2, 5 + 5), (4, 3 + 3), (8, 2 + 2)])
+def test_many_zeros_take_several_windows_by_hand(lookahead, cycles):
+    """A PE has 20 inputs, of which the tenth alone is not zero: 1 + floor(9/2), then ceil(10/2); 1 + 2 and 3; 1 + 1 and 2."""
+    spec = SMALL.with_(lookahead=lookahead)
+    x = np.zeros((1, 80), dtype=int)
+    x[0, 9 * 4] = 1
+    schedule = check(map_layer(dense_layer(4, 80), spec, one_region(spec)), x)
+    assert busy(schedule, "mac i ih") == cycles
+
+
 @pytest.mark.parametrize(("lookahead", "cycles"), [(1, 16), (2, 8), (4, 5), (8, 5)])
 def test_zeros_of_a_circulant_tile_by_hand(lookahead, cycles):
     """One PE has a tile of 4 x 4: four words, each for the inputs 0 5 0 0. Lookahead 2: one zero, then 3 three times, each

@@ -421,3 +421,54 @@ def mixture_figure(results: pd.DataFrame, lost: str) -> Figure:
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     return figure
+
+
+def crossover_figure(table: pd.DataFrame, blocks: pd.DataFrame | None = None) -> Figure:
+    """Which operation of a block takes fewer cycles, a panel per lookahead: counted points in the colour of the better one,
+    wrongly predicted ones in a ring, and the predicted border. table: rows of array.crossover; blocks: those of real layers,
+    rows of compare_operations, in the panel of their column `lookahead`."""
+    lookaheads = sorted(table["lookahead"].unique())
+    figure = Figure(figsize=(1.2 + 3.2 * len(lookaheads), 3.9), layout="constrained")
+    colours = {"dense": INSENSITIVE, "sparse": SENSITIVE}
+    for axis, lookahead in zip(np.atleast_1d(figure.subplots(1, len(lookaheads), sharey=True)), lookaheads, strict=True):
+        mine = table[table["lookahead"] == lookahead]
+        for (name, colour), marker in zip(colours.items(), "so", strict=True):
+            best = mine[mine["best"] == name]
+            axis.plot(best["input density"], best["weight density"], marker, color=colour, markersize=6, alpha=0.8,
+                      label=f"{name} is better")
+        wrong = mine[~mine["right"]]
+        axis.plot(wrong["input density"], wrong["weight density"], "o", color="black", fillstyle="none", markersize=12,
+                  label="predicted wrongly")
+        line = mine.groupby("input density")["border"].first()
+        axis.plot(line.index, line, "k--", linewidth=1.2, label="predicted border")
+        if blocks is not None:
+            for name, some in blocks[blocks["lookahead"] == lookahead].groupby("choice"):
+                axis.plot(some["input density"], some["weight density"], "*", color=colours[name], markeredgecolor="black",
+                          markersize=11, label=f"real block, {name} chosen")
+        axis.set(title=f"lookahead {lookahead}", xlabel="input density")
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("weight density")
+    labelled = {text: handle for axis in figure.axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=4, fontsize="small")
+    return figure
+
+
+def delta_figure(table: pd.DataFrame, accuracy: str) -> Figure:
+    """A delta threshold over its range: what is still sent and how accurate the model is, and cycles per step of real
+    sequences, mean and from there to the 95th percentile, a line a lookahead. table: rows of delta_study."""
+    figure = Figure(figsize=(10, 3.7), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    first = table[table["lookahead"] == table["lookahead"].min()]
+    place = np.arange(len(first))
+    for n, name in enumerate(("input sent", "hidden sent", accuracy)):
+        left.plot(place, 100 * first[name], color=GATE_COLOURS[n], marker=METHOD_MARKERS[n], label=name)
+    left.set(xlabel="delta threshold", ylabel="%", ylim=(0, 102))
+    for n, (lookahead, rows) in enumerate(table.groupby("lookahead")):
+        right.plot(place, rows["cycles mean"], color=GATE_COLOURS[n], marker=METHOD_MARKERS[n], label=f"lookahead {lookahead}")
+        right.fill_between(place, rows["cycles mean"], rows["cycles p95"], color=GATE_COLOURS[n], alpha=0.2)
+    right.set(xlabel="delta threshold", ylabel="cycles per step", ylim=(0, None))
+    for axis in (left, right):
+        axis.set_xticks(place, first["threshold"])
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    return figure

@@ -1,5 +1,6 @@
 """The array processor: specification, mapping, schedule, execution and cost of packed layers."""
 
+from workbench.array.choice import Choice, compare_operations, crossover, with_operations
 from workbench.array.execute import Execution, StackExecution, execute_layer, execute_stack
 from workbench.array.mapping import BlockMapping, LayerMapping, Layout, Region, map_block, map_layer
 from workbench.array.schedule import Operation, Schedule, schedule_layer, schedule_layers
@@ -9,8 +10,9 @@ from workbench.array.stack import StagedSchedule, schedule_stack
 from workbench.array.systolic import SYSTOLIC, SystolicArray, SystolicRun, last_cycle, layer_products, run_product
 
 __all__ = [
-    "ASSUMPTIONS", "FIELDS", "PRESETS", "SYSTOLIC", "ArraySpec", "BlockMapping", "Execution", "LayerMapping", "Layout",
-    "Operation", "Region", "Schedule", "StackExecution", "StagedSchedule", "SystolicArray", "SystolicRun", "execute_layer",
-    "execute_stack", "last_cycle", "layer_products", "map_block", "map_layer", "multiplied", "preset", "run_product",
-    "schedule_layer", "schedule_layers", "schedule_stack",
+    "ASSUMPTIONS", "FIELDS", "PRESETS", "SYSTOLIC", "ArraySpec", "BlockMapping", "Choice", "Execution", "LayerMapping",
+    "Layout", "Operation", "Region", "Schedule", "StackExecution", "StagedSchedule", "SystolicArray", "SystolicRun",
+    "compare_operations", "crossover", "execute_layer", "execute_stack", "last_cycle", "layer_products", "map_block",
+    "map_layer", "multiplied", "preset", "run_product", "schedule_layer", "schedule_layers", "schedule_stack",
+    "with_operations",
 ]  # fmt: skip
