@@ -24,7 +24,7 @@ LEVELS = (
     ("gates", "methods"),
     ("plan", "budget", "constrain", "quantise", "emulation", "units"),
     ("tasks", "models", "schedules", "train"),
-    ("sensitivity", "allocation", "signals"),
+    ("sensitivity", "cheap", "allocation", "signals"),
     ("runs", "pareto", "published", "sweep", "index", "report", "plots", "study", "precision", "tables", "__main__"),
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}

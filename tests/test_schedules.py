@@ -79,6 +79,7 @@ def test_the_cubic_schedule_by_hand(model):
     (wb.BlockCirculant(8), 0.25, wb.BlockCirculant(4)), (wb.BlockCirculant(8), 0.125, wb.BlockCirculant(8)),
     (wb.BlockCirculant(12), 0.3, wb.BlockCirculant(2)), (wb.Structured(4), 0.3, wb.Structured(2)),
     (wb.Dense(), 0.5, wb.Dense()), (wb.BlockCirculant(3), 0.4, wb.BlockCirculant(2)), (wb.BlockCirculant(3), 0.6, wb.Dense()),
+    (wb.BlockCirculant(8), 0.05, wb.BlockCirculant(8)), (wb.LowRank(4), 0.5, wb.LowRank(6)), (wb.LowRank(4), 0.99, wb.Dense()),
 ], ids=str)  # fmt: skip
 def test_the_strongest_that_keeps_so_much(method, kept, found):
     assert milder(method, torch.ones(24, 24), kept) == found
@@ -103,7 +104,8 @@ def test_a_stage_holds_from_its_progress_on(model):
 
 def test_admm_by_hand():
     """Two features, one unit, keep one weight of two. W = (3, 1): Z = (3, 0), U = 0, |W - Z + U|^2 = 1. Then W = (1, 2) at the
-    second update: Z = (0, 2) of W + U, U = (1, 0): 4. Then W = (0, 2), third: W + U = (1, 2), Z = (0, 2), U = (1, 0): 1."""
+    second update: Z = (0, 2) of W + U, U = (1, 0): 4. Then W = (1.5, 2), third: W + U = (2.5, 2), Z = (2.5, 0), U = (0, 2):
+    |(-1, 4)|^2 = 17."""
     model = Regressor(1, 2)
     with torch.no_grad():
         for name, parameter in model.rnn.named_parameters():
@@ -111,16 +113,16 @@ def test_admm_by_hand():
     plan = wb.uniform(model, wb.TopK(0.5), 8, wb.calibrate(model, [torch.ones(2, 1, 2)]))
     schedule = wb.admm(model, plan, rho=0.5, updates=4, until=0.8)
     penalties = [schedule.penalty()]
-    for progress, w in ((0, [3, 1]), (0.1, [3, 1]), (0.2, [1, 2]), (0.3, [1, 2]), (0.4, [0, 2])):
+    for progress, w in ((0, [3, 1]), (0.1, [3, 1]), (0.2, [1, 2]), (0.3, [1, 2]), (0.4, [1.5, 2])):
         with torch.no_grad():
             for gate in schedule.model.rnn.parametrizations.weight_ih_l0.parameters():
                 gate.copy_(torch.tensor([w]))
         schedule.step(progress)
         penalties.append(schedule.penalty().item())
-    assert penalties == [0, *(0.5 / 2 * 3 * square for square in (1, 1, 4, 4, 1))]
+    assert penalties == [0, *(0.5 / 2 * 3 * square for square in (1, 1, 4, 4, 17))]
     loss = schedule.penalty()
-    loss.backward()  # rho (W - Z + U) = 0.5 * (1, 0)
-    assert schedule.model.rnn.parametrizations.weight_ih_l0.original0.grad.tolist() == [[0.5, 0]]
+    loss.backward()  # rho (W - Z + U) = 0.5 * (-1, 4)
+    assert schedule.model.rnn.parametrizations.weight_ih_l0.original0.grad.tolist() == [[-0.5, 2]]
     assert schedule.step(0.8) and schedule.penalty() == 0
     assert schedule.model.rnn.weight_ih_l0.tolist() == [[0, 2]] * 3
 

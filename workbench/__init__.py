@@ -13,6 +13,7 @@ _NAMES = {
     name: f"workbench.{module}"
     for module, names in {
         "allocation": "allocate",
+        "cheap": "cheap_agreement cheap_over_seeds cheap_sensitivity",
         "constrain": "attach bake compress pack",
         "emulation": "emulate mismatch_rate",
         "fixedpoint": "QFormat",
@@ -43,9 +44,9 @@ _NAMES = {
     for name in names.split()
 }
 _SUBMODULES = (
-    "allocation", "array", "budget", "constrain", "container", "emulation", "engine", "fixedpoint", "gates", "index", "methods",
-    "models", "packed", "pareto", "plan", "plots", "precision", "published", "quantise", "report", "runs", "schedules",
-    "sensitivity", "signals", "study", "sweep", "tables", "tasks", "train", "units",
+    "allocation", "array", "budget", "cheap", "constrain", "container", "emulation", "engine", "fixedpoint", "gates", "index",
+    "methods", "models", "packed", "pareto", "plan", "plots", "precision", "published", "quantise", "report", "runs",
+    "schedules", "sensitivity", "signals", "study", "sweep", "tables", "tasks", "train", "units",
 )  # fmt: skip
 
 __all__ = ["__version__", *_NAMES, *_SUBMODULES]

@@ -36,12 +36,14 @@ class Loop:
 
     evaluate: model -> one number, the lower the better; called in evaluation mode, without gradients. batches: the model's
     arguments, as `calibrate` takes them. train: trains a model in place; called in training mode, each call is one epoch.
-    Both functions draw from the seed of the measurement. Without `train` only epochs 0 can be measured.
+    losses: model -> the training loss of a few batches, one after another, each with its graph; only cheap_sensitivity asks
+    for it. All functions draw from the seed of the measurement. Without `train` only epochs 0 can be measured.
     """
 
     evaluate: Callable[[torch.nn.Module], float]
     batches: Iterable
     train: Callable[[torch.nn.Module], None] | None = None
+    losses: Callable[[torch.nn.Module], Iterable[torch.Tensor]] | None = None
 
 
 def _batches(task, epochs):

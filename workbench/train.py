@@ -5,11 +5,12 @@ Validation decides which epoch is kept; the test split is read by nothing but `e
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -332,6 +333,16 @@ class _Streams:
         real = [len(stream) - 1 for stream in streams]
         return (torch.cat([column[:count] for column, count in zip(torch.cat(pieces).T.cpu(), real, strict=True)])
                 for pieces in (losses, correct))  # fmt: skip
+
+
+def batch_losses(model: nn.Module, task: Task | LanguageTask, count: int, seed: int) -> Iterator[torch.Tensor]:
+    """The training loss, with its graph, of each of `count` batches (at most those of one epoch), with the task's
+    augmentation and without dropout."""
+    device = _device(model)
+    with seeded(seed, device.type), evaluating(model):
+        data = _kind(task)(task, device, None)
+        for batch in itertools.islice(data.batches(), count):
+            yield data.loss(model, batch)[0]
 
 
 def _detached(state):

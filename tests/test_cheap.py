@@ -1,0 +1,142 @@
+"""Cheap sensitivity: scores by hand and against torch's own gradients, agreement against scipy."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+import torch
+from torch import nn
+
+import workbench as wb
+from workbench.cheap import ALL, SCORES
+from workbench.gates import blocks
+from workbench.plan import pack_block, plan_block
+
+METHODS = [wb.TopK(0.25), wb.BlockCirculant(4)]
+
+
+def test_scores_by_hand():
+    """A GRU of one unit whose W_ih is (4, 1) for each gate: keep one of two, so d = (0, -1). The inputs are (3, 3) and (4, 4):
+    root mean square sqrt(12.5). The losses are 2 (w01 + w11) and w01 + 4 w21 with w_i1 the second weight of gate i: gradients
+    of r 2 and 1, of z 2 and 0, of n 0 and 4; means 1.5, 1, 2; mean squares 2.5, 2, 8."""
+    model = nn.GRU(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight_ih_l0.copy_(torch.tensor([4.0, 1]))
+        model.weight_hh_l0.fill_(1)
+
+    def losses(model):
+        w = model.weight_ih_l0
+        yield 2 * (w[0, 1] + w[1, 1]) + 0 * model.weight_hh_l0.sum()
+        yield w[0, 1] + 4 * w[2, 1] + 0 * model.weight_hh_l0.sum()
+
+    loop = wb.Loop(evaluate=None, batches=[torch.tensor([[[3.0, 3]], [[4, 4]]])], losses=losses)
+    table = wb.cheap_sensitivity(model, loop, [wb.TopK(0.5)], bits=8).set_index("block")
+    ih = table.loc[[f"weight_ih_l0.{gate}" for gate in "rzn"]]
+    assert ih["magnitude"].tolist() == [1, 1, 1] and ih["gradient"].tolist() == [1.5, 1, 2]
+    assert ih["fisher"].tolist() == [1.25, 1, 4] and ih["activation"].tolist() == pytest.approx([math.sqrt(12.5)] * 3)
+    assert (table.loc[[f"weight_hh_l0.{gate}" for gate in "rzn"], list(SCORES)] == 0).all(axis=None)  # one of one is kept
+    assert table["compression"].unique().tolist() == ["TopK 0.5 at 8 bits"]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("form", [{}, {"num_layers": 2, "bidirectional": True}, {"proj_size": 4}], ids=str)
+def test_scores_are_those_of_torch_s_own_gradients_and_outputs(form):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LSTM(4, 8, **form))
+    x = torch.randn(6, 3, 4)
+    loop = wb.Loop(evaluate=None, batches=[x], losses=lambda model: iter([model(x)[0].square().sum()]))
+    table = wb.cheap_sensitivity(model, loop, METHODS, bits=[4, 8])
+    assert len(table) == 4 * len(blocks(model)) and (table[list(SCORES)] > 0).all(axis=None)
+    model(x)[0].square().sum().backward()
+    for row in table.itertuples():
+        block = blocks(model)[row.block]
+        parameter = getattr(model[0], block.parameter)
+        w, gradient = (t[block.rows].detach().double() for t in (parameter, parameter.grad))
+        entry = plan_block(w, wb.method_from_label(row.method), row.bits)
+        d = torch.from_numpy(entry.format.dequantise(pack_block(w, entry).dense())) - w
+        assert row.gradient == pytest.approx((gradient * d).abs().sum().item(), rel=1e-6)
+        assert row.fisher == pytest.approx((gradient**2 * d**2).sum().item() / 2, rel=1e-6)
+        assert row.magnitude == pytest.approx((d**2).sum().item())
+        if block.part == "hh" and not block.layer.reverse and block.layer.index == form.get("num_layers", 1) - 1:
+            h = model(x)[0][..., : w.shape[1]].detach().double()
+            assert row.activation == pytest.approx((d.abs() @ h.square().mean((0, 1)).sqrt()).sum().item(), rel=1e-5)
+
+
+def test_a_task_gives_its_own_losses_and_everything_repeats(tiny_task, tiny_language_task):
+    model = wb.build_classifier(tiny_task, 8, seed=0)
+    state = torch.get_rng_state()
+    one, again, other = (wb.cheap_sensitivity(model, tiny_task, METHODS, batches=2, seed=seed) for seed in (0, 0, 1))
+    pd.testing.assert_frame_equal(one, again)
+    assert not one["gradient"].equals(other["gradient"]) and one["activation"].equals(other["activation"])
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert all(p.grad is None for p in model.parameters())
+    baked = wb.cheap_sensitivity(wb.compress(model, wb.uniform(model, wb.TopK(0.25), 8, wb.calibrate(
+        model, [(torch.ones(1, 2, 3), torch.tensor([2]))]))), tiny_task, METHODS[:1], batches=1)
+    assert (baked["magnitude"] == 0).all()  # of a compressed model nothing moves
+    words = wb.build_language_model(tiny_language_task, 8, seed=0)
+    assert (wb.cheap_sensitivity(words, tiny_language_task, METHODS, batches=2)["fisher"] > 0).all()
+
+
+def frames(seeds, truth, score, retrained=None):
+    """cheap and measured: one compression, blocks in order; truth, score: seed -> values."""
+    rows = [{"seed": s, "block": f"b{n}", "compression": "c"} | dict.fromkeys(SCORES, score[s][n])
+            for s in range(seeds) for n in range(len(truth[s]))]
+    cheap = pd.DataFrame(rows)
+    before = [x for s in range(seeds) for x in truth[s]]
+    after = before if retrained is None else [x for s in range(seeds) for x in retrained[s]]
+    return cheap, cheap[["seed", "block", "compression"]].assign(loss_before=before, loss_after=after, loss_dense=0.0)
+
+
+def test_correlations_are_scipys():
+    rng = np.random.default_rng(0)
+    truth, score, after = (rng.integers(0, 6, (4, 12)).astype(float) for _ in range(3))  # with ties
+    found = wb.cheap_agreement(*frames(4, truth, score, after))
+    assert found.groupby("compression", sort=False).size().to_dict() == {ALL: 8, "c": 8}
+    for name, values in (("one-shot", truth), ("retrained", after)):
+        row = found[(found["truth"] == name) & (found["compression"] == "c")].iloc[0]
+        for what, function in (("spearman", scipy.stats.spearmanr), ("kendall", scipy.stats.kendalltau)):
+            each = [function(a, b).statistic for a, b in zip(score, values, strict=True)]
+            half = scipy.stats.t.ppf(0.975, 3) * np.std(each, ddof=1) / 2
+            assert row[what] == pytest.approx(np.mean(each))
+            assert row[f"{what}_low"] == pytest.approx(np.mean(each) - half, abs=1e-4)
+            assert row[f"{what}_high"] == pytest.approx(np.mean(each) + half, abs=1e-4)
+
+
+def test_agreement_by_hand():
+    cheap, measured = frames(2, [[1, 2, 3], [1, 2, 3]], [[1, 2, 3], [1, 3, 2]])  # tau 1 and 1/3, rho 1 and 1/2
+    row = wb.cheap_agreement(cheap, measured).iloc[0]
+    assert (row["spearman"], row["kendall"], row["seeds"]) == (0.75, pytest.approx(2 / 3), 2)
+    assert (row["spearman_low"], row["spearman_high"]) == (-1, 1)  # 12.7 * 0.25, cut
+    assert set(wb.cheap_agreement(cheap, measured)["truth"]) == {"one-shot"}
+    single = wb.cheap_agreement(*frames(1, [[1, 2, 3]], [[3, 2, 1]])).iloc[0]
+    assert single["kendall"] == -1 and math.isnan(single["kendall_low"])
+    flat = wb.cheap_agreement(*frames(1, [[1, 2, 3]], [[1, 1, 1]])).iloc[0]
+    assert flat["seeds"] == 0 and math.isnan(flat["spearman"])
+
+
+def test_scores_are_ranked_against_a_measurement(tiny_task):
+    dense = {seed: wb.build_classifier(tiny_task, 8, seed=seed) for seed in (0, 1)}
+    cheap = wb.cheap_over_seeds(tiny_task, dense, METHODS, bits=[4, 8])
+    measured = pd.concat([wb.sensitivity_table(model, tiny_task, METHODS, bits=[4, 8]).assign(seed=seed)
+                          for seed, model in dense.items()])
+    found = wb.cheap_agreement(cheap, measured)
+    assert len(found) == 5 * len(SCORES) and found["seeds"].eq(2).all()
+    with pytest.raises(ValueError, match="the same seeds, blocks and compressions in both tables, got 64 and 32 rows, 32 of"):
+        wb.cheap_agreement(cheap, measured[measured["seed"] == 0])
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"batches": 0}, "cheap_sensitivity needs at least 1 batch, got 0"),
+    ({"bits": []}, "needs different widths in bits, got none"),
+    ({"methods": [wb.BlockCirculant(3)]}, "block 0.weight_ih_l0.r at 8 bits: .* needs rows divisible by 3"),
+    ({"task": wb.Loop(None, [torch.ones(2, 1, 3)])}, "needs a Loop with the function losses, got one without"),
+    ({"task": wb.Loop(None, [torch.ones(2, 1, 3)], losses=lambda model: [])}, "needs at least one loss, got none"),
+])  # fmt: skip
+def test_messages(change, message):
+    model = nn.Sequential(nn.GRU(3, 4))
+    loop = wb.Loop(None, [torch.ones(2, 1, 3)], losses=lambda model: [model(torch.ones(2, 1, 3))[0].sum()])
+    arguments = {"task": loop, "methods": [wb.TopK(0.5)], "bits": 8} | change
+    with pytest.raises(ValueError, match=message):
+        wb.cheap_sensitivity(model, arguments.pop("task"), arguments.pop("methods"), **arguments)

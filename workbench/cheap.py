@@ -1,0 +1,157 @@
+"""Cheap sensitivity: what a compression of a block will cost, guessed from gradients, activations or the weights alone.
+
+A few batches, no retraining, not one evaluation of a compressed model. Such scores rank, they are no losses; cheap_agreement
+says how well they rank what was measured, so that one knows when to trust them.
+"""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+
+from workbench.constrain import bake
+from workbench.gates import blocks, rnns, weights
+from workbench.methods import Method, method_label
+from workbench.models import seeded
+from workbench.plan import pack_block, plan_block
+from workbench.quantise import float_signals, recurrent_calls
+from workbench.sensitivity import Loop, calibration_batches, check_sensitivity
+from workbench.tasks import LanguageTask, Task
+from workbench.train import batch_losses, evaluating
+
+SCORES = ("magnitude", "activation", "gradient", "fisher")
+TAKEN_BY = {"ih": "input", "hh": "hidden", "hr": "unprojected"}  # part of a layer -> the signal that its matrix takes
+ALL = "all choices"
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t of 1 to 10 degrees; 10 beyond
+
+
+def cheap_sensitivity(model: torch.nn.Module, task: Task | LanguageTask | Loop, methods: list[Method], *,
+                      bits: int | list[int] = 8, batches: int = 8, seed: int = 0) -> pd.DataFrame:
+    """One row per block, method and width, as sensitivity_table has them, with four scores of that block's compression alone.
+
+    d is what each weight moves by: its compressed and quantised value minus its own. magnitude: |d|^2. activation: |d| times
+    the root mean square of what the weight is multiplied with, summed (|w| ||x|| of Wanda, arXiv 2306.11695; of the output at
+    the same step for the recurrent weights). gradient: |g d| summed, g the mean gradient of the training loss (Molchanov 2019,
+    arXiv 1906.10771). fisher: half of g^2 d^2, g^2 averaged over the batches (Fisher information as the curvature; optimal
+    brain damage, Theis 2018, arXiv 1801.05787). batches: how many are looked at, of a task's training split; a Loop gives its
+    own `losses`. Columns: block, gate, method, bits, compression, and the scores. ValueError as check_sensitivity.
+    """
+    check_sensitivity(model, methods, bits, 0)
+    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+        raise ValueError(f"cheap_sensitivity needs at least 1 batch, got {batches!r}")
+    model = bake(model)
+    gradients, squares = _gradients(model, task, batches, seed)
+    sizes, known, rows = _sizes(model, task, batches), blocks(model), []
+    for name, w in weights(model).items():
+        block, w = known[name], w.double()
+        for method, width in itertools.product(methods, [bits] if isinstance(bits, int) else bits):
+            entry = plan_block(w, method, width)
+            d = torch.from_numpy(entry.format.dequantise(pack_block(w, entry).dense())).to(w) - w
+            rows.append({
+                "block": name, "gate": block.gate, "method": method_label(method), "bits": width,
+                "compression": f"{method_label(method)} at {width} bits",
+                "magnitude": d.square().sum().item(),
+                "activation": (d.abs() @ sizes[block.layer.name, block.part]).sum().item(),
+                "gradient": (gradients[name] * d).abs().sum().item(),
+                "fisher": (squares[name] * d.square()).sum().item() / 2,
+            })
+    return pd.DataFrame(rows)
+
+
+def _gradients(model, task, count, seed):
+    """Block -> mean gradient of the losses, block -> mean of its squares, (out, in) float64."""
+    known, rnn = blocks(model), rnns(model)
+    wanted = {(block.rnn, block.parameter): getattr(rnn[block.rnn], block.parameter) for block in known.values()}
+    sums, squares, seen = dict.fromkeys(wanted, 0.0), dict.fromkeys(wanted, 0.0), 0
+    for loss in itertools.islice(_losses(model, task, count, seed), count):
+        found = torch.autograd.grad(loss, list(wanted.values()))
+        for key, gradient in zip(wanted, found, strict=True):
+            sums[key], squares[key] = sums[key] + gradient.double(), squares[key] + gradient.double().square()
+        seen += 1
+    if not seen:
+        raise ValueError("cheap_sensitivity needs at least one loss, got none")
+    return ({name: totals[block.rnn, block.parameter][block.rows] / seen for name, block in known.items()}
+            for totals in (sums, squares))
+
+
+def _losses(model, task, count, seed) -> Iterator[torch.Tensor]:
+    if not isinstance(task, Loop):
+        return batch_losses(model, task, count, seed)
+    if task.losses is None:
+        raise ValueError("cheap_sensitivity needs a Loop with the function losses, got one without")
+    return _own_losses(model, task, seed)
+
+
+def _own_losses(model, loop, seed):
+    with seeded(seed, next(model.parameters()).device), evaluating(model):
+        yield from loop.losses(model)
+
+
+def _sizes(model, task, count) -> dict[tuple[str, str], torch.Tensor]:
+    """(layer, part) -> (in,) root mean square of every value that its matrix takes, over the steps of `count` batches."""
+    batches = task.batches if isinstance(task, Loop) else calibration_batches(task)
+    squares, steps = defaultdict(float), defaultdict(int)
+    for path, call in recurrent_calls(model, itertools.islice(batches, count)):
+        for layer, signals, alive, _ in float_signals(rnns(model)[path], *call, path=path):
+            for part, signal in TAKEN_BY.items():
+                if signal in signals:
+                    squares[layer.name, part] += signals[signal][alive].double().square().sum(0)
+                    steps[layer.name, part] += int(alive.sum())
+    return {key: (total / steps[key]).sqrt() for key, total in squares.items()}
+
+
+def cheap_over_seeds(task: Task | LanguageTask, dense: dict[int, torch.nn.Module], methods: list[Method], *,
+                     bits: int | list[int]) -> pd.DataFrame:
+    """cheap_sensitivity of every seed's model, one below the other, with the seed as a column."""
+    return pd.concat([cheap_sensitivity(model, task, methods, bits=bits, seed=seed).assign(seed=seed)
+                      for seed, model in dense.items()], ignore_index=True)
+
+
+def cheap_agreement(cheap: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
+    """How well the cheap scores rank what was measured: one row per compression, score and truth.
+
+    cheap: as cheap_over_seeds gives it; measured: as sensitivity_over_seeds, of the same blocks, compressions and seeds.
+    compression: the blocks of one compression ranked, or "all choices": every block under every compression, which is what an
+    allocation chooses from. truth: the validation loss "one-shot" and, where the measurement retrained, "retrained". Columns:
+    compression, score, truth, seeds, and spearman and kendall (tau-b): mean over the seeds with the ends of its 95 % interval
+    (Student's t; none from one seed) as _low and _high. A ranking without any difference is left out.
+    """
+    keys = ["seed", "block", "compression"]
+    both = cheap.merge(measured[[*keys, "loss_before", "loss_after", "loss_dense"]], on=keys, validate="one_to_one")
+    if not len(cheap) == len(measured) == len(both):
+        raise ValueError(f"cheap_agreement needs the same seeds, blocks and compressions in both tables, got {len(cheap)} and "
+                         f"{len(measured)} rows, {len(both)} of them in both")
+    truths = {"one-shot": "loss_before"}
+    if not (both["loss_before"] == both["loss_after"]).all():
+        truths["retrained"] = "loss_after"
+    rows = []
+    for compression, group in [(ALL, both), *both.groupby("compression", sort=False)]:
+        for (truth, column), score in itertools.product(truths.items(), SCORES):
+            found = [_correlations(one[score], one[column]) for _, one in group.groupby("seed", sort=False)]
+            found = pd.DataFrame(found).dropna()
+            row = {"compression": compression, "score": score, "truth": truth, "seeds": len(found)}
+            for name in found:
+                row |= dict(zip((name, f"{name}_low", f"{name}_high"), _interval(found[name].to_numpy()), strict=True))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _interval(values) -> tuple[float, float, float]:
+    """Mean of correlations and its 95 % interval, within [-1, 1]."""
+    if len(values) < 2:
+        return (values[0] if len(values) else math.nan), math.nan, math.nan
+    half = T_975[min(len(values) - 1, len(T_975)) - 1] * values.std(ddof=1) / math.sqrt(len(values))
+    return values.mean(), max(values.mean() - half, -1.0), min(values.mean() + half, 1.0)
+
+
+def _correlations(a, b) -> dict[str, float]:
+    """Spearman's rho and Kendall's tau-b; NaN where one of both has no difference."""
+    signs = [np.sign(np.subtract.outer(values.to_numpy(), values.to_numpy())) for values in (a, b)]
+    pairs = math.sqrt(math.prod(np.abs(sign).sum() for sign in signs))
+    if not pairs:
+        return {"spearman": math.nan, "kendall": math.nan}
+    return {"spearman": a.rank().corr(b.rank()), "kendall": (signs[0] * signs[1]).sum() / pairs}
