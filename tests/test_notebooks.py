@@ -29,7 +29,8 @@ SMALL = {  # notebook -> (small parameters, metrics that it must hand over, figu
          "methods": ["TopK 0.125", "BlockCirculant 8", "Dense"]},
         {"table", "ranking", "stability", "classes", "sensitive_gates", "rank_correlation", "rank_correlation_pooled"},
         4,
-        ("Spearman", "all choices", "fisher", "cr_disk", "top quarter", "Dense at 4 bits", "recovered in (seeds)", "Within a matrix"),
+        ("Spearman", "all choices", "fisher", "cr_disk", "top quarter", "Dense at 4 bits",
+         "recovered in (seeds)", "Within a matrix"),
     ),
     "tradeoff": (
         {"hidden_size": 16, "methods": ["Dense", "TopK", "hybrid", "small dense"], "target_cr_disks": [6.0, 30.0],
