@@ -1,6 +1,6 @@
 """Plans that fill a budget of bits: of a family of methods the member that stores the most within a compression ratio."""
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 
 import torch
 
@@ -29,9 +29,28 @@ def check_bits(bits: int) -> None:
 
 def full_bits(w: torch.Tensor, method: Method, bits: int) -> int:
     """Bits on disk of the (out, in) block with every kept weight non-zero: retraining cannot make it larger."""
+    return full_block(w, method, bits).storage_bits
+
+
+def full_block(w: torch.Tensor, method: Method, bits: int):
+    """The (out, in) block packed with every kept weight non-zero."""
     module = method.constrain(w, None)
     ones = module(torch.ones_like(module.right_inverse(w)))
-    return method.pack(ones, QFormat(bits, 0)).storage_bits
+    return method.pack(ones, QFormat(bits, 0))
+
+
+def kept_share(weights: list[torch.Tensor], method: Method) -> float:
+    """Share of the blocks' weights that a method keeps; of one without a field `keep` the share that it stores."""
+    if hasattr(method, "keep"):
+        return method.keep
+    stored = sum(method.constrain(w, None).right_inverse(w).numel() for w in weights)
+    return stored / sum(w.numel() for w in weights)
+
+
+def strongest_member(members: list[Method], weights: list[torch.Tensor], share: float) -> Method | None:
+    """The last of a ladder that still keeps that share of the blocks' weights; None where none does."""
+    found = bisect_right(members, -share, key=lambda member: -kept_share(weights, member))  # shares fall along the ladder
+    return members[found - 1] if found else None
 
 
 def largest_member(weights: list[torch.Tensor], family: type[Method], bits: int, budget_bits: float) -> tuple[Method, int]:

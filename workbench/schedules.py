@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from workbench.budget import kept_share, strongest_member
 from workbench.constrain import compress, constrain_weights, make_plain
 from workbench.gates import blocks, parameters_of, rnns, weight, weights
 from workbench.methods import Dense, Method
@@ -135,7 +136,7 @@ def gradual(model: nn.Module, plan, *, stages: int = 8, until: float = 0.5) -> R
     check_whole("gradual", "number of stages", stages, 1)
     _check_until("gradual", until)
     plan.check(model)
-    final = {name: _kept_share(w, plan.blocks[name].method) for name, w in weights(model).items()}
+    final = {name: kept_share([w], plan.blocks[name].method) for name, w in weights(model).items()}
     found = []
     for n in range(stages):
         done = 1 - (1 - n / stages) ** 3
@@ -236,15 +237,7 @@ def milder(method: Method, w: torch.Tensor, kept: float) -> Method:
     block; Dense where that is every weight."""
     if hasattr(method, "keep"):
         return Dense() if kept >= 1 else replace(method, keep=max(kept, method.keep))
-    if kept <= _kept_share(w, method):
+    if kept <= kept_share([w], method):
         return method
-    members = type(method).ladder([tuple(w.shape)])
-    found = bisect_right(members, -kept, key=lambda member: -_kept_share(w, member)) - 1  # shares fall along the ladder
-    return members[found] if found >= 0 and _kept_share(w, members[found]) < 1 else Dense()
-
-
-def _kept_share(w, method) -> float:
-    """Share of the block's weights that is kept, or stored, under a method."""
-    if hasattr(method, "keep"):
-        return method.keep
-    return method.constrain(w, None).right_inverse(w).numel() / w.numel()
+    found = strongest_member(type(method).ladder([tuple(w.shape)]), [w], kept)
+    return Dense() if found is None or kept_share([w], found) >= 1 else found
