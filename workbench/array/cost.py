@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from workbench.array.mapping import LayerMapping, parts_of
+from workbench.array.mapping import LayerMapping, operand_bits, parts_of
 from workbench.array.schedule import EVENTS, Schedule
 from workbench.array.spec import ArraySpec, ceil_div
 from workbench.fixedpoint import FUNCTIONS, KNOT_BITS, ExactTable, LinearTable
@@ -158,7 +158,7 @@ def resources(mapping: LayerMapping) -> Resources:
     spec, edge = mapping.spec, tuple(memory for m in mapping.layers for memory in _edge_memories(m))
     weights = Memory(mapping.weight_depth,
                      min(max(block.word_bits for m in mapping.layers for block in m.blocks.values()), spec.weight_word_bits))
-    data = Memory(mapping.data_words, max(m.layer.operand(part).bits for m in mapping.layers for part in parts_of(m.layer)))
+    data = Memory(mapping.data_words, max(operand_bits(m.layer, part) for m in mapping.layers for part in parts_of(m.layer)))
     # Layers share a table where it is the same.
     tables = {(name, *(array.tobytes() for array in table.arrays.values())): table
               for m in mapping.layers for name, table in m.layer.tables.items()}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from workbench.array.mapping import Layout
+from workbench.array.mapping import Layout, multiplication
 from workbench.array.schedule import Schedule, schedule_layer
 from workbench.array.skipping import multiplied
 from workbench.array.spec import ArraySpec
@@ -22,8 +22,7 @@ from workbench.engine import (
     sender,
     sent_steps,
 )
-from workbench.fixedpoint import ExactMatrix
-from workbench.packed import PARTS, PackedLayer
+from workbench.packed import PackedLayer
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,7 @@ def _checked(layer, x, who):
 def _run(layer, blocks, x) -> LayerResult:
     """What a layer computes from its words as they lie in the PEs. blocks: (part, gate) -> BlockMapping."""
     steps, batch, _ = x.shape
-    sums = {(part, gate): ExactMatrix(block.dense(), layer.signals[PARTS[part]].magnitude)
-            for (part, gate), block in blocks.items()}
+    sums = {(part, gate): multiplication(layer, blocks, part, gate) for part, gate in layer.products}
     sent = sent_steps(x, layer.delta["input"]) if "input" in layer.delta else x
     aligned = {}  # gate -> (T, B, hidden_size): the input's sum and the bias
     for gate in layer.gates:

@@ -12,7 +12,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from workbench.array.mapping import COPIES, LayerMapping, SideBySide, columns_kept, parts_of, sums_of, words_taken
+from workbench.array.mapping import (
+    COPIES,
+    LayerMapping,
+    SideBySide,
+    array_sums,
+    columns_kept,
+    network_words,
+    part_of,
+    parts_of,
+    words_taken,
+)
 from workbench.packed import PARTS, PackedSparse
 
 SENT = {"hh": "h", "hr": "m"}  # part -> the value that is multicast for it in the step that computes it
@@ -127,6 +137,11 @@ def interpret(mapping: LayerMapping | SideBySide, x) -> Interpretation:
     return Interpretation(output, c, machine.now, machine.spans, dict(+machine.counts))
 
 
+def _sent(i):
+    """The value that a multicast sends; for an inner part what V of the low-rank block gives."""
+    return SENT.get(i.parts[0], f"sum {i.parts[0]}")
+
+
 def _key(i):
     """What instructions of one step of the sequence have in common that together read, or add up to, one thing."""
     return i.layer, i.item, i.kind, i.region, i.gate, i.parts, i.rows
@@ -154,7 +169,7 @@ class _Item:
     """The values of one sequence in one layer; h and c start at zero."""
 
     def __init__(self, layer):
-        self.layer, self.sums = layer, sums_of(layer)
+        self.layer, self.sums = layer, array_sums(layer)
         self.arrived = Counter()  # (part, step) -> words multicast
         self.arrived["hh", -1] = layer.output_size
         self.edge, self.edge_parts = defaultdict(int), Counter()  # (step, sum, row)
@@ -168,6 +183,8 @@ class _Item:
 
     def size(self, value):
         """Elements of a value."""
+        if "." in value:  # what V of a low-rank block gives
+            return self.layer.block(*value.removeprefix("sum ").split(".")).rank
         return self.layer.output_size if value in ("h", "sum p") else self.layer.hidden_size
 
     def complete(self, step, value):
@@ -225,9 +242,9 @@ class _Machine:
     def _operand(self, i, t):
         """What a multiplication of step t takes: its size, the step that it is from, its place among the copies in a PE."""
         layer, part = self.mapping.layers[i.layer].layer, i.parts[0]
-        size = {"ih": layer.input_size, "hh": layer.output_size, "hr": layer.hidden_size}[part]
+        size = {"ih": layer.input_size, "hh": layer.output_size, "hr": layer.hidden_size}.get(part)
         due = t - 1 if part == "hh" else t
-        return size, due, due % COPIES[part]
+        return size or self.items[i.layer, i.item].size(part), due, due % COPIES.get(part, 1)
 
     def _block(self, i):
         return self.mapping.layers[i.layer].blocks[i.parts[0], i.gate]
@@ -278,7 +295,7 @@ class _Machine:
                 readers = [key for key in self.per_step if key[:3] == (layer, i.item, "mac") and key[5] == ("ih",)]
                 if part == "ih" and t > 1 and not all(self._all_retired(t - 2, key) for key in readers):
                     return False
-            return i.parts == ("ih",) or item.complete(t, SENT[i.parts[0]])
+            return i.parts == ("ih",) or item.complete(t, _sent(i))
         return all(item.complete(t - back, value) for task in item.tasks[i.name] for back, value in task.reads)
 
     def _all_retired(self, t, key):
@@ -321,7 +338,9 @@ class _Machine:
         elif i.kind == "drain":
             todo = list(range(*i.rows))
         elif i.kind == "multicast":
-            todo = list(enumerate(self.x[i.layer][t][i.item] if i.parts == ("ih",) else item.listed(t, SENT[i.parts[0]])))
+            values = self.x[i.layer][t][i.item] if i.parts == ("ih",) else item.listed(t, _sent(i))
+            width = network_words(item.layer, self.spec, i.parts[0])  # a value is there with its last word
+            todo = [(column, value, word == width - 1) for column, value in enumerate(values) for word in range(width)]
         else:
             todo = [(j, task) for task in item.tasks[i.name] for j in range(item.size(task.value))]
         self.issuing[resource] = _Active(step, t, n, i, self.now, todo)
@@ -329,7 +348,7 @@ class _Machine:
     def _pe_lists(self, i):
         """(pe row, pe col) -> list of (first of its word or not, value, row, column, padding or not), in the PE's order."""
         block = self._block(i)
-        sparse = isinstance(self.mapping.layers[i.layer].layer.block(i.parts[0], i.gate), PackedSparse)
+        sparse = isinstance(block.packed, PackedSparse)
         words = defaultdict(list)
         for number, value in enumerate(block.values.tolist()):
             if i.rows[0] <= int(block.local_row[number]) < i.rows[1]:
@@ -432,10 +451,10 @@ class _Machine:
     def _reach_edge(self, a, row, partial):
         i = a.instruction
         item, place, shift = self.items[i.layer, i.item], (a.t, i.sum, row), 0
-        if i.sum not in ("hn", "p"):  # which nothing joins before they are rounded
-            shift = item.layer.alignment(i.gate)[1 if i.parts[0] == "ih" else 2]
+        if i.sum not in ("hn", "p") and "." not in i.sum:  # which nothing joins before they are rounded, or sent
+            shift = item.layer.alignment(i.gate)[1 if part_of(i.parts[0]) == "ih" else 2]
         partial <<= shift
-        if PARTS[i.parts[0]] in item.layer.delta:  # what was drained is what this sum moved by
+        if PARTS[part_of(i.parts[0])] in item.layer.delta:  # what was drained is what this sum moved by
             item.kept[i.parts, i.sum, row] += partial
             partial = item.kept[i.parts, i.sum, row]
             self.counts.update({"acc_reads": 1, "acc_writes": 1})
@@ -450,21 +469,22 @@ class _Machine:
 
     def _work_multicast(self, a):
         i, t = a.instruction, a.t
-        for column, value in a.todo[: self.spec.h_words_per_cycle]:
+        for column, value, last in a.todo[: self.spec.h_words_per_cycle]:
             self.counts["multicast_words"] += 1
-            self._fly(a, 0, lambda column=column, value=value: self._store(i, t, column, value))
+            self._fly(a, 0, lambda column=column, value=value, last=last:
+                      self._store(i, t, column, value) if last else None)
         del a.todo[: self.spec.h_words_per_cycle]
 
     def _store(self, i, t, column, value):
         for layer, part in self._takers(i):
             item, stored = self.items[layer, i.item], value
             item.arrived[part, t] += 1
-            if PARTS[part] in item.layer.delta:
+            if PARTS[part_of(part)] in item.layer.delta:
                 moved = value - item.last_sent[part, column]
-                stored = moved if abs(moved) > item.layer.delta[PARTS[part]] else 0
+                stored = moved if abs(moved) > item.layer.delta[PARTS[part_of(part)]] else 0
                 item.last_sent[part, column] += stored
             for pe in self.keepers[layer, part, column]:
-                self.data[pe][i.item, part, t % COPIES[part], column] = (t, stored)
+                self.data[pe][i.item, part, t % COPIES.get(part, 1), column] = (t, stored)
                 self.counts["data_writes"] += 1
 
     def _work_activation(self, a):

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from workbench.array.spec import GROUP, ArraySpec, ceil_div
-from workbench.fixedpoint import QFormat
-from workbench.packed import PARTS, PackedCirculant, PackedDense, PackedLayer, PackedSparse
+from workbench.fixedpoint import ExactMatrix, QFormat
+from workbench.packed import PARTS, PackedCirculant, PackedDense, PackedLayer, PackedLowRank, PackedSparse
 
 STREAM_SHARES = (2, 4, 8, 16, 32, 64)  # one half of the streaming double buffer takes 1/n of the weight memory
 COPIES = {"ih": 2, "hh": 1, "hr": 1}  # of the vector that a part multiplies, in a PE's data memory: x comes one step ahead
@@ -440,12 +440,54 @@ def sums_of(layer: PackedLayer) -> dict[str, tuple[tuple[str, str], ...]]:
     return sums | ({"p": (("hr", "p"),)} if layer.projected else {})
 
 
+def part_of(part: str) -> str:
+    """The part of the layer to which a part on the array belongs. An inner part "ih.i" is what V of the low-rank block
+    ("ih", "i") makes of x, and what U multiplies."""
+    return part.split(".")[0]
+
+
+def array_blocks(layer: PackedLayer) -> dict[tuple[str, str], object]:
+    """(part, gate) -> what the array stores and multiplies: the layer's blocks; of a low-rank block V, and under an inner
+    part of its own U."""
+    stored = {}
+    for part, gate in layer.products:
+        block = layer.block(part, gate)
+        if isinstance(block, PackedLowRank):
+            stored[part, gate] = PackedDense(block.right, block.fmt)
+            stored[f"{part}.{gate}", gate] = PackedDense(block.left, block.fmt)
+        else:
+            stored[part, gate] = block
+    return stored
+
+
+def array_sums(layer: PackedLayer) -> dict[str, tuple[tuple[str, str], ...]]:
+    """sums_of on the array: U of a low-rank block stands in the sum, what V gives is a sum before it, named after the inner
+    part: those of all gates first, so that they are on their way to the PEs when U is due; that of a projection before it."""
+    stored = array_blocks(layer)
+    inner = {part: ((part_of(part), gate),) for part, gate in stored if part != part_of(part)}
+    sums = {name: tuple((f"{part}.{gate}" if f"{part}.{gate}" in inner else part, gate) for part, gate in products)
+            for name, products in sums_of(layer).items()}
+    last = {name: products for name, products in (inner | sums).items() if name in ("hr.p", "p")}
+    return {name: products for name, products in (inner | sums).items() if name not in last} | last
+
+
+def operand_bits(layer: PackedLayer, part: str) -> int:
+    """Width of what a part on the array multiplies: of a signal, or of the sums of V x."""
+    fmt = layer.operand(part_of(part))
+    return fmt.bits if part == part_of(part) else layer.block(*part.split(".")).inner_bits(fmt.magnitude)
+
+
+def network_words(layer: PackedLayer, spec: ArraySpec, part: str) -> int:
+    """Words of the multicast network that such a value takes; a data memory is as wide as the widest of them."""
+    return ceil_div(operand_bits(layer, part), spec.word_bits)
+
+
 def map_blocks(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> dict[tuple[str, str], BlockMapping]:
     """(part, gate) -> BlockMapping. Blocks of a sum that share accumulators are placed together, so that each is
     balanced: they are multiplied one after the other, with a barrier between."""
-    mapped = {}
-    for products in sums_of(layer).values():
-        blocks = {p: layer.block(*p) for p in products}
+    mapped, stored = {}, array_blocks(layer)
+    for products in array_sums(layer).values():
+        blocks = {p: stored[p] for p in products}
         region = {p: layout.regions[layout.region_of(block)] for p, block in blocks.items()}
         unit = {p: tile_unit(block, region[p], spec.acc_depth, layout.split_tiles) for p, block in blocks.items()}
         together = _share_accumulators(layer, layout, products, unit)
@@ -463,10 +505,11 @@ def _share_accumulators(layer, layout, products, unit) -> bool:
     drained and shifted at the edge. products: of one sum; unit: (part, gate) -> rows per unit."""
     if len(products) == 1:
         return False
-    if len({PARTS[part] in layer.delta for part, _ in products}) > 1:
+    if len({PARTS[part_of(part)] in layer.delta for part, _ in products}) > 1:
         return False  # one of them is added to sums that are kept, the other is not
     _, *shifts = layer.alignment(products[0][1])
-    regions = {layout.region_of(layer.block(*p)) for p in products}
+    stored = array_blocks(layer)
+    regions = {layout.region_of(stored[p]) for p in products}
     return shifts == [0, 0] and len(regions) == len({unit[p] for p in products}) == 1
 
 
@@ -558,7 +601,7 @@ class LayerMapping:
 
     @property
     def dense_weights(self) -> int:
-        return sum(block.shape[0] * block.shape[1] for block in self.blocks.values())
+        return sum(block.shape[0] * block.shape[1] for block in self.layer.blocks.values())
 
     @property
     def initial_bits(self) -> int:
@@ -583,8 +626,8 @@ class LayerMapping:
     def per_pe(self, count) -> np.ndarray:
         """(rows, cols) of the array: the sum over the blocks of count(block), a (pe_rows, pe_cols) array."""
         total = np.zeros((self.spec.rows, self.spec.cols), dtype=np.int64)
-        for (part, gate), block in self.blocks.items():
-            region = self.layout.regions[self.layout.region_of(self.layer.block(part, gate))]
+        for block in self.blocks.values():
+            region = self.layout.regions[self.layout.region_of(block.packed)]
             total[region.window] += count(block)
         return total
 
@@ -700,6 +743,14 @@ def _renumbered(i, layer, first_region, lag):
     return replace(i, region=i.region + first_region, resource=resource)
 
 
+def multiplication(layer: PackedLayer, blocks, part: str, gate: str):
+    """What a block of a layer does to vectors, from its words as they lie in the PEs (blocks: what map_blocks gives)."""
+    weights = blocks[part, gate].dense()
+    if (inner := (f"{part}.{gate}", gate)) in blocks:
+        weights = blocks[inner].dense() @ weights
+    return ExactMatrix(weights, layer.signals[PARTS[part]].magnitude)
+
+
 def words_taken(block: BlockMapping, spec: ArraySpec) -> int:
     """Memory words of one stored word: wider words take several, read in as many cycles; narrower ones are not packed
     together."""
@@ -733,7 +784,7 @@ def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, 
 def candidate_layouts(layer: PackedLayer, spec: ArraySpec, within: Region | None = None) -> list[Layout]:
     """Every arrangement of regions on the array, or within a part of it, with whole and with split circulant tiles; where
     sparse and other blocks meet, the array is also split in two by group columns or by group rows."""
-    kinds, place = {type(block) for block in layer.blocks.values()}, within or Region(0, 0, spec.rows, spec.cols)
+    kinds, place = {type(block) for block in array_blocks(layer).values()}, within or Region(0, 0, spec.rows, spec.cols)
     arrangements = [(place,)]
     if PackedSparse in kinds and len(kinds) > 1:
         arrangements += strips(place, 2)
@@ -757,7 +808,7 @@ def least_cycles(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> int:
     """A bound that no step of this layout can beat: the multiply-accumulates of the busier region, perfectly balanced
     where they are sparse."""
     busy = [0] * len(layout.regions)
-    for block in layer.blocks.values():
+    for block in array_blocks(layer).values():
         number = layout.region_of(block)
         region, (rows, cols) = layout.regions[number], block.shape
         if isinstance(block, PackedSparse):
@@ -783,8 +834,11 @@ def _check_layer(layer, spec):
     """Refuse a layer whose words or sums are wider than the array's."""
     if layer.spectral_blocks:
         raise ValueError(f"the array maps the datapath time so far, got fft for {', '.join(layer.spectral_blocks)}")
-    widest = max([layer.operand(part) for part in parts_of(layer)] + [block.fmt for block in layer.blocks.values()],
-                 key=lambda fmt: fmt.bits)
+    if any("." in part for part in parts_of(layer)) and (layer.delta or spec.lookahead > 1):
+        raise ValueError("the array sends what V of a low-rank block gives whole so far, got "
+                         f"delta thresholds {layer.delta} and lookahead {spec.lookahead}")
+    multiplied = [layer.operand(part) for part in dict(layer.products)]
+    widest = max(multiplied + [block.fmt for block in layer.blocks.values()], key=lambda fmt: fmt.bits)
     if widest.bits > spec.word_bits:
         raise ValueError(f"the array has words of {spec.word_bits} bits (word_bits), got {widest}")
     if layer.acc_bits > spec.acc_bits:
@@ -792,21 +846,21 @@ def _check_layer(layer, spec):
 
 
 def parts_of(layer: PackedLayer) -> tuple[str, ...]:
-    """Its parts; what each multiplies (PARTS) is multicast to the PEs."""
-    return tuple(dict.fromkeys(part for part, _ in layer.products))
+    """Its parts on the array; what each multiplies (PARTS, and for an inner part the sums of V) is multicast to the PEs."""
+    return tuple(dict.fromkeys(part for part, _ in array_blocks(layer)))
 
 
 def data_words_kept(layer, layout: Layout, blocks) -> list[np.ndarray]:
     """Per region (pe_cols,): data words of each PE for an item, its columns of x twice (one step ahead), of all else once
     (COPIES)."""
-    return [sum(COPIES[part] * columns_kept(layer, layout, blocks, part, n).sum(axis=1) for part in parts_of(layer))
+    return [sum(COPIES.get(part, 1) * columns_kept(layer, layout, blocks, part, n).sum(axis=1) for part in parts_of(layer))
             for n in range(len(layout.regions))]
 
 
 def columns_kept(layer, layout, blocks, part: str, region: int) -> np.ndarray:
     """(pe_cols, columns) bool: columns of what a part multiplies that the PE columns of a region keep."""
-    mine = [block.data_columns() for (p, gate), block in blocks.items()
-            if p == part and layout.region_of(layer.block(p, gate)) == region]
+    mine = [block.data_columns() for (p, _), block in blocks.items()
+            if p == part and layout.region_of(block.packed) == region]
     kept = np.zeros((layout.regions[region].cols, max((m.shape[1] for m in mine), default=0)), dtype=bool)
     for m in mine:
         kept[:, : m.shape[1]] |= m
@@ -821,8 +875,8 @@ def _fits(layer, spec, layout, blocks) -> bool:
 def _region_words(layer, spec, layout, blocks, region):
     """(pe_rows, pe_cols) memory words of all blocks of a region."""
     r = layout.regions[region]
-    return sum((block.weight_words * words_taken(block, spec) for (part, gate), block in blocks.items()
-                if layout.region_of(layer.block(part, gate)) == region), np.zeros((r.rows, r.cols), dtype=np.int64))
+    return sum((block.weight_words * words_taken(block, spec) for block in blocks.values()
+                if layout.region_of(block.packed) == region), np.zeros((r.rows, r.cols), dtype=np.int64))
 
 
 def _phases(layer) -> list[list[Instruction]]:
@@ -868,7 +922,7 @@ class _ProgramBuilder:
         self.resident = np.zeros((spec.rows, spec.cols), dtype=np.int64)
         self.streamed_bits = 0
         self.chunks, self.drains = ([0] * len(layout.regions) for _ in range(2))  # so far in the program, per region
-        self.passes = self._passes()
+        self.passes, self.parts = self._passes(), parts_of(layer)
 
     def _passes(self):
         """The items in groups. Resident words serve one item after the other, so that the PEs multiply for one while another's
@@ -890,7 +944,8 @@ class _ProgramBuilder:
         for items in self.passes:
             regions = [self._region_segments(n, entries[n], resident[n], items) for n in range(len(self.layout.regions))]
             segments = [segment for turn in zip_longest(*regions) for segment in turn if segment]
-            segments.sort(key=lambda segment: segment[-1].sum == "p")  # stable; the projection needs the gates of every region
+            # Stable; the projection needs the gates of every region.
+            segments.sort(key=lambda segment: segment[-1].sum in ("hr.p", "p"))
             last_drain = {(segment[-1].sum, segment[-1].item): n for n, segment in enumerate(segments)}
             waiting = {item: [[replace(i, item=item) for i in phase] for phase in _phases(self.layer)] for item in items}
             for n, segment in enumerate(segments):
@@ -908,31 +963,36 @@ class _ProgramBuilder:
     def _entries(self, region):
         """In the order in which they are drained: first the sums of inputs alone, which may run before h is back."""
         entries, share = [], ceil_div(max(map(len, self.passes)), self.spec.acc_banks)  # items that share a bank
-        for name, products in sums_of(self.layer).items():
-            here = [p for p in products if self.layout.region_of(self.layer.block(*p)) == region]
+        for name, products in array_sums(self.layer).items():
+            here = [p for p in products if self.layout.region_of(self.blocks[p].packed) == region]
             together = _share_accumulators(self.layer, self.layout, products, {p: self.blocks[p].unit for p in products})
             for some in ([here] if together and here else [[p] for p in here]):
                 block = self.blocks[some[0]]
                 rows, size = int(block.local_rows.max()), self.spec.acc_depth // share // block.unit * block.unit
                 for low in range(0, rows, size):
                     entries.append(_Entry(name, some[0][1], tuple(part for part, _ in some), low, min(low + size, rows)))
-        return sorted(entries, key=lambda e: e.parts != ("ih",))  # stable
+        return sorted(entries, key=lambda e: set(map(part_of, e.parts)) != {"ih"})  # stable
 
     def _region_segments(self, region, entries, resident, items):
         """Lists of instructions, each ending with a drain; in each accumulation group the input parts come first, as they need
         only x."""
         segments = []
         for group in _groups(entries, self.spec, self.drains[region], len(items)):
-            pending = [i for n, e in group if "ih" in e.parts for i in self._macs(region, n, e, "ih", resident, items)]
+            pending = [i for n, e in group for part in e.parts if part_of(part) == "ih"
+                       for i in self._macs(region, n, e, part, resident, items)]
             for n, e in group:
                 for part in e.parts:
-                    if part != "ih":
+                    if part_of(part) != "ih":
                         pending += self._macs(region, n, e, part, resident, items)
                 for place, item in enumerate(items):
                     pending.append(Instruction(f"drain {e.gate} {'+'.join(e.parts)}", "drain", f"links {region}", e.gate,
                                                e.parts, region, (e.low, e.high), entry=n + place, sum=e.sum, item=item))
                     segments.append(pending)
                     pending = []
+                    if e.sum in self.parts and e.high == int(self.blocks[e.parts[0], e.gate].local_rows.max()):
+                        # What V gives goes back to the PEs once all of it is there.
+                        segments.append([Instruction(f"{e.sum} to PEs", "multicast", "network", parts=(e.sum,), sum=e.sum,
+                                                     values=self.blocks[e.parts[0], e.gate].shape[0], item=item)])
         self.drains[region] += len(entries) * len(items)
         return segments
 
@@ -945,7 +1005,7 @@ class _ProgramBuilder:
             raise ValueError(f"the weights of a region take {used.max()} words in its fullest PE, the array has "
                              f"{self.spec.weight_words} (weight_words) and the layout has no streaming buffer")
         left, kept = self.spec.weight_words - 2 * self.layout.stream_words, {}
-        for part in ("hh", "hr", "ih"):
+        for part in sorted(self.parts, key=lambda part: part_of(part) == "ih"):  # stable: hh, hr, ih
             blocks = {e: self.blocks[part, e.gate] for e in entries if part in e.parts}
             counts = {e: block.words_between(e.low, e.high) for e, block in blocks.items()}
             taken = {e: words_taken(block, self.spec) for e, block in blocks.items()}
@@ -993,7 +1053,7 @@ def _groups(entries, spec, first, items):
     groups, held = [], np.zeros(spec.acc_banks, dtype=np.int64)
     for number, e in zip(range(first, first + len(entries) * items, items), entries, strict=True):
         rows = np.bincount(np.arange(number, number + items) % spec.acc_banks, minlength=spec.acc_banks) * (e.high - e.low)
-        recurrent = groups and "hh" in e.parts and "hh" in groups[-1][-1][1].parts
+        recurrent = groups and all("hh" in map(part_of, some.parts) for some in (e, groups[-1][-1][1]))
         if not recurrent or (held + rows).max() > spec.acc_depth:
             groups.append([])
             held[:] = 0

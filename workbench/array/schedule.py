@@ -29,6 +29,8 @@ from workbench.array.mapping import (
     fitting_mappings,
     least_cycles,
     map_layer,
+    network_words,
+    part_of,
     words_taken,
 )
 from workbench.array.skipping import work_of
@@ -44,7 +46,7 @@ EVENTS = ("macs", "padding_macs", "weight_reads", "data_reads", "acc_reads", "ac
           "elementwise_multiplies", "roundings", "multicast_words", "data_writes", "loaded_bits", "weight_writes",
           "skipped_macs")
 ABSENT = -1  # the start of an instruction whose step of the sequence does not exist
-# Part -> (steps of the sequence back, multicast) of what it multiplies.
+# Part -> (steps of the sequence back, multicast) of what it multiplies; what V of a low-rank block gives is of the same step.
 ARRIVES = {"ih": (0, "x to PEs"), "hh": (1, "h to PEs"), "hr": (0, "m to PEs")}
 
 
@@ -113,15 +115,16 @@ def _time_program(mapping) -> tuple[Timed, ...]:
         if i.kind == "drain":
             block, (low, high) = layer.blocks[i.parts[0], i.gate], i.rows
             rows = block.rows_between(low, high)
-            words, kept = rows * block.pe_cols, rows * (PARTS[i.parts[0]] in layer.layer.delta)  # added to sums at the edge
+            words = rows * block.pe_cols
+            kept = rows * (PARTS[part_of(i.parts[0])] in layer.layer.delta)  # added to sums at the edge
             return Timed(high - low, (block.pe_cols - 1) * spec.link_cycles, needs,
                          {"acc_reads": words + kept, "acc_writes": kept, "link_words": words})
         if i.kind == "multicast":
             writes = data_writes(layer, i.parts[0], i.values)
             if _taken_above(mapping, i):
                 writes += data_writes(mapping.layers[i.layer + 1], "ih", i.values)
-            return Timed(ceil_div(i.values, spec.h_words_per_cycle), 0, needs,
-                         {"multicast_words": i.values, "data_writes": writes})
+            words = i.values * network_words(layer.layer, spec, i.parts[0])
+            return Timed(ceil_div(words, spec.h_words_per_cycle), 0, needs, {"multicast_words": words, "data_writes": writes})
         return Timed(ceil_div(i.values, spec.act_units) * spec.act_ii, spec.act_latency, needs, {i.event: i.values})
 
     return tuple(timed(n, i, needed) for n, (i, needed) in enumerate(zip(mapping.program, needs, strict=True)))
@@ -196,7 +199,7 @@ def _needs(mapping):
 
     def needs(n, i):
         if i.kind == "mac":
-            steps, name = ARRIVES[i.parts[0]]
+            steps, name = ARRIVES.get(i.parts[0], (0, f"{i.parts[0]} to PEs"))
             below = mapping.pipelined and i.layer and i.parts == ("ih",)
             yield since(i, named[(i.layer - 1, i.item, "h to PEs") if below else (i.layer, i.item, name)], steps)
             back, entry = divmod(drained_before[n], len(drains[i.region]))

@@ -1,0 +1,141 @@
+"""Low-rank blocks on the array as two products: hand numbers, the literal interpreter and the engine as oracles."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_array import (
+    COARSE,
+    KINDS,
+    SIGNALS,
+    SMALL,
+    check_against_interpreter,
+    circulant,
+    dense,
+    layer_of,
+    one_region,
+    spans,
+    sparse,
+)
+
+from workbench.array import ArraySpec, execute_layer, preset, schedule_layer
+from workbench.array.cost import resources
+from workbench.array.mapping import candidate_layouts, fitting_mappings, least_cycles, map_layer
+from workbench.engine import run_layer
+from workbench.fixedpoint import QFormat
+from workbench.packed import PackedLowRank
+
+
+def low_rank(shape, rng, rank=2, frac=4, bits=6):
+    fmt = QFormat(bits, frac)
+    return PackedLowRank(fmt, *(rng.integers(fmt.min, fmt.max + 1, sides) for sides in ((shape[0], rank), (rank, shape[1]))))
+
+
+def low_rank_layer(hidden=8, inputs=4, ranks=None, **kind):
+    """ranks: part -> rank; the others are dense."""
+    ranks = {"ih": 2, "hh": 2, "hr": 2} if ranks is None else ranks
+    return layer_of(lambda part, gate, shape, rng: low_rank(shape, rng, ranks[part]) if part in ranks else dense(shape, rng),
+                    hidden, inputs, **kind)
+
+
+@st.composite
+def cases(draw, *forms):
+    """Layers of these forms among others, on small arrays."""
+    hidden, inputs = draw(st.sampled_from([4, 6, 8, 12])), draw(st.sampled_from([1, 3, 5, 8]))
+
+    def choose(*values):
+        return draw(st.sampled_from(values))
+
+    def block(part, gate, shape, rng):
+        form = choose(*forms, *forms, "dense", "sparse", "circulant")
+        if form == "lowrank":
+            return low_rank(shape, rng, min(choose(1, 2, 3, 5), *shape), choose(3, 4))
+        if form == "sparse":
+            return sparse(shape, rng, choose(0.2, 0.6), choose(7, 6))
+        if form == "circulant":
+            return circulant(shape, rng, choose(*(k for k in (2, 3, 4) if shape[0] % k == 0)), choose(7, 6))
+        return dense(shape, rng, frac=choose(7, 6))
+
+    seed = draw(st.integers(0, 1000))
+    kind = choose({}, {"proj": 2}, {"proj": 4}, {"cell": "GRU"}, {"cell": "GRU"})
+    layer = layer_of(block, hidden, inputs, seed, signals=choose(SIGNALS, COARSE), **kind)
+    spec = ArraySpec(
+        rows=choose(4, 8), cols=choose(4, 8), mac_latency=choose(0, 1, 4), mac_ii=choose(1, 2), acc_depth=choose(4, 6, 64),
+        acc_banks=choose(1, 2, 3), link_cycles=choose(1, 2, 3), h_words_per_cycle=choose(1, 3), act_units=choose(1, 3, 4),
+        act_latency=choose(0, 2), act_ii=choose(1, 2), weight_words=choose(2048, 24, 12), weight_word_bits=choose(18, 8),
+        load_bits_per_cycle=choose(7, 64), config_cycles=choose(0, 5))
+    layout = draw(st.sampled_from(candidate_layouts(layer, spec)))
+    mapping = draw(st.sampled_from(fitting_mappings(layer, spec, layout, choose(1, 1, 2))))
+    return mapping, draw(st.sampled_from([1, 2, 4])), seed
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases("lowrank"))
+def test_low_rank_layers_equal_the_literal_interpreter(case):
+    check_against_interpreter(*case)
+
+
+def test_a_low_rank_step_by_hand():
+    """W_hh of rank 2: V has 2 rows of 8 columns, U 8 rows of 2. h has 16 bits, the weights 6: V h takes up to 16 + 3 + 5 bits,
+    two words of the network each."""
+    schedule = schedule_layer(low_rank_layer(ranks={"hh": 2}), SMALL, 1)
+    found = spans(schedule)
+    assert [i.name for i in schedule.mapping.program if i.region == 0 or i.kind == "multicast"] == [
+        "x to PEs", *(name for gate in "ifgo" for name in (f"mac {gate} ih", f"drain {gate} ih")),  # of another fraction
+        *(name for gate in "ifgo" for name in (f"mac {gate} hh", f"drain {gate} hh", f"hh.{gate} to PEs")),
+        *(name for gate in "ifgo" for name in (f"mac {gate} hh.{gate}", f"drain {gate} hh.{gate}")), "h to PEs"]
+    # Two rows over four PE rows: one each, of two columns; drain of one row; 2 values of 2 words, one word a cycle.
+    start = found["mac i hh"][0]
+    assert found["mac i hh"] == (start, start + 2 + 4)
+    assert found["drain i hh"] == (start + 6, start + 6 + 1 + 3)
+    assert found["hh.i to PEs"] == (start + 10, start + 14)
+    assert found["mac i hh.i"][1] - found["mac i hh.i"][0] == 2 + 4  # two rows of a PE, one column
+    counts = schedule.counts()
+    assert counts["macs"] == 4 * (8 * 4 + 2 * 8 + 8 * 2)
+    assert counts["multicast_words"] == 4 + 4 * 2 * 2 + 8
+    assert counts["data_writes"] == 4 * 4 + 4 * 2 * 4 + 8 * 4  # every value to one PE column of four PEs, whole
+
+
+def test_the_inner_product_of_x_runs_before_h_is_back():
+    """Its way back to the PEs follows h, as the network serves in program order."""
+    schedule = schedule_layer(low_rank_layer(16, 8), SMALL, 5)
+    late = [op for op in schedule.operations if op.step == 4]
+    h_is_back = max(op.end for op in schedule.operations if op.step == 3 and op.name == "h to PEs")
+    assert all(op.start < h_is_back for op in late if op.name in [f"mac {gate} ih" for gate in "ifgo"])
+    assert min(op.start for op in late if op.name == "ih.i to PEs") == h_is_back
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("parts", [["ih"], ["hh"], ["hr"], ["ih", "hh", "hr"]], ids="+".join)
+def test_low_rank_in_any_part(kind, parts):
+    layer = low_rank_layer(12, 6, dict.fromkeys(parts, 3), **KINDS[kind])
+    for changes in ({}, {"weight_words": 24, "load_bits_per_cycle": 5}, {"acc_depth": 4, "acc_banks": 1}):
+        mapping = schedule_layer(layer, SMALL.with_(**changes), 1).mapping
+        check_against_interpreter(mapping, 6, seed=2)
+
+
+@pytest.mark.parametrize("name", ["group4x4", "array16x16"])
+def test_low_rank_execution_equals_the_engine(name):
+    layer = low_rank_layer(32, 12, dict.fromkeys(("ih", "hh"), 5))
+    x = np.random.default_rng(1).integers(-9000, 9000, (10, 2, 12))
+    executed, engine = execute_layer(layer, preset(name), x), run_layer(layer, x)
+    np.testing.assert_array_equal(executed.output, engine.output)
+    assert np.unique(engine.output).size > 8
+
+
+def test_low_rank_costs_what_its_factors_cost():
+    rank, layer = 4, low_rank_layer(32, 12, {"hh": 4})
+    mapping = schedule_layer(layer, SMALL, 1).mapping
+    assert mapping.on_chip_bits == 4 * (32 * 12 * 8 + 2 * 32 * rank * 6)
+    assert mapping.cr_chip == 32 * 4 * 32 * (12 + 32) / mapping.on_chip_bits
+    assert mapping.macs.sum() == 4 * (32 * 12 + 2 * 32 * rank)
+    widest = max(block.inner_bits(1 << 15) for name, block in layer.blocks.items() if "_hh_" in name)
+    assert resources(mapping).data.bits == widest > 16
+    # x twice, h once, and of each gate what its V gives: 3 + 3 + 8 + 4 columns of one PE.
+    assert resources(mapping).data.depth == 2 * 3 + 8 + 4
+    assert least_cycles(layer, SMALL, one_region(SMALL)) <= schedule_layer(layer, SMALL, 9).steady_state_cycles
+
+
+def test_low_rank_with_skipping_is_refused():
+    with pytest.raises(ValueError, match=r"what V of a low-rank block gives whole so far, got delta thresholds \{\} and look"):
+        map_layer(low_rank_layer(), SMALL.with_(lookahead=2), one_region(SMALL))
