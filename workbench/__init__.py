@@ -30,6 +30,7 @@ _NAMES = {
         "sensitivity": "Loop Strength check_sensitivity class_stability classify hybrid_plan method_agreement rank_blocks"
         " search_hybrid seed_agreement sensitive_gates sensitivity_table strengths",
         "signals": "signal_errors",
+        "sparsity": "delta_study operation_study",
         "sweep": "results",
         "study": "array_layers check_study check_tradeoff compare sensitivity_over_seeds tradeoff train_dense variants",
         "runs": "record run",
@@ -46,7 +47,7 @@ _NAMES = {
 _SUBMODULES = (
     "allocation", "array", "budget", "cheap", "constrain", "container", "emulation", "engine", "fixedpoint", "gates", "index",
     "methods", "models", "packed", "pareto", "plan", "plots", "precision", "published", "quantise", "report", "runs",
-    "schedules", "sensitivity", "signals", "study", "sweep", "tables", "tasks", "train", "units",
+    "schedules", "sensitivity", "signals", "sparsity", "study", "sweep", "tables", "tasks", "train", "units",
 )  # fmt: skip
 
 __all__ = ["__version__", *_NAMES, *_SUBMODULES]

@@ -453,15 +453,15 @@ def crossover_figure(table: pd.DataFrame, blocks: pd.DataFrame | None = None) ->
     return figure
 
 
-def delta_figure(table: pd.DataFrame, accuracy: str) -> Figure:
-    """A delta threshold over its range: what is still sent and how accurate the model is, and cycles per step of real
-    sequences, mean and from there to the 95th percentile, a line a lookahead. table: rows of delta_study."""
+def delta_figure(table: pd.DataFrame) -> Figure:
+    """Delta thresholds of one layer: what is still sent and how accurate the model is, and cycles per step of real sequences,
+    mean and from there to the 95th percentile, a line a lookahead. table: rows of delta_study."""
     figure = Figure(figsize=(10, 3.7), layout="constrained")
     left, right = figure.subplots(1, 2)
     first = table[table["lookahead"] == table["lookahead"].min()]
     place = np.arange(len(first))
-    for n, name in enumerate(("input sent", "hidden sent", accuracy)):
-        left.plot(place, 100 * first[name], color=GATE_COLOURS[n], marker=METHOD_MARKERS[n], label=name)
+    for n, (name, unit) in enumerate({"input sent": 100, "hidden sent": 100, "valid accuracy": 1}.items()):
+        left.plot(place, unit * first[name], color=GATE_COLOURS[n], marker=METHOD_MARKERS[n], label=name)
     left.set(xlabel="delta threshold", ylabel="%", ylim=(0, 102))
     for n, (lookahead, rows) in enumerate(table.groupby("lookahead")):
         right.plot(place, rows["cycles mean"], color=GATE_COLOURS[n], marker=METHOD_MARKERS[n], label=f"lookahead {lookahead}")
