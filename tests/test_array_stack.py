@@ -2,31 +2,36 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_array import KINDS, SMALL, dense_layer, hybrid_layer
+from test_array_forms import low_rank_layer
 
 from workbench.array import (
     ArraySpec,
     Layout,
     Operation,
     Region,
+    execute_layer,
     execute_stack,
     map_layer,
     preset,
+    schedule_hoisted,
     schedule_layer,
     schedule_stack,
 )
-from workbench.array.cost import Memory, resources
-from workbench.array.interpreter import interpret
+from workbench.array.cost import Memory, compare, resources
+from workbench.array.interpreter import interpret, interpret_hoisted
 from workbench.array.mapping import candidate_layouts, fitting_mappings, strips
 from workbench.array.stack import side_by_side
 from workbench.engine import StackEngine, run_layer
 
 WIDE = SMALL.with_(cols=8)  # two strips of 4 x 4
+MAKES = (dense_layer, hybrid_layer, partial(low_rank_layer, ranks={"ih": 1, "hh": 2}))
 
 
 def stack_of(kind="LSTM", hidden=8, inputs=4, layers=2, directions=1, make=dense_layer):
@@ -68,7 +73,7 @@ def tiny_stacks(draw):
     width = KINDS[kind].get("proj")
     layers, inputs = [], choose(1, 3, 5)
     for seed in range(count):
-        make, hidden = choose(dense_layer, hybrid_layer), choose(4, 8)
+        make, hidden = choose(*MAKES), choose(4, 8)
         layers.append(make(hidden, inputs, seed=seed, **KINDS[kind]))
         inputs = width or hidden if pipelined else inputs
     regions, batch = draw(st.sampled_from(strips(Region(0, 0, spec.rows, spec.cols), count))), choose(1, 1, 2)
@@ -206,7 +211,8 @@ def test_a_pipeline_refuses_a_delta_threshold_of_what_two_layers_take():
 
 
 def test_json_rebuilds_the_table():
-    for schedule in (schedule_layer(dense_layer(), SMALL, 3, batch=2), pipeline(batch=2), schedule_stack(stack_of(), SMALL, 3)):
+    for schedule in (schedule_layer(dense_layer(), SMALL, 3, batch=2), pipeline(batch=2), schedule_stack(stack_of(), SMALL, 3),
+                     schedule_hoisted(dense_layer(), SMALL, 5, window=2)):
         read = json.loads(schedule.to_json())
         operations = [Operation(**row | {"after": tuple(row["after"])}) for row in read["operations"]]
         assert tuple(operations) == schedule.operations
@@ -227,3 +233,127 @@ def test_what_is_no_stack_or_has_no_place_is_refused():
         schedule_stack(stack_of(), SMALL, 3, form="side by side")
     with pytest.raises(ValueError, match=r"side by side: a PE needs 6 data words .*the array has 5"):
         schedule_stack(stack_of(), WIDE.with_(data_words=5), 3, form="side by side")
+
+
+# Hoisted input products.
+
+
+def check_hoisted(layer, spec, steps, batch, window, seed):
+    """Spans, events and values are those of the literal machine and of the engine."""
+    schedule = schedule_hoisted(layer, spec, steps, batch, window)
+    x = np.random.default_rng(seed).integers(-4096, 4096, (steps, batch, layer.input_size))
+    literal, engine = interpret_hoisted([(stage.mapping, stage.steps) for stage in schedule.stages], x), run_layer(layer, x)
+    np.testing.assert_array_equal(np.concatenate([np.array(stage.output) for stage in literal if stage.output]), engine.output)
+    assert literal[-1].c == (None if engine.c is None else engine.c.tolist())
+    for stage, found in zip(schedule.stages, literal, strict=True):
+        for (step, n), (start, end) in found.spans.items():
+            assert stage.rows[step + 1, n] == start and stage.timed[n].busy + stage.timed[n].latency == end - start
+        assert len(found.spans) == (stage.rows >= 0).sum() and found.cycles == stage.cycles
+        assert found.counts == {event: count for event, count in stage.counts().items() if count}
+    assert sum(schedule.split().values()) == schedule.cycles == max(op.end for op in schedule.operations)
+    return schedule
+
+
+@st.composite
+def tiny_hoisted(draw):
+    def choose(*values):
+        return draw(st.sampled_from(values))
+
+    spec = ArraySpec(
+        rows=choose(4, 8), cols=choose(4, 8), mac_latency=choose(0, 4), acc_depth=choose(4, 64), acc_banks=choose(1, 2, 3),
+        h_words_per_cycle=choose(1, 3), act_units=choose(1, 3, 4), weight_words=choose(2048, 24, 12),
+        data_words=choose(512, 20), load_bits_per_cycle=choose(7, 64), config_cycles=choose(0, 5))
+    make, kind, seed = choose(*MAKES), choose(*KINDS), draw(st.integers(0, 9))
+    layer = make(choose(4, 8), choose(1, 3, 9), seed=seed, **KINDS[kind])
+    return layer, spec, choose(1, 2, 5), choose(1, 1, 2), choose(0, 0, 1, 2, 3), draw(st.integers(0, 1000))
+
+
+@settings(max_examples=60, deadline=None)
+@given(tiny_hoisted())
+def test_hoisted_layers_equal_the_literal_interpreter(case):
+    check_hoisted(*case)
+
+
+def test_two_hoisted_steps_by_hand():
+    """8 units, 4 inputs on 4 x 4 PEs."""
+    schedule = schedule_hoisted(dense_layer(hidden=8, inputs=4), SMALL, 2)
+    found = {(op.stage, op.step, op.name): (op.start, op.end) for op in schedule.operations}
+    # Of each gate 2 rows x 1 column, 4 of pipeline, then 2 rows, 3 hops; g takes the bank of i once that is drained.
+    products = {"i": (4, 10), "f": (6, 12), "g": (15, 21), "o": (17, 23)}
+    drains = {"i": (10, 15), "f": (12, 17), "g": (21, 26), "o": (23, 28)}
+    for gate in "ifgo":
+        assert found[0, 0, f"mac {gate} ih"] == products[gate] and found[0, 0, f"drain {gate} ih"] == drains[gate]
+    assert found[0, 1, "mac i ih"] == (26, 32)  # the second step's, once g is drained, and so on: 22 cycles behind
+    assert found[0, 1, "drain o ih"] == (45, 50)
+    assert schedule.stages[0].cycles == 50
+    # Then the recurrence, with 50 added: W_hh 2 rows x 2 columns from h = 0 on; no W_ih x before it, no x on the network.
+    assert [found[1, 0, f"mac {gate} hh"] for gate in "ifgo"] == [(50, 58), (54, 62), (63, 71), (67, 75)]
+    assert found[1, 0, "act i"] == (63, 69) and found[1, 0, "act g"] == (76, 82) and found[1, 0, "h to PEs"] == (104, 112)
+    assert schedule.first_step_latency == 112 and schedule.cycles == 112 + 62  # 136 without hoisting
+    assert schedule.steady_state_cycles == 22 + 62 and schedule.whole_sequence
+    # What waits at the edge: 2 steps of 4 gates of 2 rows per unit, each written and read once beside what is always counted.
+    alone = schedule_layer(dense_layer(hidden=8, inputs=4), SMALL, 2).counts()
+    more = {event: count - alone[event] for event, count in schedule.counts().items() if count != alone[event]}
+    # W_ih x has rows and drains of its own now: 16 PEs turn to 2 rows of 4 gates and 8 x 4 sums pass 4 columns, twice.
+    assert more == {"acc_reads": 2 * (4 * 8 * 4 + 32), "acc_writes": 2 * 32, "link_words": 2 * 4 * 8 * 4}
+    assert resources(schedule.mapping).edge == (Memory(16, 48),) and resources(schedule.stages[1].mapping).edge == ()
+    with pytest.raises(ValueError, match=r"has to keep 16 sums of 48 bits \(input products of 2 steps, batch of 1\), the array "
+                                         r"has 15 \(edge_words\)"):
+        schedule_hoisted(dense_layer(hidden=8, inputs=4), SMALL.with_(edge_words=15), 2)
+    assert schedule_hoisted(dense_layer(hidden=8, inputs=4), SMALL.with_(edge_words=8), 2, window=1).window == 1
+    less = replace(schedule.stages[0].mapping, spec=SMALL.with_(edge_words=15))
+    with pytest.raises(RuntimeError, match="hazard: an activation unit keeps 16 sums, the array has 15"):
+        interpret_hoisted([(less, 2)], np.zeros((2, 1, 4), dtype=int))
+
+
+@pytest.mark.parametrize(("data_words", "together"), [(512, 6), (8, 2), (4, 1)])
+def test_streamed_input_weights_serve_the_steps_that_the_data_memories_hold(data_words, together):
+    """W_ih takes 16 words of a PE, x of a step 2, stored twice."""
+    spec = SMALL.with_(weight_words=12, data_words=data_words)
+    schedule = schedule_hoisted(dense_layer(8, 8), spec, 6)
+    first = schedule.stages[0]
+    assert (first.mapping.batch, first.steps, len(schedule.stages)) == (together, 6 // together, 2)
+    unique = first.mapping.on_chip_bits - 8 * first.mapping.resident_words.sum()
+    assert first.counts()["loaded_bits"] == 6 // together * unique > 0
+    assert schedule.counts()["macs"] == 6 * 4 * (64 + 64)
+    assert check_hoisted(dense_layer(8, 8), spec, 5, 1, 0, 1).stages[0].mapping.batch == min(together, 5)
+
+
+def test_hoisting_wins_where_the_loader_binds():
+    layer, spec = dense_layer(128, 40, bits=16), preset("group4x4")
+    alone, hoisted = schedule_layer(layer, spec, 32), schedule_hoisted(layer, spec, 32)
+    assert alone.bound == "memory" and hoisted.cycles < 0.75 * alone.cycles
+    assert hoisted.loads[1] > 0  # W_hh takes the place of W_ih
+    windows = schedule_hoisted(layer, spec, 32, window=16)
+    assert windows.loads == (0, hoisted.loads[1], windows.stages[0].initial_load_cycles, hoisted.loads[1])  # in each window
+    assert windows.cycles == sum(windows.loads) + 2 * (windows.stages[0].cycles + windows.stages[1].cycles)
+    assert windows.steady_state_cycles == windows.cycles / 32 and resources(windows.mapping).edge[0].depth == 16 * 4 * 32
+    rows = compare({"dense 16-bit": alone, "hoisted": hoisted})
+    assert [row["whole_sequence"] for row in rows] == [False, True]
+    assert rows[1]["acceleration_sequence"] == alone.cycles / hoisted.cycles
+    assert rows[1]["multiply_cycles"] == rows[0]["multiply_cycles"] and rows[1]["cr_chip"] == rows[0]["cr_chip"]
+
+
+@pytest.mark.parametrize("hoist", [True, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_hoisted_execution_equals_the_engine(kind, hoist):
+    x = np.random.default_rng(0).integers(-9000, 9000, (5, 2, 4))
+    layer, stack = hybrid_layer(8, 4, **KINDS[kind]), stack_of(kind, directions=2, make=hybrid_layer)
+    executed = execute_layer(layer, SMALL, x, hoist=hoist)
+    np.testing.assert_array_equal(executed.output, run_layer(layer, x).output)
+    assert executed.schedule.window == min(hoist, 5) if hoist is not True else 5
+    executed = execute_stack(stack, SMALL, x, hoist=hoist)
+    np.testing.assert_array_equal(executed.output, StackEngine(stack).run(x).output)
+    assert executed.schedule.cycles == sum(executed.schedule.split().values()) == max(
+        op.end for op in executed.schedule.operations)
+    skipping = execute_layer(layer, SMALL.with_(lookahead=4), x * (x > 5000), hoist=hoist)
+    assert skipping.schedule.counts()["skipped_macs"] > 0
+
+
+def test_what_cannot_be_hoisted_is_refused():
+    with pytest.raises(ValueError, match="hoisting takes no delta threshold of x"):
+        schedule_hoisted(replace(dense_layer(), delta={"input": 3}), SMALL, 3)
+    with pytest.raises(ValueError, match="schedule_stack hoists input products of layers in turn only"):
+        schedule_stack(stack_of(), WIDE, 3, form="side by side", hoist=True)
+    with pytest.raises(ValueError, match="hoisting takes a whole number of steps at a time, 0 for all, got -1"):
+        schedule_hoisted(dense_layer(), SMALL, 3, window=-1)

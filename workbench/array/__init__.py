@@ -6,13 +6,13 @@ from workbench.array.mapping import BlockMapping, LayerMapping, Layout, Region, 
 from workbench.array.schedule import Operation, Schedule, schedule_layer, schedule_layers
 from workbench.array.skipping import multiplied
 from workbench.array.spec import ASSUMPTIONS, FIELDS, PRESETS, ArraySpec, preset
-from workbench.array.stack import StagedSchedule, schedule_stack
+from workbench.array.stack import StagedSchedule, schedule_hoisted, schedule_stack
 from workbench.array.systolic import SYSTOLIC, SystolicArray, SystolicRun, last_cycle, layer_products, run_product
 
 __all__ = [
     "ASSUMPTIONS", "FIELDS", "PRESETS", "SYSTOLIC", "ArraySpec", "BlockMapping", "Choice", "Execution", "LayerMapping",
     "Layout", "Operation", "Region", "Schedule", "StackExecution", "StagedSchedule", "SystolicArray", "SystolicRun",
     "compare_operations", "crossover", "execute_layer", "execute_stack", "last_cycle", "layer_products", "map_block",
-    "map_layer", "multiplied", "preset", "run_product", "schedule_layer", "schedule_layers", "schedule_stack",
-    "with_operations",
+    "map_layer", "multiplied", "preset", "run_product", "schedule_hoisted", "schedule_layer", "schedule_layers",
+    "schedule_stack", "with_operations",
 ]  # fmt: skip

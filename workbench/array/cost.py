@@ -116,8 +116,8 @@ class Memory:
 @dataclass(frozen=True)
 class Resources:
     """Modelled resources of the whole array. lut and ff: intervals (low, high), memories in LUTs included. edge: memories of
-    every activation unit that delta thresholds need: the sums that are kept, and what was sent last of each signal; tables: of
-    every activation unit."""
+    every activation unit that delta thresholds need: the sums that are kept, and what was sent last of each signal; and those
+    of hoisted input products. tables: of every activation unit."""
 
     dsp: int
     weights: Memory
@@ -156,6 +156,8 @@ def resources(mapping: LayerMapping) -> Resources:
     unit has the tables: of "linear" the start and the slope of each segment, in one memory; of "exact" all codes. Not counted:
     logic of the activation units, multicast, loader, edge buffer, control."""
     spec, edge = mapping.spec, tuple(memory for m in mapping.layers for memory in _edge_memories(m))
+    if mapping.edge_words:
+        edge += (Memory(mapping.edge_words, spec.acc_bits),)
     weights = Memory(mapping.weight_depth,
                      min(max(block.word_bits for m in mapping.layers for block in m.blocks.values()), spec.weight_word_bits))
     data = Memory(mapping.data_words, max(operand_bits(m.layer, part) for m in mapping.layers for part in parts_of(m.layer)))
@@ -237,7 +239,8 @@ def _row(label, schedule: Schedule, base: Schedule) -> dict:
         "acceleration_sequence": base.cycles * mapping.batch / (schedule.cycles * base.mapping.batch),
         "multiply_cycles": multiply,
         "acceleration_multiply": base_multiply / multiply, "bound": schedule.bound,
-        "words_per_pe": int(mapping.memory_words.max()), "streamed_bits_per_step": mapping.streamed_bits,
+        "words_per_pe": int(mapping.memory_words.max()), "whole_sequence": schedule.whole_sequence,
+        "streamed_bits_per_step": schedule.counts()["loaded_bits"] / schedule.steps,
         "on_chip_bits": mapping.on_chip_bits, "cr_chip": base_bits / mapping.on_chip_bits,
         "energy_low_nj": modelled.low_pj / 1000, "energy_high_nj": modelled.high_pj / 1000,
         "dsp": used.dsp, "bram36": used.bram36, "lut_low": used.lut[0], "lut_high": used.lut[1],

@@ -8,7 +8,7 @@ from workbench.array.mapping import Layout, multiplication
 from workbench.array.schedule import Schedule, schedule_layer
 from workbench.array.skipping import multiplied
 from workbench.array.spec import ArraySpec
-from workbench.array.stack import StagedSchedule, layer_name, schedule_stack
+from workbench.array.stack import StagedSchedule, layer_name, schedule_hoisted, schedule_stack
 from workbench.engine import (
     LayerResult,
     candidate,
@@ -30,18 +30,24 @@ class Execution:
     output: np.ndarray  # (T, B, output_size) int64 in the hidden format
     h: np.ndarray  # (B, output_size) int64
     c: np.ndarray | None  # (B, hidden_size) int64 in the cell format; None for a GRU
-    schedule: Schedule
+    schedule: Schedule | StagedSchedule
 
 
-def execute_layer(layer: PackedLayer, spec: ArraySpec, x, layout: Layout | None = None) -> Execution:
+def execute_layer(layer: PackedLayer, spec: ArraySpec, x, layout: Layout | None = None, hoist: bool | int = False) -> Execution:
     """Run B sequences side by side: x (T, B, input_size) integers in the input format, h and c zero at the start.
+
+    hoist: True, or so many steps at a time: input products ahead of the recurrence, as schedule_hoisted does (no layout then).
 
     The sums come from the words as they lie in the PEs; each part is drained, then shifted once, as the engine defines.
     """
     x = _checked(layer, x, "execute_layer")
     steps, batch, _ = x.shape
-    schedule = schedule_layer(layer, spec, steps, layout, batch, multiplied(layer, x) if spec.lookahead > 1 else None)
-    found = _run(layer, schedule.mapping.blocks, x)
+    inputs = multiplied(layer, x) if spec.lookahead > 1 else None
+    if hoist:
+        schedule = schedule_hoisted(layer, spec, steps, batch, 0 if hoist is True else hoist, inputs)
+    else:
+        schedule = schedule_layer(layer, spec, steps, layout, batch, inputs)
+    found = _run(layer, {place: block for m in schedule.mapping.layers for place, block in m.blocks.items()}, x)
     return Execution(found.output, found.h, found.c, schedule)
 
 
@@ -101,12 +107,12 @@ class StackExecution:
     schedule: StagedSchedule
 
 
-def execute_stack(stack, spec: ArraySpec, x, form: str = "") -> StackExecution:
+def execute_stack(stack, spec: ArraySpec, x, form: str = "", hoist: bool | int = False) -> StackExecution:
     """Run B sequences through all layers and directions of one recurrent module: x (T, B, input_size), as schedule_stack
     arranges them."""
     stack, x = [tuple(directions) for directions in stack], _checked(stack[0][0], x, "execute_stack")
     inputs = _multiplied_by_all(stack, x) if spec.lookahead > 1 else None
-    schedule, blocks = schedule_stack(stack, spec, len(x), x.shape[1], form, inputs), {}
+    schedule, blocks = schedule_stack(stack, spec, len(x), x.shape[1], form, inputs, hoist), {}
     for mapping in schedule.mapping.layers:
         blocks.setdefault(mapping.name, {}).update(mapping.blocks)
     results = []

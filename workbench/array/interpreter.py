@@ -137,6 +137,33 @@ def interpret(mapping: LayerMapping | SideBySide, x) -> Interpretation:
     return Interpretation(output, c, machine.now, machine.spans, dict(+machine.counts))
 
 
+def interpret_hoisted(stages, x) -> list[Interpretation]:
+    """Run one layer whose input products are hoisted: x (T, B, input_size). stages: (mapping, steps of its program) in turn, of
+    input products, whose items are some steps of all sequences, and of the recurrence over the steps that they were for."""
+    x, found, done, waiting, former = np.asarray(x), [], 0, {}, None
+    batch = x.shape[1]
+    for mapping, steps in stages:
+        if mapping.fills_edge:
+            ahead = mapping.batch // batch  # steps that a step of the program takes together
+            first = done + len({step for step, *_ in waiting})
+            machine = _Machine(mapping, [x[first : first + steps * ahead].reshape(steps, mapping.batch, -1).tolist()])
+            machine.run()
+            for (step, item, *which), total in machine.kept.items():
+                waiting[first + step * ahead + item // batch, item % batch, *which] = total
+            units = Counter((row % mapping.spec.act_units) for *_, row in waiting)
+            if max(units.values()) > mapping.spec.edge_words:
+                raise RuntimeError(f"hazard: an activation unit keeps {max(units.values())} sums, the array has "
+                                   f"{mapping.spec.edge_words} (edge_words)")
+            found.append(Interpretation([], None, machine.now, machine.spans, dict(+machine.counts)))
+        else:
+            kept = {(step - done, *which): total for (step, *which), total in waiting.items()}
+            machine = former = _Machine(mapping, [range(steps)], kept, former)
+            machine.run()
+            done, waiting = done + steps, {}
+            found.append(Interpretation(*machine.result(0), machine.now, machine.spans, dict(+machine.counts)))
+    return found
+
+
 def _sent(i):
     """The value that a multicast sends; for an inner part what V of the low-rank block gives."""
     return SENT.get(i.parts[0], f"sum {i.parts[0]}")
@@ -181,6 +208,20 @@ class _Item:
         for state in ("cell", "h"):
             self.values[-1, state] = dict.fromkeys(range(self.size(state)), 0)
 
+    def go_on(self, former, steps):
+        """Take on the state that the same sequence has after so many steps."""
+        self.last_sent, self.kept = former.last_sent, former.kept
+        for state in ("cell", "h"):
+            self.values[-1, state] = former.values[steps - 1, state]
+
+    def add_up(self, place, total, parts):
+        """Add what some parts of a sum come to, at the edge. place: (step, sum, row)."""
+        t, name, row = place
+        self.edge[place] += total
+        self.edge_parts[place] += parts
+        if self.edge_parts[place] == len(self.sums[name]):
+            self.values[t, f"sum {name}"][row] = self.edge[place]
+
     def size(self, value):
         """Elements of a value."""
         if "." in value:  # what V of a low-rank block gives
@@ -195,9 +236,11 @@ class _Item:
 
 
 class _Machine:
-    def __init__(self, mapping, x):
-        """x: per layer, or of the first only, (T, B, input_size)."""
+    def __init__(self, mapping, x, kept=None, former=None):
+        """x: per layer, or of the first only, (T, B, input_size). kept: (step, item, sum, row) -> sum of hoisted input products
+        at the edge; former: the machine that ran the steps before."""
         self.mapping, self.spec, self.x, self.steps = mapping, mapping.spec, x, len(x[0])
+        self.kept = kept or {}
         self.program = mapping.program
         self.now, self.counts, self.spans = 0, Counter(), {}
         # Program order, per resource; a step of the program does what belongs to a step of the sequence.
@@ -237,7 +280,12 @@ class _Machine:
             first += len(m.layout.regions)
             for j in range(m.layer.output_size):
                 for pe in self.keepers[layer, "hh", j]:
-                    self.data[pe] |= {(item, "hh", 0, j): (-1, 0) for item in range(mapping.batch)}
+                    self.data[pe] |= {(item, "hh", 0, j): (-1, former.data[pe][item, "hh", 0, j][1] if former else 0)
+                                      for item in range(mapping.batch)}
+        for place, item in self.items.items() if former else ():
+            item.go_on(former.items[place], former.steps)
+        for (t, item, name, row), total in self.kept.items():
+            self.items[0, item].add_up((t, name, row), total, 1)
 
     def _operand(self, i, t):
         """What a multiplication of step t takes: its size, the step that it is from, its place among the copies in a PE."""
@@ -458,10 +506,11 @@ class _Machine:
             item.kept[i.parts, i.sum, row] += partial
             partial = item.kept[i.parts, i.sum, row]
             self.counts.update({"acc_reads": 1, "acc_writes": 1})
-        item.edge[place] += partial
-        item.edge_parts[place] += len(i.parts)
-        if item.edge_parts[place] == len(item.sums[i.sum]):
-            item.values[a.t, f"sum {i.sum}"][row] = item.edge[place]
+        if self.mapping.layers[i.layer].fills_edge and i.sum in item.layer.gates:
+            self.kept[a.t, i.item, i.sum, row] = partial
+            self.counts["acc_writes"] += 1
+        else:
+            item.add_up(place, partial, len(i.parts))
 
     def _work_load(self, a):
         a.todo = max(0, a.todo - self.spec.load_bits_per_cycle)
@@ -499,6 +548,7 @@ class _Machine:
 
     def _compute(self, t, i, j, task):
         item = self.items[i.layer, i.item]
+        self.counts["acc_reads"] += (t, i.item, i.sum, j) in self.kept
         item.values[t, task.value][j] = task.compute(j, *(item.values[t - back, value][j] for back, value in task.reads))
         computed = [item.values[t, other.value].get(j) for other in item.tasks[i.name]]
         if len(computed) > 1 and None not in computed:

@@ -446,11 +446,11 @@ def part_of(part: str) -> str:
     return part.split(".")[0]
 
 
-def array_blocks(layer: PackedLayer) -> dict[tuple[str, str], object]:
-    """(part, gate) -> what the array stores and multiplies: the layer's blocks; of a low-rank block V, and under an inner
-    part of its own U."""
+def array_blocks(layer: PackedLayer, parts=None) -> dict[tuple[str, str], object]:
+    """(part, gate) -> what the array stores and multiplies: the layer's blocks, of all its parts or some; of a low-rank block
+    V, and under an inner part of its own U."""
     stored = {}
-    for part, gate in layer.products:
+    for part, gate in (p for p in layer.products if p[0] in (parts or PARTS)):
         block = layer.block(part, gate)
         if isinstance(block, PackedLowRank):
             stored[part, gate] = PackedDense(block.right, block.fmt)
@@ -482,11 +482,17 @@ def network_words(layer: PackedLayer, spec: ArraySpec, part: str) -> int:
     return ceil_div(operand_bits(layer, part), spec.word_bits)
 
 
-def map_blocks(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> dict[tuple[str, str], BlockMapping]:
-    """(part, gate) -> BlockMapping. Blocks of a sum that share accumulators are placed together, so that each is
-    balanced: they are multiplied one after the other, with a barrier between."""
-    mapped, stored = {}, array_blocks(layer)
-    for products in array_sums(layer).values():
+def _sums_here(layer, products) -> dict[str, tuple[tuple[str, str], ...]]:
+    """Sum -> which of these (part, gate) add up to it; sums of which none does are left out."""
+    here = {name: tuple(p for p in of if p in products) for name, of in array_sums(layer).items()}
+    return {name: some for name, some in here.items() if some}
+
+
+def map_blocks(layer: PackedLayer, spec: ArraySpec, layout: Layout, parts=None) -> dict[tuple[str, str], BlockMapping]:
+    """(part, gate) -> BlockMapping, of all parts of the layer or some. Blocks of a sum that share accumulators are placed
+    together, so that each is balanced: they are multiplied one after the other, with a barrier between."""
+    mapped, stored = {}, array_blocks(layer, parts)
+    for products in _sums_here(layer, stored).values():
         blocks = {p: stored[p] for p in products}
         region = {p: layout.regions[layout.region_of(block)] for p, block in blocks.items()}
         unit = {p: tile_unit(block, region[p], spec.acc_depth, layout.split_tiles) for p, block in blocks.items()}
@@ -565,7 +571,7 @@ class LayerMapping:
     loads again. name: of the layer in its stack.
     """
 
-    pipelined = False
+    pipelined, edge_words = False, 0
 
     layer: PackedLayer
     spec: ArraySpec
@@ -577,6 +583,22 @@ class LayerMapping:
     batch: int = 1
     passes: int = 1
     name: str = ""
+
+    @property
+    def parts(self) -> set[str]:
+        """Those of the layer that are multiplied here: all, or of hoisted input products "ih" or all others."""
+        return {part_of(part) for part, _ in self.blocks}
+
+    @property
+    def fills_edge(self) -> bool:
+        """Whether it computes input products ahead of the recurrence, which wait at the edge."""
+        return self.parts == {"ih"}
+
+    @property
+    def hoisted_words(self) -> int:
+        """Sums of input products that an activation unit keeps for a step of all items, ahead of the recurrence."""
+        rows = len(self.layer.gates) * ceil_div(self.layer.hidden_size, self.spec.act_units)
+        return 0 if "ih" in self.parts else self.batch * rows
 
     @property
     def layers(self) -> tuple["LayerMapping", ...]:
@@ -660,6 +682,7 @@ class SideBySide:
     layers: tuple[LayerMapping, ...]
     pipelined: bool
     program: tuple[Instruction, ...]
+    edge_words = 0
 
     @property
     def spec(self) -> ArraySpec:
@@ -689,6 +712,7 @@ class InTurn:
     """Mappings of which each has the whole array, one after the other."""
 
     stages: tuple[LayerMapping | SideBySide, ...]
+    edge_words: int = 0  # sums that an activation unit keeps ahead of the recurrence
 
     @property
     def layers(self) -> tuple[LayerMapping, ...]:
@@ -700,7 +724,7 @@ class InTurn:
 
     @property
     def batch(self) -> int:
-        return self.stages[0].batch
+        return self.stages[-1].batch  # of hoisted input products several steps are items
 
     @property
     def layout_name(self) -> str:
@@ -757,9 +781,9 @@ def words_taken(block: BlockMapping, spec: ArraySpec) -> int:
     return ceil_div(block.word_bits, spec.weight_word_bits)
 
 
-def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, *, batch: int = 1) -> LayerMapping:
-    """Map a layer for `batch` sequences side by side; blocks: what map_blocks gave for this layout, if at hand. What does not
-    fit raises ValueError."""
+def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, *, batch: int = 1, parts=None) -> LayerMapping:
+    """Map a layer for `batch` sequences side by side; blocks: what map_blocks gave for this layout and these parts, if at hand.
+    What does not fit raises ValueError."""
     _check_layer(layer, spec)
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"the array runs a whole number of sequences side by side (batch), at least 1, got {batch!r}")
@@ -768,7 +792,7 @@ def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, 
         used[region.window] += 1
     if used.max() > 1 or used.sum() != sum(region.rows * region.cols for region in layout.regions):
         raise ValueError(f"{layout} needs regions that do not overlap, inside {spec.rows} x {spec.cols} PEs")
-    blocks = map_blocks(layer, spec, layout) if blocks is None else blocks
+    blocks = map_blocks(layer, spec, layout, parts) if blocks is None else blocks
     if 2 * layout.stream_words > spec.weight_words:
         raise ValueError(f"{layout} needs two buffers of {layout.stream_words} words per PE, the array has {spec.weight_words} "
                          "(weight_words)")
@@ -804,11 +828,11 @@ def strips(place: Region, count: int) -> list[tuple[Region, ...]]:
     return cuts
 
 
-def least_cycles(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> int:
+def least_cycles(layer: PackedLayer, spec: ArraySpec, layout: Layout, parts=None) -> int:
     """A bound that no step of this layout can beat: the multiply-accumulates of the busier region, perfectly balanced
     where they are sparse."""
     busy = [0] * len(layout.regions)
-    for block in array_blocks(layer).values():
+    for block in array_blocks(layer, parts).values():
         number = layout.region_of(block)
         region, (rows, cols) = layout.regions[number], block.shape
         if isinstance(block, PackedSparse):
@@ -819,10 +843,10 @@ def least_cycles(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> int:
     return max(busy) * spec.mac_ii
 
 
-def fitting_mappings(layer: PackedLayer, spec: ArraySpec, layout: Layout, batch: int = 1) -> list[LayerMapping]:
+def fitting_mappings(layer: PackedLayer, spec: ArraySpec, layout: Layout, batch: int = 1, parts=None) -> list[LayerMapping]:
     """The mapping of a layout; if its weights do not fit, one mapping for each size of the streaming buffers."""
     _check_layer(layer, spec)
-    blocks = map_blocks(layer, spec, layout)
+    blocks = map_blocks(layer, spec, layout, parts)
     if _fits(layer, spec, layout, blocks):
         return [map_layer(layer, spec, layout, blocks, batch=batch)]
     widest = max(words_taken(block, spec) for block in blocks.values())
@@ -938,7 +962,8 @@ class _ProgramBuilder:
         makes due; h back to the PEs at the end. A projection stands behind all gates: while its PEs wait for its operands,
         they do not begin the next step's W_ih x."""
         x = Instruction("x to PEs", "multicast", "network", parts=("ih",), values=self.layer.input_size, lag=-1)
-        steps = [replace(x, item=item) for item in range(self.batch)]
+        parts = {part_of(part) for part, _ in self.blocks}
+        steps = [replace(x, item=item) for item in range(self.batch) if "ih" in parts]
         entries = [list(self._entries(n)) for n in range(len(self.layout.regions))]
         resident = [self._resident_slices(n, entries[n]) for n in range(len(self.layout.regions))]
         for items in self.passes:
@@ -947,12 +972,13 @@ class _ProgramBuilder:
             # Stable; the projection needs the gates of every region.
             segments.sort(key=lambda segment: segment[-1].sum in ("hr.p", "p"))
             last_drain = {(segment[-1].sum, segment[-1].item): n for n, segment in enumerate(segments)}
-            waiting = {item: [[replace(i, item=item) for i in phase] for phase in _phases(self.layer)] for item in items}
+            waiting = {item: [[replace(i, item=item) for i in phase] for phase in _phases(self.layer) if "hh" in parts]
+                       for item in items}
             for n, segment in enumerate(segments):
                 steps += segment
                 for item, phases in waiting.items():
                     while phases:
-                        due = [i for i in phases[0] if not i.sum or last_drain[i.sum, item] <= n]
+                        due = [i for i in phases[0] if not i.sum or last_drain.get((i.sum, item), -1) <= n]
                         steps += due
                         phases[0] = [i for i in phases[0] if i not in due]
                         if phases[0]:
@@ -963,7 +989,7 @@ class _ProgramBuilder:
     def _entries(self, region):
         """In the order in which they are drained: first the sums of inputs alone, which may run before h is back."""
         entries, share = [], ceil_div(max(map(len, self.passes)), self.spec.acc_banks)  # items that share a bank
-        for name, products in array_sums(self.layer).items():
+        for name, products in _sums_here(self.layer, self.blocks).items():
             here = [p for p in products if self.layout.region_of(self.blocks[p].packed) == region]
             together = _share_accumulators(self.layer, self.layout, products, {p: self.blocks[p].unit for p in products})
             for some in ([here] if together and here else [[p] for p in here]):

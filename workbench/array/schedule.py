@@ -117,15 +117,19 @@ def _time_program(mapping) -> tuple[Timed, ...]:
             rows = block.rows_between(low, high)
             words = rows * block.pe_cols
             kept = rows * (PARTS[part_of(i.parts[0])] in layer.layer.delta)  # added to sums at the edge
+            hoisted = rows * (layer.fills_edge and i.sum in layer.layer.gates)
             return Timed(high - low, (block.pe_cols - 1) * spec.link_cycles, needs,
-                         {"acc_reads": words + kept, "acc_writes": kept, "link_words": words})
+                         {"acc_reads": words + kept, "acc_writes": kept + hoisted, "link_words": words})
         if i.kind == "multicast":
             writes = data_writes(layer, i.parts[0], i.values)
             if _taken_above(mapping, i):
                 writes += data_writes(mapping.layers[i.layer + 1], "ih", i.values)
             words = i.values * network_words(layer.layer, spec, i.parts[0])
             return Timed(ceil_div(words, spec.h_words_per_cycle), 0, needs, {"multicast_words": words, "data_writes": writes})
-        return Timed(ceil_div(i.values, spec.act_units) * spec.act_ii, spec.act_latency, needs, {i.event: i.values})
+        counts = {i.event: i.values}
+        if layer.hoisted_words and i.sum in layer.layer.gates:  # the input's part is read at the edge
+            counts["acc_reads"] = i.values
+        return Timed(ceil_div(i.values, spec.act_units) * spec.act_ii, spec.act_latency, needs, counts)
 
     return tuple(timed(n, i, needed) for n, (i, needed) in enumerate(zip(mapping.program, needs, strict=True)))
 
@@ -212,7 +216,8 @@ def _needs(mapping):
         elif i.kind == "drain":
             yield 0, last_mac[n]  # of its bank: all earlier ones end before
         elif i.name == "x to PEs":  # its place in the double buffer is free once the former h has passed on the same network
-            return
+            if mapping.layers[i.layer].fills_edge:
+                yield from (since(i, m, COPIES["ih"]) for m in readers[i.layer, i.item].values())
         else:
             yield from (since(i, m) for m in (sum_drains[i.layer, i.item, i.sum] if i.sum else ()))
             yield from (since(i, named[i.layer, i.item, name]) for name in i.takes)
@@ -294,7 +299,8 @@ class Readings:
         mapping = self.mapping
         return json.dumps({
             "spec": asdict(mapping.spec), "layout": mapping.layout_name,
-            "layers": [{"name": m.name, "layout": asdict(m.layout)} for m in mapping.layers], "steps": self.steps,
+            "layers": [{"name": m.name, "parts": sorted(m.parts), "layout": asdict(m.layout)} for m in mapping.layers],
+            "steps": self.steps,
             "batch": mapping.batch, "whole_sequence": self.whole_sequence, "cycles": self.cycles,
             "steady_state_cycles": self.steady_state_cycles, "first_step_latency": self.first_step_latency,
             "initial_load_cycles": self.initial_load_cycles, "split": self.split(), "counts": self.counts(),
@@ -479,8 +485,9 @@ def beats(cycles, best: Schedule, former: Schedule | None):
 
 
 def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layout | None = None,
-                   batch: int = 1, inputs=None) -> Schedule:
-    """Schedule one layer over `steps` time steps of `batch` sequences side by side; inputs: as schedule_mapping.
+                   batch: int = 1, inputs=None, parts=None) -> Schedule:
+    """Schedule one layer over `steps` time steps of `batch` sequences side by side; inputs: as schedule_mapping; parts: those
+    whose blocks are multiplied, if not all (schedule_hoisted).
 
     Without a layout the candidate with the fewest steady-state cycles is taken, of equal ones the first; one whose
     multiplications (unless zeros are skipped) or loads alone take too long to win is not scheduled, one that the array cannot
@@ -490,16 +497,16 @@ def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layo
         raise TypeError("schedule_layer needs a PackedLayer and an ArraySpec, got "
                         f"{type(layer).__name__} and {type(spec).__name__}")
     layouts = [layout] if layout is not None else sorted(
-        candidate_layouts(layer, spec), key=lambda candidate: least_cycles(layer, spec, candidate))
+        candidate_layouts(layer, spec), key=lambda candidate: least_cycles(layer, spec, candidate, parts))
     best, rows, refusals, skips = None, [], [], inputs is not None and spec.lookahead > 1
     for candidate in layouts:
-        bound = 0 if skips else batch * least_cycles(layer, spec, candidate)
+        bound = 0 if skips else batch * least_cycles(layer, spec, candidate, parts)
         if best is not None and bound >= best.steady_state_cycles:
             rows.append({"layout": candidate.name, "least_cycles": bound})
             continue
         try:
-            mappings = ([map_layer(layer, spec, layout, batch=batch)] if layout is not None
-                        else fitting_mappings(layer, spec, candidate, batch))
+            mappings = ([map_layer(layer, spec, layout, batch=batch, parts=parts)] if layout is not None
+                        else fitting_mappings(layer, spec, candidate, batch, parts))
         except ValueError as error:
             refusals.append(error)
             rows.append({"layout": candidate.name, "least_cycles": bound, "refused": str(error)})

@@ -23,7 +23,7 @@ class ArraySpec:
     link_cycles: cycles per hop. h_words_per_cycle: words that the multicast network delivers per cycle.
     act_units, act_latency (cycles), act_ii (cycles per value and unit): activation units.
     weight_words: words of weight_word_bits per PE; data_words: words per PE of what weights multiply (inputs, hidden values,
-    what a projection takes).
+    what a projection takes). edge_words: sums of hoisted input products, acc_bits wide, per activation unit.
     load_bits_per_cycle: loader bandwidth from outside. config_cycles: one configuration broadcast, once per sequence.
     lookahead: coming inputs that a PE may inspect in a cycle to skip zeros (skipping.py); 1 skips nothing.
 
@@ -48,6 +48,7 @@ class ArraySpec:
     weight_words: int = 2048
     weight_word_bits: int = 18
     data_words: int = 512
+    edge_words: int = 4096
     load_bits_per_cycle: int = 512
     config_cycles: int = 64
     lookahead: int = 1
@@ -82,7 +83,9 @@ ASSUMPTIONS = (
     "The multicast delivers h_words_per_cycle to all regions at once, whatever their size.",
     "A PE that comes back to a row within mac_latency cycles (circulant pieces of 4 rows or fewer at a latency of 4) forwards "
     "the sum that is not written back yet; forwarding costs no cycle.",
-    "x comes to the PEs over the multicast; loading it from outside is not counted.",
+    "x comes to the PEs over the multicast; loading it from outside is not counted, nor is what passes between layers in turn.",
+    "Input products hoisted ahead of the recurrence wait in memories of the activation units (counted and charged); any unit's "
+    "memory takes what a drain brings, and reading it costs no cycle.",
     "Each item of a batch has x, h and c of its own; every resource serves the items in turn.",
     "Resident weights and the first h are in place at the start; the first load is reported apart (initial_load_cycles).",
     "A barrier per region lies between operations: the fullest PE counts.",
@@ -119,6 +122,8 @@ FIELDS = {
     "weight_words": ("words per PE", f"{ASSUMED}: one BRAM36 as 2K x 18 (UG573); k26: one RAMB18"),
     "weight_word_bits": ("bits", "port of a RAMB18 (UG573)"),
     "data_words": ("words per PE", f"{ASSUMED}; k26: what LUTs hold"),
+    "edge_words": ("words of acc_bits per activation unit",
+                   f"{ASSUMED}: six BRAM36 as 4K x 8 each; built only where input products are hoisted"),
     "load_bits_per_cycle": ("bits per cycle", f"{ASSUMED}: 512 bits at 200 MHz are 12.8 GB/s"),
     "config_cycles": ("cycles per sequence", f"{ASSUMED}: one configuration over an H-tree"),
     "lookahead": ("inputs per cycle", f"{ASSUMED}: 1 skips nothing"),

@@ -18,11 +18,12 @@ from workbench.array.mapping import (
     candidate_layouts,
     fitting_mappings,
     least_cycles,
+    parts_of,
     programs_side_by_side,
     strips,
 )
 from workbench.array.schedule import Operation, Readings, Schedule, schedule_layer, schedule_mapping
-from workbench.array.spec import ArraySpec
+from workbench.array.spec import ArraySpec, ceil_div
 from workbench.packed import PackedLayer
 
 
@@ -30,31 +31,37 @@ from workbench.packed import PackedLayer
 class StagedSchedule(Readings):
     """Schedules in turn, each a stage with a configuration of its own that begins when the one before has ended.
 
-    Where the weights of all stages do not fit the PEs' memories together, a stage begins with the load of its resident words
-    (the first stage's are in place). candidates: what the scheduler compared, a row each.
+    Where the weights of all stages do not fit the PEs' memories together, a stage begins with the load of its resident words,
+    unless they are those of the stage before (the first stage's are in place). steps: of the sequence. candidates: what the
+    scheduler compared, a row each. window: steps whose input products are hoisted together, 0 if none are.
     """
 
     stages: tuple[Schedule, ...]
+    steps: int
     candidates: tuple[dict, ...] = ()
-
-    @property
-    def steps(self) -> int:
-        return self.stages[-1].steps
+    window: int = 0
 
     @cached_property
     def mapping(self) -> InTurn:
-        return InTurn(tuple(stage.mapping for stage in self.stages))
+        """Of the stages; those with the same weights count once."""
+        found = {}
+        for stage in self.stages:
+            found.setdefault(_weights_of(stage), stage.mapping)
+        return InTurn(tuple(found.values()), self.window * max(m.hoisted_words for stage in self.stages
+                                                               for m in stage.mapping.layers))
 
     @cached_property
     def loads(self) -> tuple[int, ...]:
         """Cycles of the load that each stage begins with."""
-        return tuple(stage.initial_load_cycles * (n > 0 and not self.mapping.all_fit) for n, stage in enumerate(self.stages))
+        held = [_weights_of(self.stages[0]), *(_weights_of(stage) for stage in self.stages)]
+        return tuple(stage.initial_load_cycles * (now != before and not self.mapping.all_fit)
+                     for stage, now, before in zip(self.stages, held[1:], held, strict=False))
 
     @property
     def initial_load_cycles(self) -> int:
         """Cycles that the loader takes once, before the sequence, for the resident weights; in no other figure."""
-        return self.stages[0].initial_load_cycles if not self.mapping.all_fit else sum(
-            stage.initial_load_cycles for stage in self.stages)
+        held = {_weights_of(stage): stage.initial_load_cycles for stage in self.stages}
+        return sum(held.values()) if self.mapping.all_fit else self.stages[0].initial_load_cycles
 
     @property
     def cycles(self) -> int:
@@ -63,13 +70,19 @@ class StagedSchedule(Readings):
 
     @property
     def steady_state_cycles(self) -> float:
-        """Cycles that one more step of the sequence costs, the sum over the stages."""
-        return sum(stage.steady_state_cycles for stage in self.stages)
+        """Cycles that one more step of the sequence costs, the sum over the stages; where input products are hoisted window by
+        window the mean over all steps, as each window has its configurations and loads."""
+        if 0 < self.window < self.steps:
+            return self.cycles / self.steps
+        return sum(stage.steady_state_cycles * stage.steps for stage in self.stages) / self.steps
 
     @property
     def first_step_latency(self) -> int:
-        """Cycles from the start until the last stage has its first result: all others have then ended."""
-        return self.cycles - self.stages[-1].cycles + self.stages[-1].first_step_latency
+        """Cycles from the start until the first h of the last layer is in the PEs."""
+        first = next(n for n, stage in enumerate(self.stages) if stage.mapping.layers[-1].name == self.mapping.layers[-1].name
+                     and not stage.mapping.layers[0].fills_edge)
+        return sum(stage.cycles for stage in self.stages[:first]) + sum(self.loads[: first + 1]) + (
+            self.stages[first].first_step_latency)
 
     @property
     def whole_sequence(self) -> bool:
@@ -108,8 +121,70 @@ class StagedSchedule(Readings):
         return sum(stage.utilisation() * stage.cycles for stage in self.stages) / self.cycles
 
 
+def _weights_of(stage):
+    return tuple((mapping.name, *sorted(mapping.parts)) for mapping in stage.mapping.layers)
+
+
 def _load_counts(mapping):
     return {"loaded_bits": mapping.initial_bits, "weight_writes": int(mapping.resident_words.sum())}
+
+
+def schedule_hoisted(layer: PackedLayer, spec: ArraySpec, steps: int, batch: int = 1, window: int = 0,
+                     inputs=None) -> StagedSchedule:
+    """Schedule one layer with its input products W_ih x hoisted ahead of the recurrence, for all steps or window by window.
+
+    The products of a window come first, as stages of their own, and wait in the memories of the activation units (edge_words);
+    the recurrence then multiplies h only. Where W_ih has to be streamed, as many steps as the PEs' data memories hold use each
+    chunk, as items of a batch do. Nothing is rounded elsewhere than without hoisting, but the first h needs the x of the whole
+    window. inputs: as schedule_layer. A delta threshold of x, too many sums and what the array cannot hold raise ValueError.
+    """
+    if isinstance(window, bool) or not isinstance(window, int) or window < 0:
+        raise ValueError(f"hoisting takes a whole number of steps at a time, 0 for all, got {window!r}")
+    window = min(window or steps, steps)
+    if "input" in layer.delta:
+        raise ValueError(f"hoisting takes no delta threshold of x, whose sums move from step to step, got {layer.delta}")
+    recurrence = _recurrence(layer, spec, window, batch, inputs, 0, None)
+    words = window * recurrence.mapping.hoisted_words
+    if words > spec.edge_words:
+        raise ValueError(f"an activation unit has to keep {words} sums of {spec.acc_bits} bits (input products of {window} "
+                         f"steps, batch of {batch}), the array has {spec.edge_words} (edge_words)")
+    products = _input_products(layer, spec, window, batch, inputs, 0, None)
+    stages = [*products, recurrence]
+    for done in range(window, steps, window):  # on the same regions
+        some = min(window, steps - done)
+        if some < window or inputs is not None:
+            products = _input_products(layer, spec, some, batch, inputs, done, products[0].mapping.layout)
+            recurrence = _recurrence(layer, spec, some, batch, inputs, done, recurrence.mapping.layout)
+        stages += [*products, recurrence]
+    return StagedSchedule(tuple(stages), steps, window=window)
+
+
+def _recurrence(layer, spec, steps, batch, inputs, start, layout):
+    inputs = inputs and {part: values[start : start + steps] for part, values in inputs.items()}
+    parts = [part for part in parts_of(layer) if part != "ih"]
+    return schedule_layer(layer, spec, steps, layout, batch, inputs, parts)
+
+
+def _input_products(layer, spec, steps, batch, inputs, start, layout):
+    """Stages that compute the input products of some steps."""
+    def schedule(first, rows, together, layout):
+        """In so many rows of the program, each for some steps together."""
+        x = None
+        if inputs is not None:
+            x = inputs["ih"][start + first : start + first + rows * together]
+            x = {"ih": x.reshape(rows, together * batch, -1)}
+        return schedule_layer(layer, spec, rows, layout, together * batch, x, ("ih",))
+
+    alone = schedule(0, steps, 1, layout)
+    together = min(spec.data_words // (alone.mapping.data_words // batch) // batch, steps) if alone.mapping.streamed_bits else 1
+    if together <= 1:
+        return [alone]
+    together = ceil_div(steps, ceil_div(steps, together))
+    whole, rest = divmod(steps, together)
+    found = [schedule(0, whole, together, layout)]
+    if rest:
+        found.append(schedule(whole * together, 1, rest, found[0].mapping.layout))
+    return found
 
 
 SETTLED = 8  # step of a layer alone by which it has found its pace
@@ -154,15 +229,17 @@ def layer_name(index: int, reverse: int) -> str:
     return f"l{index}{'_reverse' * reverse}"
 
 
-def schedule_stack(stack, spec: ArraySpec, steps: int, batch: int = 1, form: str = "", inputs=None) -> StagedSchedule:
+def schedule_stack(stack, spec: ArraySpec, steps: int, batch: int = 1, form: str = "", inputs=None,
+                   hoist: bool | int = False) -> StagedSchedule:
     """Schedule all layers and directions of one recurrent module (stack: as PackedModel.stack gives it) over `steps` time steps
     of `batch` sequences side by side; inputs: layer_name -> what schedule_layer takes.
 
     form: "side by side": layers of one direction in a pipeline, or both directions of each layer, on strips of the array;
     "in turn": each on the whole array; else that of the two which takes fewer cycles for the sequence. Strips are whole columns
     or rows of groups; of all widths the fewest steady-state cycles win (one whose multiplications alone take as many as the
-    best so far is not scheduled). Within a strip each layer takes the layout whose multiplications bound it least. What the
-    array cannot hold raises ValueError with the numbers.
+    best so far is not scheduled). Within a strip each layer takes the layout whose multiplications bound it least. hoist: True,
+    or so many steps at a time: schedule_hoisted for every layer and direction, in turn. What the array cannot hold raises
+    ValueError with the numbers.
     """
     rows = []
     named = [{layer_name(index, reverse): layer for reverse, layer in enumerate(directions)}
@@ -171,6 +248,14 @@ def schedule_stack(stack, spec: ArraySpec, steps: int, batch: int = 1, form: str
         raise TypeError("schedule_stack needs layers of PackedLayers, as PackedModel.stack gives them")
     if form not in ("", *FORMS):
         raise ValueError(f"schedule_stack knows the forms {', '.join(FORMS)}, got {form!r}")
+    if hoist:
+        if form == "side by side":
+            raise ValueError("schedule_stack hoists input products of layers in turn only: they need the layer below whole")
+        stages, window = [], steps if hoist is True else hoist
+        for name, layer in ((name, layer) for layers in named for name, layer in layers.items()):
+            hoisted = schedule_hoisted(layer, spec, steps, batch, window, inputs and inputs[name])
+            stages += [_named(stage, name) for stage in hoisted.stages]
+        return StagedSchedule(tuple(stages), steps, window=hoisted.window)
 
     def compared(layers, pipelined):
         """The stages that the layers take."""
@@ -184,7 +269,7 @@ def schedule_stack(stack, spec: ArraySpec, steps: int, batch: int = 1, form: str
             why = rows[-1]["refused"] if rows else "too few groups"
             raise ValueError(f"{spec.rows} x {spec.cols} PEs have no strips of whole groups that hold {', '.join(layers)} side "
                              f"by side: {why}")
-        found = {form: StagedSchedule(tuple(stages)) for form, stages in found.items()}
+        found = {form: StagedSchedule(tuple(stages), steps) for form, stages in found.items()}
         rows.extend({"form": form, "layout": staged.mapping.layout_name, "cycles": staged.cycles,
                      "steady_state_cycles": staged.steady_state_cycles} for form, staged in found.items())
         return min(found.values(), key=lambda staged: staged.cycles).stages
@@ -193,11 +278,14 @@ def schedule_stack(stack, spec: ArraySpec, steps: int, batch: int = 1, form: str
         stages = compared({name: layer for layers in named for name, layer in layers.items()}, pipelined=True)
     else:
         stages = [stage for layers in named for stage in compared(layers, pipelined=False)]
-    return StagedSchedule(tuple(stages), tuple(rows))
+    return StagedSchedule(tuple(stages), steps, tuple(rows))
 
 
 def _alone(name, layer, spec, steps, batch, inputs):
-    schedule = schedule_layer(layer, spec, steps, batch=batch, inputs=inputs and inputs[name])
+    return _named(schedule_layer(layer, spec, steps, batch=batch, inputs=inputs and inputs[name]), name)
+
+
+def _named(schedule, name):
     return replace(schedule, mapping=replace(schedule.mapping, name=name))
 
 
