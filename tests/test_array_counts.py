@@ -28,12 +28,20 @@ from workbench.array.mapping import candidate_layouts, fitting_mappings
 from workbench.array.schedule import EVENTS, SPLIT, schedule_mapping
 from workbench.fixedpoint import QFormat
 from workbench.methods import BankBalanced, BlockSparse, RowBalanced, Structured, TopK
-from workbench.packed import PARTS, PackedCirculant, PackedDense, PackedSparse
+from workbench.packed import PARTS, PackedCirculant, PackedDense, PackedLowRank, PackedSparse
 
 pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")  # of a mapping, where a case fails
 
+
+
+def low_rank(shape, rng, frac):
+    """Of rank 3, in products of 7 more than `frac` fraction bits, as others."""
+    fmt = QFormat(6, 4 if frac == 7 else 3)
+    return PackedLowRank(fmt, *(rng.integers(fmt.min, fmt.max + 1, sides) for sides in ((shape[0], 3), (3, shape[1]))))
+
+
 MAKES = {
-    "dense": dense, "sparse": sparse, "empty": lambda shape, rng, frac: sparse(shape, rng, 0, frac),
+    "dense": dense, "low rank": low_rank, "sparse": sparse, "empty": lambda shape, rng, frac: sparse(shape, rng, 0, frac),
     "circulant 4": lambda shape, rng, frac: circulant(shape, rng, 4, frac),
     "circulant 2": lambda shape, rng, frac: circulant(shape, rng, 2, frac),
     **{str(method): lambda shape, rng, frac, method=method: pruned(method, shape, rng, frac)
@@ -50,12 +58,37 @@ def mappings(draw):
         return MAKES[choose(*MAKES)](shape, rng, frac=choose(7, 6)) if shape[1] >= 4 else dense(shape, rng)
 
     layer = layer_of(block, hidden, inputs, draw(st.integers(0, 99)), signals=choose(SIGNALS, COARSE), **KINDS[choose(*KINDS)])
-    layer = replace(layer, delta=choose({}, {}, {"input": 9}, {"input": 9, "hidden": 5}))
+    if not any(isinstance(block, PackedLowRank) for block in layer.blocks.values()):
+        layer = replace(layer, delta=choose({}, {}, {"input": 9}, {"input": 9, "hidden": 5}))
     spec = ArraySpec(rows=choose(4, 8), cols=choose(4, 8), word_bits=17, acc_depth=choose(4, 64), acc_banks=choose(1, 2),
                      weight_words=choose(2048, 40, 16), weight_word_bits=choose(18, 8), load_bits_per_cycle=choose(7, 64),
                      h_words_per_cycle=choose(1, 3), act_units=choose(1, 4))
     layout = draw(st.sampled_from(candidate_layouts(layer, spec)))
     return draw(st.sampled_from(fitting_mappings(layer, spec, layout, choose(1, 1, 3))))
+
+
+def on_the_array(layer):
+    """(part, gate) -> the products of a step: a low-rank block is V, and U with an operand of its own."""
+    products = {}
+    for part, gate in layer.products:
+        block = layer.block(part, gate)
+        if isinstance(block, PackedLowRank):
+            products[part, gate] = PackedDense(block.right, block.fmt)
+            products[f"{part}.{gate}", gate] = PackedDense(block.left, block.fmt)
+        else:
+            products[part, gate] = block
+    return products
+
+
+def operands(layer, spec):
+    """Part -> (values, words of the network that each takes) of what is multicast for it in a step."""
+    found = {"ih": (layer.input_size, 1), "hh": (layer.output_size, 1)}
+    found |= {"hr": (layer.hidden_size, 1)} if layer.projected else {}
+    for part, gate in layer.products:
+        if isinstance(block := layer.block(part, gate), PackedLowRank):
+            bits = block.inner_bits(layer.operand(part).magnitude)
+            found[f"{part}.{gate}"] = block.rank, ceil(bits / spec.word_bits)
+    return found
 
 
 def stored(packed, unit, pe_cols):
@@ -77,9 +110,10 @@ def stored(packed, unit, pe_cols):
 def keepers(mapping, part, column):
     """PEs that multiply a column of x, h or m: one PE column for each region and size of pieces, in all its PE rows."""
     found = set()
-    for (p, gate), block in mapping.blocks.items():
-        region = mapping.layout.region_of(mapping.layer.block(p, gate))
+    for (p, gate), packed in on_the_array(mapping.layer).items():
+        block = mapping.blocks[p, gate]
         if p == part:
+            region = mapping.layout.region_of(packed)
             found |= {(region, row, column // block.unit % block.pe_cols) for row in range(block.pe_rows)}
     return len(found)
 
@@ -87,10 +121,10 @@ def keepers(mapping, part, column):
 def streaming(mapping):
     """Numbers of the regions whose weights do not fit their PEs."""
     needed = [np.zeros((r.rows, r.cols), dtype=np.int64) for r in mapping.layout.regions]
-    for (part, gate), block in mapping.blocks.items():
-        needed[mapping.layout.region_of(mapping.layer.block(part, gate))] += (
-            np.bincount(block.pe, minlength=block.pe_rows * block.pe_cols).reshape(block.pe_rows, block.pe_cols)
-            * ceil(block.word_bits / mapping.spec.weight_word_bits))
+    for product, packed in on_the_array(mapping.layer).items():
+        block = mapping.blocks[product]
+        words = np.bincount(block.pe, minlength=block.pe_rows * block.pe_cols).reshape(block.pe_rows, block.pe_cols)
+        needed[mapping.layout.region_of(packed)] += words * ceil(block.word_bits / mapping.spec.weight_word_bits)
     return {n for n, words in enumerate(needed) if words.max() > mapping.spec.weight_words}
 
 
@@ -98,17 +132,22 @@ def drained(mapping):
     """(words over links, rows that are added to sums kept at the edge) of one step of one item: every row of every sum that is
     drained passes all PE columns of its region; behind a delta threshold it is added to what is kept. W_ih and W_hh of a gate
     are one sum where they are in one region, in pieces of one size, with products of one fraction and both or neither with a
-    threshold; W_in x and W_hn h of a GRU never are."""
-    layer, words, kept = mapping.layer, 0, 0
-    sums = [("hr", "p", layer.output_size)] * layer.projected
+    threshold; W_in x and W_hn h of a GRU never are, nor is what V of a low-rank block gives."""
+    layer, words, kept, products = mapping.layer, 0, 0, on_the_array(mapping.layer)
+
+    def last(part, gate):  # U of a low-rank block stands in the sum
+        return (f"{part}.{gate}", gate) if (f"{part}.{gate}", gate) in products else (part, gate)
+
+    sums = [(part.split(".")[0], gate) for part, gate in products if "." in part] + [last("hr", "p")] * layer.projected
     for gate in layer.gates:
-        alike = {(mapping.layout.region_of(layer.block(part, gate)), mapping.blocks[part, gate].unit,
-                  layer.product_frac(part, gate), PARTS[part] in layer.delta) for part in ("ih", "hh")}
-        apart = len(alike) == 2 or (layer.cell == "GRU" and gate == "n")
-        sums += [(part, gate, layer.hidden_size) for part in ("ih", "hh")[: 1 + apart]]
-    for part, gate, rows in sums:
-        words += rows * mapping.layout.regions[mapping.layout.region_of(layer.block(part, gate))].cols
-        kept += rows * (PARTS[part] in layer.delta)
+        ends = [last(part, gate) for part in ("ih", "hh")]
+        alike = {(mapping.layout.region_of(products[end]), mapping.blocks[end].unit, layer.product_frac(part, gate),
+                  PARTS[part] in layer.delta) for part, end in zip(("ih", "hh"), ends, strict=True)}
+        sums += ends[: 1 + (len(alike) == 2 or (layer.cell == "GRU" and gate == "n"))]
+    for part, gate in sums:
+        rows, region = products[part, gate].shape[0], mapping.layout.region_of(products[part, gate])
+        words += rows * mapping.layout.regions[region].cols
+        kept += rows * (PARTS[part.split(".")[0]] in layer.delta)
     return words, kept
 
 
@@ -117,15 +156,16 @@ def expected(mapping):
     layer, spec, items = mapping.layer, mapping.spec, mapping.batch
     hidden, gru = layer.hidden_size, layer.cell == "GRU"
     macs = padding = reads = 0
-    for (part, gate), block in mapping.blocks.items():
-        products, useless, words, bits = stored(layer.block(part, gate), block.unit, block.pe_cols)
+    for product, packed in on_the_array(layer).items():
+        block = mapping.blocks[product]
+        products, useless, words, bits = stored(packed, block.unit, block.pe_cols)
         macs, padding = macs + products, padding + useless
         reads += words * ceil(bits / spec.weight_word_bits)
-    vectors = {"ih": layer.input_size, "hh": layer.output_size} | ({"hr": hidden} if layer.projected else {})
+    vectors = operands(layer, spec)
     counts = {
         "macs": macs, "padding_macs": padding, "weight_reads": reads, "data_reads": macs, "link_words": drained(mapping)[0],
-        "multicast_words": sum(vectors.values()),
-        "data_writes": sum(keepers(mapping, part, column) for part, size in vectors.items() for column in range(size)),
+        "multicast_words": sum(values * words for values, words in vectors.values()),
+        "data_writes": sum(keepers(mapping, part, column) for part, (values, _) in vectors.items() for column in range(values)),
         "activation_lookups": (3 if gru else 5) * hidden, "elementwise_multiplies": 3 * hidden,
         "roundings": hidden if gru else layer.output_size * layer.projected,
     }
@@ -149,8 +189,8 @@ def test_events_are_those_of_the_blocks(mapping, steps):
 def test_bits_are_conserved(mapping):
     """What stays and what is loaded once is all that is stored; no memory holds more than it has."""
     spec, bits, memory_words = mapping.spec, 0, 0
-    for (part, gate), block in mapping.blocks.items():
-        _, _, words, word_bits = stored(mapping.layer.block(part, gate), block.unit, block.pe_cols)
+    for product, packed in on_the_array(mapping.layer).items():
+        _, _, words, word_bits = stored(packed, mapping.blocks[product].unit, mapping.blocks[product].pe_cols)
         bits += words * word_bits
         memory_words += words * ceil(word_bits / spec.weight_word_bits)
     assert mapping.on_chip_bits == bits == mapping.initial_bits + mapping.streamed_bits // mapping.passes
