@@ -20,7 +20,7 @@ from test_array import (
 
 from workbench.array import ArraySpec, execute_layer, preset, schedule_layer
 from workbench.array.cost import resources
-from workbench.array.mapping import candidate_layouts, fitting_mappings, least_cycles, map_layer
+from workbench.array.mapping import candidate_layouts, fitting_mappings, least_cycles
 from workbench.engine import run_layer
 from workbench.fixedpoint import QFormat
 from workbench.packed import PackedLowRank
@@ -134,8 +134,3 @@ def test_low_rank_costs_what_its_factors_cost():
     # x twice, h once, and of each gate what its V gives: 3 + 3 + 8 + 4 columns of one PE.
     assert resources(mapping).data.depth == 2 * 3 + 8 + 4
     assert least_cycles(layer, SMALL, one_region(SMALL)) <= schedule_layer(layer, SMALL, 9).steady_state_cycles
-
-
-def test_low_rank_with_skipping_is_refused():
-    with pytest.raises(ValueError, match=r"what V of a low-rank block gives whole so far, got delta thresholds \{\} and look"):
-        map_layer(low_rank_layer(), SMALL.with_(lookahead=2), one_region(SMALL))

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_array import KINDS, SMALL, dense_layer, hybrid_layer, one_region, tiny_cases
+from test_array_forms import cases as low_rank_cases
 
 from workbench.array import execute_layer, map_layer, multiplied, schedule_layer
 from workbench.array.cost import Memory, resources
@@ -40,8 +41,8 @@ def sequence(layer, steps, density, seed, batch=1):
 
 
 @st.composite
-def skipping_cases(draw):
-    mapping, steps, seed = draw(tiny_cases())
+def skipping_cases(draw, cases):
+    mapping, steps, seed = draw(cases)
     layer = mapping.layer
     names = sorted({PARTS[part] for part, _ in layer.products})
     chosen = draw(st.lists(st.sampled_from(names), unique=True))
@@ -52,16 +53,24 @@ def skipping_cases(draw):
 
 
 @settings(max_examples=100, deadline=None)
-@given(skipping_cases())
+@given(skipping_cases(tiny_cases()))
 def test_skipping_equals_the_literal_interpreter(case):
+    check(*case)
+
+
+@settings(max_examples=40, deadline=None)
+@given(skipping_cases(low_rank_cases("lowrank")))
+def test_low_rank_blocks_with_skipping_equal_the_literal_interpreter(case):
+    """What V makes of differences goes on to U; only what U gives is added to what is kept."""
     check(*case)
 
 
 @pytest.mark.parametrize("lookahead", [2, 4])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("changes", [{}, {"weight_words": 48, "load_bits_per_cycle": 5}, {"mac_ii": 2, "weight_word_bits": 5}])
-def test_longer_sequences_equal_the_literal_interpreter(changes, kind, lookahead):
+def test_longer_sequences_equal_the_literal_interpreter(changes, kind, lookahead, monkeypatch):
     """What every PE does differs from step to step here, so that no step may be taken for another."""
+    monkeypatch.setattr("workbench.array.skipping.CHUNK", 300)  # a few steps at a time
     spec = SMALL.with_(lookahead=lookahead, word_bits=17, **changes)
     for make in (dense_layer, hybrid_layer):
         layer = replace(make(8, 12, **KINDS[kind]), delta={"hidden": 1000})

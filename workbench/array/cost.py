@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-from workbench.array.mapping import LayerMapping, operand_bits, parts_of
+from workbench.array.mapping import LayerMapping, kept_at_edge, operand_bits, parts_of
 from workbench.array.schedule import EVENTS, Schedule
 from workbench.array.spec import ArraySpec, ceil_div
 from workbench.fixedpoint import FUNCTIONS, KNOT_BITS, ExactTable, LinearTable
-from workbench.packed import PARTS
 
 HOROWITZ = "M. Horowitz, Computing's energy problem, ISSCC 2014, 45 nm, 0.9 V"
 SEEN = "as quoted in stillwater-sc/universal, generic_45nm.hpp, and in gist V0XNIHILI/2b6fa61e"
@@ -179,7 +178,7 @@ def _edge_memories(mapping) -> tuple[Memory, ...]:
     if not layer.delta:
         return ()
     kept = sum(mapping.blocks[i.parts[0], i.gate].rows_between(*i.rows) for i in mapping.program
-               if i.kind == "drain" and PARTS[i.parts[0]] in layer.delta)
+               if i.kind == "drain" and kept_at_edge(layer, i))
     widths = {"input": layer.input_size, "hidden": layer.output_size, "unprojected": layer.hidden_size}
     return (Memory(ceil_div(kept, spec.act_units), spec.acc_bits),
             *(Memory(ceil_div(mapping.batch * widths[name], spec.act_units), layer.signals[name].bits) for name in layer.delta))

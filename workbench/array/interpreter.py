@@ -502,7 +502,7 @@ class _Machine:
         if i.sum not in ("hn", "p") and "." not in i.sum:  # which nothing joins before they are rounded, or sent
             shift = item.layer.alignment(i.gate)[1 if part_of(i.parts[0]) == "ih" else 2]
         partial <<= shift
-        if PARTS[part_of(i.parts[0])] in item.layer.delta:  # what was drained is what this sum moved by
+        if PARTS[part_of(i.parts[0])] in item.layer.delta and "." not in i.sum:  # what was drained is what this sum moved by
             item.kept[i.parts, i.sum, row] += partial
             partial = item.kept[i.parts, i.sum, row]
             self.counts.update({"acc_reads": 1, "acc_writes": 1})
@@ -528,9 +528,9 @@ class _Machine:
         for layer, part in self._takers(i):
             item, stored = self.items[layer, i.item], value
             item.arrived[part, t] += 1
-            if PARTS[part_of(part)] in item.layer.delta:
+            if PARTS.get(part) in item.layer.delta:  # what V of a low-rank block makes of differences is sent as it is
                 moved = value - item.last_sent[part, column]
-                stored = moved if abs(moved) > item.layer.delta[PARTS[part_of(part)]] else 0
+                stored = moved if abs(moved) > item.layer.delta[PARTS[part]] else 0
                 item.last_sent[part, column] += stored
             for pe in self.keepers[layer, part, column]:
                 self.data[pe][i.item, part, t % COPIES.get(part, 1), column] = (t, stored)

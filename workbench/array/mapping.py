@@ -471,6 +471,12 @@ def array_sums(layer: PackedLayer) -> dict[str, tuple[tuple[str, str], ...]]:
     return {name: products for name, products in (inner | sums).items() if name not in last} | last
 
 
+def kept_at_edge(layer: PackedLayer, i) -> bool:
+    """Whether what a drain brings is what a sum moved by, to be added to what is kept at the edge: behind a delta threshold,
+    but not what V of a low-rank block gives, which goes on to U as it is."""
+    return PARTS[part_of(i.parts[0])] in layer.delta and "." not in i.sum
+
+
 def operand_bits(layer: PackedLayer, part: str) -> int:
     """Width of what a part on the array multiplies: of a signal, or of the sums of V x."""
     fmt = layer.operand(part_of(part))
@@ -858,9 +864,6 @@ def _check_layer(layer, spec):
     """Refuse a layer whose words or sums are wider than the array's."""
     if layer.spectral_blocks:
         raise ValueError(f"the array maps the datapath time so far, got fft for {', '.join(layer.spectral_blocks)}")
-    if any("." in part for part in parts_of(layer)) and (layer.delta or spec.lookahead > 1):
-        raise ValueError("the array sends what V of a low-rank block gives whole so far, got "
-                         f"delta thresholds {layer.delta} and lookahead {spec.lookahead}")
     multiplied = [layer.operand(part) for part in dict(layer.products)]
     widest = max(multiplied + [block.fmt for block in layer.blocks.values()], key=lambda fmt: fmt.bits)
     if widest.bits > spec.word_bits:

@@ -27,15 +27,15 @@ from workbench.array.mapping import (
     candidate_layouts,
     columns_kept,
     fitting_mappings,
+    kept_at_edge,
     least_cycles,
     map_layer,
     network_words,
-    part_of,
     words_taken,
 )
 from workbench.array.skipping import work_of
 from workbench.array.spec import ArraySpec, ceil_div
-from workbench.packed import PARTS, PackedLayer
+from workbench.packed import PackedLayer
 
 MAX_TRANSIENT = 512  # steps within which a schedule must have become periodic
 MAX_PERIOD = 12  # steps per period that are looked for
@@ -116,7 +116,7 @@ def _time_program(mapping) -> tuple[Timed, ...]:
             block, (low, high) = layer.blocks[i.parts[0], i.gate], i.rows
             rows = block.rows_between(low, high)
             words = rows * block.pe_cols
-            kept = rows * (PARTS[part_of(i.parts[0])] in layer.layer.delta)  # added to sums at the edge
+            kept = rows * kept_at_edge(layer.layer, i)
             hoisted = rows * (layer.fills_edge and i.sum in layer.layer.gates)
             return Timed(high - low, (block.pe_cols - 1) * spec.link_cycles, needs,
                          {"acc_reads": words + kept, "acc_writes": kept + hoisted, "link_words": words})

@@ -17,14 +17,16 @@ import numpy as np
 from workbench.array.mapping import BlockMapping, words_taken
 from workbench.array.spec import ArraySpec
 from workbench.engine import LayerEngine, sent_steps
-from workbench.packed import PARTS, PackedLayer
+from workbench.fixedpoint import ExactMatrix
+from workbench.packed import PARTS, PackedLayer, PackedLowRank
 
 CHUNK = 1 << 21  # inputs that are looked at together
 
 
 def multiplied(layer: PackedLayer, x) -> dict[str, np.ndarray]:
     """Part -> (T, B, width) integers that its weights multiply in each step: x, the h of the step before, what a projection
-    takes; of a signal with a delta threshold what it moved by since it was last sent, or 0. x: (T, B, input_size)."""
+    takes; of a signal with a delta threshold what it moved by since it was last sent, or 0; for U of a low-rank block (part
+    "ih.i" and so on) what V makes of these. x: (T, B, input_size)."""
     traced = {"hidden": [], "unprojected": []}
     LayerEngine(layer).run(x, trace=lambda t, name, values: traced[name].append(values) if name in traced else None)
     h = np.array(traced["hidden"])  # (T, B, output_size)
@@ -34,6 +36,9 @@ def multiplied(layer: PackedLayer, x) -> dict[str, np.ndarray]:
     for part, values in found.items():
         if PARTS[part] in layer.delta:
             found[part] = np.diff(sent_steps(values, layer.delta[PARTS[part]]), axis=0, prepend=0)
+    for part, gate in layer.products:
+        if isinstance(block := layer.block(part, gate), PackedLowRank):
+            found[f"{part}.{gate}"] = ExactMatrix(block.right, layer.operand(part).magnitude)(found[part])
     return found
 
 
