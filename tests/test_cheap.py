@@ -79,6 +79,11 @@ def test_a_task_gives_its_own_losses_and_everything_repeats(tiny_task, tiny_lang
     assert (wb.cheap_sensitivity(words, tiny_language_task, METHODS, batches=2)["fisher"] > 0).all()
 
 
+def test_dropout_is_off(tiny_task):
+    with_dropout, without = (wb.build_classifier(tiny_task, 8, seed=0, dropout=dropout) for dropout in (0.5, 0.0))
+    pd.testing.assert_frame_equal(*(wb.cheap_sensitivity(m, tiny_task, METHODS, batches=2) for m in (with_dropout, without)))
+
+
 def frames(seeds, truth, score, retrained=None):
     """cheap and measured: one compression, blocks in order; truth, score: seed -> values."""
     rows = [{"seed": s, "block": f"b{n}", "compression": "c"} | dict.fromkeys(SCORES, score[s][n])

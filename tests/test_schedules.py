@@ -94,6 +94,15 @@ def test_groups_of_gates_have_their_turns(model):
     assert {entry.format.bits for name, entry in stages[0][1].blocks.items() if not name.endswith("z")} == {16}
 
 
+def test_a_stage_that_changes_nothing_is_none(model):
+    plan = wb.uniform(model, wb.BlockCirculant(4), 6, wb.calibrate(model, [X]))
+    stages = wb.gradual(model, plan, stages=8, until=0.8).stages  # kept at least 1 - 0.75 (1 - (1 - n/8)^3)
+    assert [next(iter(methods_of(p, "r"))) for _, p in stages] == [wb.Dense(), wb.BlockCirculant(2), wb.BlockCirculant(4)]
+    assert [start for start, _ in stages] == pytest.approx([0, 0.3, 0.8])
+    dense = wb.uniform(model, wb.Dense(), 6, wb.calibrate(model, [X]))
+    assert wb.gradual(model, dense).stages == [(0.0, dense)]
+
+
 def test_a_stage_holds_from_its_progress_on(model):
     schedule = wb.gradual(model, hybrid(model), stages=2, until=0.5)
     assert [schedule.step(p) for p in (0, 0.2, 0.25, 0.3, 0.25, 0.49, 0.5, 1)] == [

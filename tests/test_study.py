@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from workbench import models, plots, runs, study, tables
+from workbench.allocation import search_allocation
 from workbench.array import preset, schedule_layers
 from workbench.array.cost import BASELINE
 from workbench.constrain import attach, bake
-from workbench.methods import METHODS, BlockCirculant, TopK
+from workbench.methods import BlockCirculant, TopK, method_label
 from workbench.sensitivity import Strength, classify
 from workbench.train import evaluate, paired_interval
 
@@ -245,6 +246,7 @@ def test_a_plan_that_was_retrained_is_not_made_again_for_the_array(tiny_task, de
 # --- compression ratio against accuracy
 
 METHODS_OF_TRADEOFF = ["TopK", "Dense", study.HYBRID, study.SMALL]
+SEARCHED = [study.UNITS, study.ALLOCATION]
 ARGUMENTS = {"bits": 6, "dense_epochs": 1, "epochs": 1, "search_epochs": 0, "distillation_weight": 0.0, "workers": 2}
 
 
@@ -404,6 +406,38 @@ def test_one_seed_method_and_target_leave_spread_and_interval_empty(tiny_task, d
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
 
 
+def test_the_allocation_and_the_hidden_units_of_a_tradeoff(tiny_task, dense, in_process, monkeypatch):
+    """16 units of 3 features: 1,216 weights. At 6x 810 bytes: of 8 bits 12 units take 720, 13 take 832; at 400x not one."""
+    searched = []
+    monkeypatch.setattr(study, "choices_to_measure", lambda model, families: [m for m in (TopK(0.25), BlockCirculant(4))
+                                                                              if type(m) in families])
+    monkeypatch.setattr(study, "search_allocation", lambda *a, **k: searched.append(search_allocation(*a, **k)) or searched[-1])
+    tradeoff = study.tradeoff(tiny_task, dense, SEARCHED, [6.0, 400.0], **ARGUMENTS | {"schedule": "gradual"})
+    reached = tradeoff.results.set_index(["method", "seed"])
+    assert sorted(reached.index) == [(method, seed) for method in sorted(SEARCHED) for seed in (0, 1)]
+    units = reached.loc[study.UNITS]
+    assert (units["hidden_size"] == 12).all() and units["cr_disk"].tolist() == 2 * [4 * 1216 / 720]
+    assert units["strength"].tolist() == ["Dense", "Dense"] and (units["bits"] == 8).all()
+    allocated = reached.loc[study.ALLOCATION]
+    assert (allocated["hidden_size"] == 16).all() and (allocated["cr_disk"] >= 6).all()
+    (found,) = searched  # with the first seed, for all of them
+    labels = {method_label(entry.method) for entry in found["plan"].iloc[0].blocks.values()}
+    assert all(set(strength.split(", ")) == labels for strength in allocated["strength"])
+    reasons = tradeoff.unreachable.set_index("method")["reason"]
+    assert set(reasons[study.UNITS]) == {"no whole unit of 8 bits fits cr_disk 400.0"}
+    assert "no allocation meets cr_disk 400.0: allocate cannot reach" in reasons[study.ALLOCATION].iloc[0]
+
+
+@pytest.mark.parametrize("schedule", study.SCHEDULES)
+def test_a_schedule_of_retraining_is_loaded_where_it_is_finished(tiny_task, dense, tmp_path, in_process, schedule):
+    def run():
+        arguments = ARGUMENTS | {"epochs": 2, "checkpoints": tmp_path, "schedule": schedule}
+        return study.tradeoff(tiny_task, {0: dense[0]}, ["BlockCirculant"], [12.0], **arguments)
+
+    first, files = run(), sorted(tmp_path.iterdir())
+    assert len(files) == 2 and run().results.equals(first.results) and sorted(tmp_path.iterdir()) == files
+
+
 def test_every_plan_has_a_checkpoint_of_its_own(tiny_task, dense, tmp_path, in_process):
     study.tradeoff(tiny_task, {0: dense[0]}, ["TopK"], [6.0, 30.0], **ARGUMENTS | {"checkpoints": tmp_path})
     assert len(list(tmp_path.iterdir())) == 3  # the dense control, one for each ratio
@@ -451,7 +485,7 @@ def test_tables_and_figure_of_a_tradeoff(tradeoff):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"methods": ["TopK", "Topk"]}, "a tradeoff knows the methods Dense, TopK, .*hybrid, small dense, got Topk"),
+    ({"methods": ["TopK", "Topk"]}, "a tradeoff knows the methods Dense, TopK, .*hybrid, allocation, small dense, got Topk"),
     ({"methods": []}, r"needs different methods, at least one, got \[\]"),
     ({"methods": ["TopK", "TopK"]}, "needs different methods"),
     ({"target_cr_disks": []}, "needs different target_cr_disks"),
@@ -459,6 +493,7 @@ def test_tables_and_figure_of_a_tradeoff(tradeoff):
     ({"target_cr_disks": [10, 0.5]}, "at least 1, got 0.5"),
     ({"bits": 9}, "2 to 8 bits, got 9"),
     ({"search_epochs": -1}, "search_epochs of at least 0, got -1"),
+    ({"schedule": "fast"}, "a tradeoff knows the schedules one-shot, gradual, ADMM, got 'fast'"),
     ({"hidden_size": 12}, "that 8 divides, got 12"),
     ({"hidden_size": 0, "methods": ["TopK"]}, "at least 1 unit, got 0"),
     ({"seeds": [0, 0]}, "different seeds"),
@@ -485,4 +520,4 @@ def test_a_tradeoff_refuses_before_training_also_without_its_check(tiny_task, de
 
 def test_the_notebook_compares_every_method_by_default():
     methods = runs.read_parameters("tradeoff")["methods"].default
-    assert methods == [*METHODS, study.HYBRID, study.SMALL]
+    assert methods == list(study.TRADEOFF_METHODS)

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _NAMES = {
     name: f"workbench.{module}"
     for module, names in {
-        "allocation": "allocate choices_to_measure",
+        "allocation": "allocate choices_to_measure search_allocation",
         "cheap": "cheap_agreement cheap_over_seeds cheap_sensitivity",
         "constrain": "attach bake compress pack",
         "emulation": "emulate mismatch_rate",

@@ -9,10 +9,14 @@ import torch
 
 from workbench.array.mapping import map_block
 from workbench.array.spec import ArraySpec
-from workbench.budget import OutOfReach, check_target, full_block, kept_share, strongest_member
+from workbench.budget import OutOfReach, check_target, full_block, kept_share, strongest_member, uniform_plan
+from workbench.constrain import pack
 from workbench.gates import blocks, dense_weights, weight, weights
 from workbench.methods import METHODS, Method, method_from_label
 from workbench.plan import Plan, plan_block
+from workbench.quantise import calibrate
+from workbench.sensitivity import Loop, batches_of, retraining_curve
+from workbench.tasks import LanguageTask, Task
 
 MOST_UNITS = 1_000_000  # of a budget that are told apart
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)  # of the weights that a choice to be measured stores
@@ -118,6 +122,38 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
             for row in choices.loc[picked].itertuples()}
     columns = ["block", "method", "bits", "bytes", *(["cycles"] if array else []), "excess_loss", "predicted_loss", "chosen"]
     return Allocation(Plan({block: plan[block] for block in known}, signals), choices[columns], cost, budget)
+
+
+def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, table: pd.DataFrame, target_cr_disk: float, *,
+                      bits: int, epochs: int, seed: int) -> pd.DataFrame:
+    """Several plans that meet the target, each with its validation loss after `epochs` of retraining, best first.
+
+    Losses of single blocks before any retraining compare strengths of one method well and methods badly, and blocks do not add
+    up where little is left. So the candidates are the allocation over each method family of the table alone, that over all
+    together, and beside them each family's uniform plan of about `bits` bits; what decides is the model as a whole. table: as
+    sensitivity_table gives it, for example over choices_to_measure. Columns: candidate, plan, cr_disk, valid_loss,
+    valid_accuracy. OutOfReach when none meets it.
+    """
+    signals = calibrate(model, batches_of(task, epochs))
+    family = table["method"].str.split(" ").str[0]
+    tables = {name: table[family == name] for name in family.unique()}
+    planners = {f"allocation of {name}": lambda rows=rows: allocate(model, rows, target_cr_disk, signals).plan
+                for name, rows in {**tables, "every method": table}.items()}
+    planners |= {f"uniform {name}": lambda name=name: uniform_plan(model, METHODS[name], bits, target_cr_disk, signals)
+                 for name in tables}
+    rows, refused = [], []
+    for candidate, planned in planners.items():
+        try:
+            plan = planned()
+        except OutOfReach as error:
+            refused.append(str(error))
+            continue
+        last = retraining_curve(model, plan, task, epochs, seed, candidate).iloc[-1]
+        rows.append({"candidate": candidate, "plan": plan, "cr_disk": pack(model, plan).cr_disk, "valid_loss": last["loss"],
+                     "valid_accuracy": last["accuracy"]})
+    if not rows:
+        raise OutOfReach(f"no allocation meets cr_disk {target_cr_disk}: " + "; ".join(refused))
+    return pd.DataFrame(rows).sort_values("valid_loss", kind="stable", ignore_index=True)
 
 
 def _budget(name, value, known, array) -> tuple[str, float]:

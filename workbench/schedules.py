@@ -33,9 +33,11 @@ class RetrainingSchedule:
     """
 
     def __init__(self, model: nn.Module, stages: list[tuple[float, Plan]]):
-        self.stages, self.entered = stages, 0
+        # One that changes nothing would only cost the optimizer its moments.
+        self.stages = [stage for n, stage in enumerate(stages) if not n or stage[1] != stages[n - 1][1]]
+        self.entered = 0
         self.model = compress(model, stages[0][1])
-        for _, plan in stages[1:]:
+        for _, plan in self.stages[1:]:
             plan.check(self.model)
 
     @property

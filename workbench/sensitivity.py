@@ -46,7 +46,7 @@ class Loop:
     losses: Callable[[torch.nn.Module], Iterable[torch.Tensor]] | None = None
 
 
-def _batches(task, epochs):
+def batches_of(task: Task | LanguageTask | Loop, epochs: int):
     """What signals are calibrated on; refuses what cannot be measured for that many epochs."""
     if isinstance(task, Loop):
         if epochs and task.train is None:
@@ -126,15 +126,16 @@ def sensitivity_table(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     accuracies NaN. ValueError as check_sensitivity, and for a loss that is not finite.
     """
     check_sensitivity(model, methods, bits, epochs)
-    signals = calibrate(model, _batches(task, epochs))
+    signals = calibrate(model, batches_of(task, epochs))
     reference = uniform(model, Dense(), LOSSLESS_BITS, signals)
-    dense = _curve(model, reference, task, epochs, seed, f"all blocks at {LOSSLESS_BITS} bits")
+    dense = retraining_curve(model, reference, task, epochs, seed, f"all blocks at {LOSSLESS_BITS} bits")
     rows = []
     for name, block in blocks(model).items():
         for method, width in itertools.product(methods, _widths(bits)):
             w = weight(model, name)
             entry, compression = plan_block(w, method, width), f"{method_label(method)} at {width} bits"
-            curve = _curve(model, Plan(reference.blocks | {name: entry}, signals), task, epochs, seed, f"{name}, {compression}")
+            plan = Plan(reference.blocks | {name: entry}, signals)
+            curve = retraining_curve(model, plan, task, epochs, seed, f"{name}, {compression}")
             excess = curve["loss"] - dense["loss"]  # (epochs + 1,)
             recovered, recovery_epochs = _recovery(excess) if epochs else (None, None)
             rows.append({
@@ -157,7 +158,7 @@ def _recovery(excess):
     return float(back.iloc[-1]), int(recovered_at[0]) if len(recovered_at) else None
 
 
-def _curve(model, plan, task, epochs, seed, what):
+def retraining_curve(model, plan, task, epochs, seed, what) -> pd.DataFrame:
     """Validation loss and accuracy of the compressed model, before (epoch 0) and after each epoch of retraining. what: the
     compression, for the message."""
     compressed, rows = compress(model, plan), []
@@ -334,7 +335,7 @@ def search_hybrid(model: torch.nn.Module, task: Task | LanguageTask | Loop, sens
     OutOfReach when none meets it.
     """
     check_target(target_cr_disk)
-    signals = calibrate(model, _batches(task, epochs))
+    signals = calibrate(model, batches_of(task, epochs))
     rows, refused = [], []
     for strength in strengths:
         try:
@@ -342,7 +343,7 @@ def search_hybrid(model: torch.nn.Module, task: Task | LanguageTask | Loop, sens
         except OutOfReach as error:
             refused.append(str(error))
             continue
-        curve = _curve(model, plan, task, epochs, seed, str(strength))
+        curve = retraining_curve(model, plan, task, epochs, seed, str(strength))
         keeps = [e.method.keep for e in plan.blocks.values() if isinstance(e.method, TopK)]
         rows.append({"strength": strength, "keep": keeps[0] if keeps else None, "cr_disk": pack(model, plan).cr_disk,
                      "valid_loss": curve["loss"].iloc[-1], "valid_accuracy": curve["accuracy"].iloc[-1]})

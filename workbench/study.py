@@ -6,7 +6,6 @@ Every training runs single-threaded in a process of its own, so results do not d
 """
 
 import hashlib
-import json
 import math
 import multiprocessing
 import operator
@@ -20,16 +19,17 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from workbench import constrain, fixedpoint, gates, methods, models, quantise, train
+from workbench import budget, constrain, fixedpoint, gates, methods, models, quantise, schedules, train
 from workbench import plan as plan_module
+from workbench.allocation import choices_to_measure, search_allocation
 from workbench.array.cost import BASELINE
 from workbench.budget import OutOfReach, check_bits, check_target, uniform_plan
-from workbench.constrain import attach, bake, compress, pack
-from workbench.gates import blocks, dense_weights
+from workbench.constrain import attach, bake, pack
+from workbench.gates import blocks, dense_weights, weight
 from workbench.methods import METHODS, BlockCirculant, Dense, Method, TopK, method_label
 from workbench.packed import PackedLayer, PackedModel
 from workbench.pareto import pareto_front
-from workbench.plan import Plan, uniform
+from workbench.plan import Plan, plan_block, uniform
 from workbench.quantise import calibrate
 from workbench.sensitivity import (
     LOSSLESS_BITS,
@@ -44,17 +44,22 @@ from workbench.sensitivity import (
 )
 from workbench.tasks import Task
 from workbench.train import evaluate, fit, paired_interval
+from workbench.units import remove_units
 
 CONTROL_BITS = 8  # weights of the small dense control
 DENSE = "dense control"
 DENSE_ONCE = "dense, trained once"  # where retraining makes the dense control worse, this shows it
 HYBRID = "hybrid"
+ALLOCATION = "allocation"
+ALLOCATION_BITS = [4, 6]  # widths of the choices that are measured for it
+UNITS = "hidden units"
 SMALL = "small dense"
 UNIFORM_TOPK = "uniform Top-k"
 UNIFORM_CIRCULANT = "uniform circulant"
 UNIFORM = {UNIFORM_TOPK: TopK, UNIFORM_CIRCULANT: BlockCirculant}  # the hybrid plan's own methods, each alone
 VARIANTS = (DENSE, DENSE_ONCE, HYBRID, SMALL, *UNIFORM)
-TRADEOFF_METHODS = (*METHODS, HYBRID, SMALL)
+SCHEDULES = {"one-shot": schedules.one_shot, "gradual": schedules.gradual, "ADMM": schedules.admm}
+TRADEOFF_METHODS = (*METHODS, UNITS, HYBRID, ALLOCATION, SMALL)
 RESULT_COLUMNS = [
     "method", "target_cr_disk", "seed", "hidden_size", "strength", "bits", "cr_params", "cr_bits", "cr_disk", "cr_model",
     "rnn_bytes", "valid_accuracy_before", "valid_accuracy", "valid_loss", "test_accuracy", "test_loss", "loss_points",
@@ -98,16 +103,18 @@ def check_study(task: Task, *, hidden_size: int, target_cr_disk: float, seeds: l
 
 def check_tradeoff(task: Task, *, hidden_size: int, methods: list[str], target_cr_disks: list[float], bits: int,
                    seeds: list[int], epochs: int, retrain_epochs: int, search_epochs: int, distillation_weight: float,
-                   workers: int) -> None:
+                   workers: int, schedule: str = "one-shot") -> None:
     """Refuse the bad values of a tradeoff before any training."""
-    _check_points(methods, target_cr_disks, bits, search_epochs)
+    _check_points(methods, target_cr_disks, bits, search_epochs, schedule)
     if HYBRID in methods:
         strengths(hidden_size)
     _check_training(task, seeds, epochs, retrain_epochs, distillation_weight)
     _check_counts(unit=hidden_size, worker=workers)
 
 
-def _check_points(methods, target_cr_disks, bits, search_epochs):
+def _check_points(methods, target_cr_disks, bits, search_epochs, schedule):
+    if schedule not in SCHEDULES:
+        raise ValueError(f"a tradeoff knows the schedules {', '.join(SCHEDULES)}, got {schedule!r}")
     if unknown := [method for method in methods if method not in TRADEOFF_METHODS]:
         raise ValueError(f"a tradeoff knows the methods {', '.join(TRADEOFF_METHODS)}, got {', '.join(map(str, unknown))}")
     for target in target_cr_disks:
@@ -152,9 +159,9 @@ def _train_dense(task, hidden_size, seed, epochs, checkpoints):
     return _once(model, task, key, checkpoints, lambda: fit(model, task, seed=seed, epochs=epochs, progress=False))
 
 
-def _once(model, task, key, checkpoints, training, constraints=()):
+def _once(model, task, key, checkpoints, training, constraints=(), schedule=None):
     """Run the training, or load what an earlier run of the same training left in the directory. constraints: files whose
-    code takes part in it."""
+    code takes part in it; schedule: that of the training, of which a file holds the end."""
     if checkpoints is None:
         training()
         return model
@@ -164,6 +171,8 @@ def _once(model, task, key, checkpoints, training, constraints=()):
     name = hashlib.sha256(about.encode() + code).hexdigest()[:16]
     path = Path(os.environ.get("WB_RESULTS", "")) / checkpoints / f"{name}.safetensors"
     if path.is_file():
+        if schedule is not None:
+            schedule.step(1.0)
         train.load_checkpoint(model, path)
     else:
         training()
@@ -291,7 +300,7 @@ def array_layers(model: torch.nn.Module, task: Task, comparison: Comparison, see
     return {label: next(iter(packed[label].layers.values())) for label in order}
 
 
-def small_hidden_size(num_features: int, payload_bits: int) -> int:
+def small_hidden_size(num_features: int, payload_bits: float) -> int:
     """Units of the smallest 8-bit dense LSTM whose matrices take at least payload_bits (ties go to the control)."""
     hidden_size = 1
     while 4 * hidden_size * (num_features + hidden_size) * CONTROL_BITS < payload_bits:
@@ -307,14 +316,16 @@ class Retraining:
     epochs: int
     distillation_weight: float
     checkpoints: str | Path | None
+    schedule: str = "one-shot"
 
-    def run(self, model, task: Task, teacher, seed: int, what: str, constraints=()) -> None:
+    def run(self, model, task: Task, teacher, seed: int, what: str, constraints=(), schedule=None) -> None:
         """Retrain the model in place, for the same epochs whatever it is; `what` tells it from others of its seed."""
         settings = {"seed": seed, "epochs": self.epochs, "progress": False}
         if self.distillation_weight:
             settings |= {"teacher": teacher, "distillation_weight": self.distillation_weight}
         key = f"{what} {_units(teacher)} {seed} {self.dense_epochs} {self.epochs} {self.distillation_weight}"
-        _once(model, task, key, self.checkpoints, lambda: fit(model, task, **settings), constraints)
+        settings["retraining"] = schedule
+        _once(model, task, key, self.checkpoints, lambda: fit(model, task, **settings), constraints, schedule)
 
 
 def _units(model) -> int:
@@ -350,10 +361,11 @@ def _compressed(task, dense, start, plan, variant, seed, retraining) -> dict:
 
 def retrained(task: Task, dense, start, plan: Plan, seed: int, retraining: Retraining):
     """`start`, the dense model or a small one, retrained inside the plan."""
-    compressed = compress(start, plan)
-    modules = (constrain, plan_module, quantise, gates, fixedpoint)
+    schedule = SCHEDULES[retraining.schedule](start, plan)
+    compressed = schedule.model
+    modules = (constrain, plan_module, quantise, gates, fixedpoint, schedules, budget)
     constraints = [module.__file__ for module in modules] + sorted(Path(methods.__file__).parent.glob("*.py"))
-    retraining.run(compressed, task, dense, seed, f"{_units(start)} {json.dumps(plan.to_json())}", constraints)
+    retraining.run(compressed, task, dense, seed, f"{train.fingerprint(start)} {schedule.digest}", constraints, schedule)
     return compressed
 
 
@@ -418,20 +430,22 @@ class Tradeoff:
 
 def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], target_cr_disks: list[float], *, bits: int,
              dense_epochs: int, epochs: int, search_epochs: int, distillation_weight: float, workers: int,
-             checkpoints: str | Path | None = None) -> Tradeoff:
+             checkpoints: str | Path | None = None, schedule: str = "one-shot") -> Tradeoff:
     """Retrain every method at every target from the dense model of each seed, for the same epochs, and measure it on the
     integer engine.
 
     methods: a name of METHODS is its uniform plan (see uniform_plan) of about `bits` bits. "hybrid" is the hybrid plan:
     sensitive gates from a one-shot measurement of all seeds, the strength (with widths of its own, see strengths) from
-    search_epochs of retraining on the first seed. "small dense" has as many units as fill the target's bytes at 8 bits; it
-    is trained from scratch for dense_epochs and then, in 8 bits, for epochs. Losses are against the dense control,
-    retrained alike once per seed. Points that a method cannot reach are listed.
+    search_epochs of retraining on the first seed. "allocation" is what search_allocation finds on the first seed over one-shot
+    losses of choices_to_measure, its candidates retrained as long. "hidden units" keeps the units of largest norm, as many as
+    the target's bytes hold at 8 bits. "small dense" has as many units as fill the target's bytes at 8 bits; it is trained from
+    scratch for dense_epochs and then, in 8 bits, for epochs. Losses are against the dense control, retrained alike once per
+    seed. schedule: of SCHEDULES, how a model comes into its plan. Points that a method cannot reach are listed.
     """
-    _check_points(methods, target_cr_disks, bits, search_epochs)
-    retraining = Retraining(dense_epochs, epochs, distillation_weight, checkpoints)
-    hybrids = search_hybrids(task, dense, target_cr_disks, search_epochs, workers) if HYBRID in methods else {}
-    jobs = [(_point, task, model, method, target, seed, bits, hybrids.get(target), retraining)
+    _check_points(methods, target_cr_disks, bits, search_epochs, schedule)
+    retraining = Retraining(dense_epochs, epochs, distillation_weight, checkpoints, schedule)
+    found = search_plans(task, dense, methods, target_cr_disks, bits, search_epochs, workers)
+    jobs = [(_point, task, model, method, target, seed, bits, found.get(method, {}).get(target), retraining)
             for method in sorted(methods, key=lambda method: method != SMALL)  # the longest first
             for target in target_cr_disks for seed, model in dense.items()]
     jobs += [(dense_control, task, model, variant, seed, retraining)
@@ -448,6 +462,15 @@ def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], 
         pd.DataFrame(controls)[columns],
         pd.DataFrame([row for row in points if "reason" in row], columns=["method", "target_cr_disk", "seed", "reason"]),
     )
+
+
+def search_plans(task: Task, dense: dict, methods: list[str], target_cr_disks: list[float], bits: int, epochs: int,
+                 workers: int) -> dict[str, dict]:
+    """Method -> target -> what point_plan takes, for those of the methods whose plans are searched."""
+    found = {HYBRID: search_hybrids(task, dense, target_cr_disks, epochs, workers)} if HYBRID in methods else {}
+    if ALLOCATION in methods:
+        found[ALLOCATION] = search_allocations(task, dense, target_cr_disks, bits, epochs, workers)
+    return found
 
 
 def search_hybrids(task: Task, dense: dict, target_cr_disks: list[float], epochs: int, workers: int) -> dict:
@@ -468,28 +491,63 @@ def _search_hybrid(task, model, sensitive, target_cr_disk, seed, epochs):
     return sensitive, found["strength"].iloc[0]
 
 
-def _point(task, dense, method, target_cr_disk, seed, bits, hybrid, retraining) -> dict:
-    """One method at one target: its row, or the reason why it is out of reach. hybrid: what search_hybrids found."""
+def search_allocations(task: Task, dense: dict, target_cr_disks: list[float], bits: int, epochs: int, workers: int) -> dict:
+    """Target -> {block: (method, width)}, found on the validation split with the first seed, or the OutOfReach that says why
+    none is."""
+    seed, model = next(iter(dense.items()))
+    families = [choices_to_measure(model, [family]) for family in METHODS.values()]
+    jobs = [(model, task, choices, ALLOCATION_BITS, 0, seed) for choices in families if choices]
+    table = pd.concat(parallel(_sensitivity, jobs, workers, "choices"), ignore_index=True)
+    jobs = [(task, model, table, target, bits, seed, epochs) for target in target_cr_disks]
+    return dict(zip(target_cr_disks, parallel(_search_allocation, jobs, workers, "allocations"), strict=True))
+
+
+def _search_allocation(task, model, table, target_cr_disk, bits, seed, epochs):
+    try:
+        found = search_allocation(model, task, table, target_cr_disk, bits=bits, epochs=epochs, seed=seed)
+    except OutOfReach as error:
+        return error
+    return {name: (entry.method, entry.format.bits) for name, entry in found["plan"].iloc[0].blocks.items()}
+
+
+def _point(task, dense, method, target_cr_disk, seed, bits, found, retraining) -> dict:
+    """One method at one target: its row, or the reason why it is out of reach. found: by its search, where it has one."""
     point = {"method": method, "target_cr_disk": target_cr_disk, "seed": seed}
     if method == SMALL:
         row = small_control(task, dense, target_cr_disk, seed, retraining)
     else:
         try:
-            plan = point_plan(task, dense, method, target_cr_disk, bits, hybrid)
+            start = remove_units(dense, _units_within(dense, target_cr_disk)) if method == UNITS else dense
+            plan = point_plan(task, start, method, target_cr_disk, bits, found)
         except OutOfReach as error:
             return point | {"reason": str(error)}
-        row = _compressed(task, dense, dense, plan, method, seed, retraining)
+        row = _compressed(task, dense, start, plan, method, seed, retraining)
     return row | point | strength_of(row) | {"plan": None, "packed": None}
 
 
-def point_plan(task: Task, dense, method: str, target_cr_disk: float, bits: int, hybrid) -> Plan:
-    """The uniform plan of a method, or the hybrid plan (hybrid: what search_hybrids found); OutOfReach where there is none."""
-    signals = calibrate(dense, calibration_batches(task))
-    if method != HYBRID:
-        return uniform_plan(dense, METHODS[method], bits, target_cr_disk, signals)
-    if isinstance(hybrid, OutOfReach):
-        raise hybrid
-    return hybrid_plan(dense, *hybrid, target_cr_disk, signals)
+def point_plan(task: Task, model, method: str, target_cr_disk: float, bits: int, found) -> Plan:
+    """The uniform plan of a method, or what its search found, of search_hybrids or search_allocations; of hidden units, removed
+    before, CONTROL_BITS for all. OutOfReach where there is none."""
+    signals = calibrate(model, calibration_batches(task))
+    if isinstance(found, OutOfReach):
+        raise found
+    if method == UNITS:
+        return uniform(model, Dense(), CONTROL_BITS, signals)
+    if method == HYBRID:
+        return hybrid_plan(model, *found, target_cr_disk, signals)
+    if method == ALLOCATION:
+        return Plan({name: plan_block(weight(model, name), *choice) for name, choice in found.items()}, signals)
+    return uniform_plan(model, METHODS[method], bits, target_cr_disk, signals)
+
+
+def _units_within(dense, target_cr_disk) -> int:
+    """As many units as the target's bytes hold at CONTROL_BITS bits a weight."""
+    payload_bits, features = 32 * dense_weights(blocks(dense)) / target_cr_disk, dense.rnn.input_size
+    units = small_hidden_size(features, payload_bits)
+    units -= 4 * units * (features + units) * CONTROL_BITS > payload_bits
+    if not units:
+        raise OutOfReach(f"no whole unit of {CONTROL_BITS} bits fits cr_disk {target_cr_disk}")
+    return units
 
 
 def strength_of(row: dict) -> dict:
