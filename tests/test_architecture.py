@@ -25,8 +25,8 @@ LEVELS = (
     ("plan", "budget", "constrain", "quantise", "emulation", "units"),
     ("tasks", "models", "schedules", "train"),
     ("sensitivity", "cheap", "allocation", "signals"),
-    ("runs", "pareto", "published", "sweep", "index", "report", "plots", "study", "sparsity", "precision", "tables",
-     "__main__"),
+    ("runs", "pareto", "published", "sweep", "index", "report", "plots", "study", "acceleration", "sparsity", "precision",
+     "tables", "__main__"),
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 WITHOUT_TORCH = ("container", "fixedpoint", "spectrum", "packed", "engine", "array")

@@ -24,6 +24,15 @@ SMALL = {  # notebook -> (small parameters, metrics that it must hand over, figu
         ("against float", "trained on", "in training", "smallest matrices within", "integer engine", "tanh",
          "beyond the range %", "largest error (last places)", "mismatches %", "uniform"),
     ),
+    "hardware_mapping": (
+        {"hidden_size": 16, "methods": ["hybrid", "Structured", "BlockCirculant", "small dense"], "target_cr_disks": [8.0],
+         "seeds": [0, 1], "epochs": 1, "retrain_epochs": 1, "search_epochs": 0, "array": "group4x4", "steps": 3,
+         "curve_units": 32, "fractions": [0.25], "looked_at": 0.25},
+        {"results", "summary", "unreachable", "curves"},
+        5,
+        ("dense 16-bit", "Within the same loss limit", "multiplications alone", "modelled", "Structured", "imbalance",
+         "integer", "Wang S. 2019"),
+    ),
     "sensitivity": (
         {"hidden_size": 16, "seeds": [0, 1], "epochs": 1, "sensitivity_epochs": 1, "bits": [4],
          "methods": ["TopK 0.125", "BlockCirculant 8", "Dense"]},

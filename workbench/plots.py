@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito 2008); kinds also differ by their row and label.
@@ -471,4 +471,122 @@ def delta_figure(table: pd.DataFrame) -> Figure:
         axis.set_xticks(place, first["threshold"])
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
+
+
+def acceleration_figure(summary: pd.DataFrame, loss_limit: float, mark: float) -> Figure:
+    """Acceleration of a step against dense 16-bit over the ratio on disk: a colour and marker a plan, full where the validation
+    loss stays within the limit; mark: the published acceleration. summary: of Acceleration."""
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    axis = figure.subplots()
+    axis.axhline(1, color="black", linewidth=1)
+    handles = [axis.axhline(mark, color="grey", linestyle="--", linewidth=1, label=f"published hybrid, {mark}")]
+    known = summary[summary["acceleration"].notna()]
+    for n, (label, rows) in enumerate(known.groupby("label", sort=False)):
+        colour, marker = METHOD_COLOURS[n % len(METHOD_COLOURS)], METHOD_MARKERS[n % len(METHOD_MARKERS)]
+        rows = rows.sort_values("cr_disk")
+        axis.plot(rows["cr_disk"], rows["acceleration"], color=colour, linewidth=0.8, alpha=0.6)
+        within = rows["valid_loss_above"] <= loss_limit
+        for some, face in ((rows[within], colour), (rows[~within], "white")):
+            axis.plot(some["cr_disk"], some["acceleration"], marker, color=colour, markerfacecolor=face, markersize=9)
+        handles.append(Line2D([], [], color=colour, marker=marker, linewidth=0.8, markersize=8, label=label))
+    handles.append(Line2D([], [], color="grey", marker="o", markerfacecolor="white", linestyle="none",
+                          label=f"hollow: validation loss more\nthan {loss_limit:g} nats above"))
+    axis.set_xscale("log")
+    axis.set_yscale("log", base=2)
+    for scale, values in ((axis.xaxis, known["cr_disk"]), (axis.yaxis, [*known["acceleration"], mark, 1])):
+        ticks = [tick for tick in sorted({*_RATIO_TICKS, 0.25, 0.5, 1.5, 3, 4, 6, 8, 40, 80, 160})
+                 if min(values) / 1.15 <= tick <= max(values) * 1.15]
+        scale.set_ticks(ticks, [f"{tick:g}x" for tick in ticks])
+        scale.set_minor_formatter(NullFormatter())
+    axis.set(xlabel="compression ratio cr_disk (log scale)", ylabel="acceleration of a step (log scale)")
+    axis.grid(alpha=0.3)
+    figure.legend(handles=handles, loc="outside right upper", fontsize="small", frameon=False)
+    return figure
+
+
+def region_figure(schedules: dict) -> Figure:
+    """Which PEs take which gates, and beside it how much of a step they multiply, two plans a row. schedules: label ->
+    Schedule."""
+    rows = -(-len(schedules) // 2)
+    figure = Figure(figsize=(11, 0.4 + 2.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, 4, squeeze=False)
+    pairs = axes.reshape(-1, 2)
+    shares = {label: 100 * s.mapping.macs * s.mapping.batch / s.steady_state_cycles for label, s in schedules.items()}
+    largest = max(float(values.max()) for values in shares.values())
+    for (left, right), (label, schedule) in zip(pairs, schedules.items(), strict=False):
+        mapping, spec = schedule.mapping, schedule.mapping.spec
+        for n, region in enumerate(mapping.layout.regions):
+            left.add_patch(Rectangle((region.col, region.row), region.cols, region.rows, color=METHOD_COLOURS[n], alpha=0.25,
+                                     linewidth=0))
+            left.text(region.col + region.cols / 2, region.row + region.rows / 2, _region_text(mapping, n), ha="center",
+                      va="center", fontsize=8, rotation=90 if region.cols < 0.4 * region.rows else 0)
+        for axis, far in ((left.axvline, spec.cols), (left.axhline, spec.rows)):
+            for place in range(0, far + 1, 4):
+                axis(place, color="grey", linewidth=0.8)
+        left.set(xlim=(0, spec.cols), ylim=(spec.rows, 0), aspect="equal")
+        left.set_title(label.replace(", ", ",\n", 1), fontsize="medium")
+        image = right.imshow(shares[label], vmin=0, vmax=largest, cmap="cividis", extent=(0, spec.cols, spec.rows, 0))
+        right.set_title(f"{schedule.steady_state_cycles:,.0f} cycles a step,\nmean PE {shares[label].mean():.0f} %",
+                        fontsize="medium")
+        for axis in (left, right):
+            axis.set(xticks=[0, spec.cols], yticks=[0, spec.rows])
+            axis.tick_params(labelsize="small")
+    for axis in pairs[len(schedules):].flat:
+        axis.remove()
+    figure.colorbar(image, ax=list(axes[:, -1]) if len(schedules) > 1 else list(axes[:, 1]), label="multiplying (% of a step)",
+                    shrink=0.9)
+    return figure
+
+
+def _region_text(mapping, region):
+    blocks = {}
+    for part, gate in mapping.blocks:
+        block = mapping.layer.block(part, gate)
+        if mapping.layout.region_of(block) == region:
+            blocks.setdefault(type(block).__name__.removeprefix("Packed").lower(), {}).setdefault(gate, []).append(part)
+    return "\n".join(f"{kind}\n{' '.join(gates)}" for kind, gates in blocks.items())
+
+
+def speed_up_figure(curves: pd.DataFrame, published) -> Figure:
+    """Speed-up over the ratio of dense to stored weights, the ideal line beside it: left the matrix-vector phase, right the
+    whole step. curves: as speed_up gives them; published: PublishedSpeedUp."""
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    known = curves[curves["speedup_step"].notna() & (curves["kept"] < 1)]
+    for axis, what, title in zip(axes, ("matvec", "step"), ("matrix-vector phase", "whole step"), strict=True):
+        ends = [1, known["ideal"].max()]
+        axis.plot(ends, ends, color="black", linestyle="--", linewidth=1, label="ideal")
+        for n, (form, rows) in enumerate(known.groupby("form", sort=False)):
+            axis.plot(rows["ideal"], rows[f"speedup_{what}"], color=METHOD_COLOURS[n % len(METHOD_COLOURS)], linewidth=1.2,
+                      marker=METHOD_MARKERS[n % len(METHOD_MARKERS)], markersize=7, alpha=0.8, label=form)
+        axis.plot(published.ratio, published.speed_up, "*", color="black", markerfacecolor="none", markersize=15,
+                  label=f"published, {published.work}")
+        axis.set(title=title, xlabel="dense weights / stored weights")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("times as fast as the dense model")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small", frameon=False)
+    return figure
+
+
+def stalls_figure(curves: pd.DataFrame, kept: float, parts: tuple[str, ...]) -> Figure:
+    """What the mean PE does in a step, percent of the step's cycles: a bar a form at one kept fraction, the dense model below.
+    parts: the columns that sum to step_cycles."""
+    rows = curves[((curves["kept"] == kept) | (curves["kept"] == 1)) & curves["step_cycles"].notna()]
+    shown = [part for part in parts if (rows[part] > 0).any()]
+    figure = Figure(figsize=(10, 1.4 + 0.42 * len(rows)), layout="constrained")
+    axis, left = figure.subplots(), np.zeros(len(rows))
+    for n, part in enumerate(shown):
+        share = (100 * rows[part] / rows["step_cycles"]).to_numpy()
+        axis.barh(np.arange(len(rows)), share, left=left, color=METHOD_COLOURS[n % len(METHOD_COLOURS)], label=part,
+                  edgecolor="white", linewidth=0.5)
+        left += share
+    for n, row in enumerate(rows.itertuples()):
+        axis.text(101, n, f"{row.step_cycles:,.0f} cycles, {100 * row.efficiency_step:.1f} % of ideal", va="center", fontsize=8)
+    axis.set_yticks(range(len(rows)), rows["form"])
+    axis.set(xlim=(0, 132), xticks=range(0, 101, 20), xlabel="share of a step's cycles (%)")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=min(5, len(shown)), fontsize="small", frameon=False)
     return figure

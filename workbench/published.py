@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """ratio: compression ratio as the authors count it; loss_percent: accuracy loss as they state it, in percent.
+    """ratio: compression ratio as the authors count it; loss_percent: accuracy loss as they state it, in percent;
+    acceleration: on their array, where the abstract gives one.
 
     The abstracts state neither the data, nor how the ratio is counted, nor the baseline, nor whether the loss is in points or
     relative.
@@ -15,14 +16,28 @@ class Published:
     ratio: float
     loss_percent: float
     source: str
+    acceleration: float | None = None
 
 
 PUBLISHED = (
     Published("Wu 2026", 38.4, 1.7, "Wu Hai, Jiang Lin, Li Yuancheng, Liu Pengfei: Telecommunication Engineering 66(1), 71-79, "
-              "DOI 10.20079/j.issn.1001-893x.240926004 (loss: about)"),
+              "DOI 10.20079/j.issn.1001-893x.240926004 (loss: about)", 1.41),
     Published("Ji 2025", 32.8, 1.896, "Ji Chen, Jiang Lin, Li Yuancheng, Zhang Yixin: Journal of Guangxi University 50(6), "
               "1290-1303, DOI 10.13624/j.cnki.issn.1001-7445.2025.1290"),
 )
+
+
+@dataclass(frozen=True)
+class PublishedSpeedUp:
+    """Of pruning that keeps 1 / ratio of the weights, on an accelerator of its own."""
+
+    work: str
+    ratio: float
+    speed_up: float
+    source: str
+
+
+PUBLISHED_SPEED_UP = PublishedSpeedUp("Wang S. 2019", 8.0, 7.82, "DOI 10.1109/ACCESS.2019.2917312: 97.8 % of the ideal")
 
 
 @dataclass(frozen=True)

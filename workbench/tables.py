@@ -7,6 +7,7 @@ from numbers import Number
 import numpy as np
 import pandas as pd
 
+from workbench.acceleration import BY_FFT, STALLS, Acceleration, plan_name, stalls
 from workbench.array import ASSUMPTIONS, SYSTOLIC, ArraySpec, Schedule, last_cycle, layer_products
 from workbench.array.cost import DEVICES, ENERGY_NOTE, PJ_PER_EVENT, STATIC_POWER, compare, energy, resources
 from workbench.array.schedule import EVENTS, SPLIT
@@ -25,7 +26,7 @@ from workbench.precision import (
     lost_name,
     quality_name,
 )
-from workbench.published import PERPLEXITY_SOURCE, PUBLISHED, PUBLISHED_PERPLEXITIES
+from workbench.published import PERPLEXITY_SOURCE, PUBLISHED, PUBLISHED_PERPLEXITIES, PUBLISHED_SPEED_UP
 from workbench.runs import listed, record
 from workbench.sensitivity import class_stability, method_agreement, rank_blocks, seed_agreement
 from workbench.study import HYBRID, SMALL, Comparison, Tradeoff
@@ -492,3 +493,139 @@ def record_precision(precision: Precision, signals: pd.DataFrame, mixture: Mixtu
     """Hand the figures over to the run: every point's summary and seeds, the signals one at a time, mixed precision."""
     return record(quality=quality_name(precision.task), lost=lost_name(precision.task), summary=_plain(precision.summary),
                   results=_plain(precision.results), signals=_plain(signals), mixture=_plain(mixture.results))
+
+
+def acceleration_table(acceleration: Acceleration, loss_limit: float) -> pd.DataFrame:
+    """One row per plan and asked ratio, means over the seeds: sizes, accuracy, cycles of a step, accelerations against dense
+    16-bit, and whether the validation loss stays within the limit."""
+    rows = [{
+        "plan": row["label"], "asked": row["target_cr_disk"] if row["target_cr_disk"] > 1 else None, "cr_disk": row["cr_disk"],
+        "cr_chip": row["cr_chip"], "accuracy %": row["accuracy %"], "loss (points)": row["loss (points)"],
+        "95 % interval": _bounds(row["low"], row["high"]), "validation loss above": row["valid_loss_above"],
+        "within the limit": "yes" if row["valid_loss_above"] <= loss_limit else "no",
+        "cycles a step": row["steady_state_cycles"], "acceleration": row["acceleration"],
+        "of the sequence": row["acceleration_sequence"], "strength": row["strength"],
+    } for row in acceleration.summary.to_dict("records")]
+    return pd.DataFrame(rows)
+
+
+def acceleration_parts_table(acceleration: Acceleration) -> pd.DataFrame:
+    """One row per plan and asked ratio: accelerations where multiplications and where the loader bind, with all overhead and
+    without, memory and modelled energy of the sequence; what was refused, with the reason."""
+    rows = [{
+        "plan": plan_name(row["label"], row["target_cr_disk"]), "acceleration": row["acceleration"], "bound": row["bound"],
+        "weights resident": row["acceleration_resident"], "multiplications alone": row["acceleration_multiply"],
+        "weights streamed": row["acceleration_streamed"], "loads alone": row["acceleration_load"],
+        "words in the fullest PE": row["words_per_pe"], "BRAM36": row["bram36"],
+        "energy (nJ, modelled)": _energy_text(row), "layout": row["layout"], "refused": row["refused"],
+    } for row in acceleration.summary.to_dict("records")]
+    table = pd.DataFrame(rows)
+    return table if table["refused"].notna().any() else table.drop(columns="refused")
+
+
+def _energy_text(row):
+    return f"{_cell(row['energy_low_nj'])} to {_cell(row['energy_high_nj'])}" if pd.notna(row["energy_low_nj"]) else ""
+
+
+def acceleration_verdict(acceleration: Acceleration, target: float, loss_limit: float):
+    """Who is faster, win or lose, in paragraphs written from the figures."""
+    from IPython.display import Markdown
+
+    summary, spec = acceleration.summary, acceleration.spec
+    mine = summary[(summary["target_cr_disk"] == target) & summary["acceleration"].notna()]
+    hybrids = mine[mine["method"] == HYBRID].set_index("label")
+    uniform = mine[~mine["method"].isin([HYBRID, SMALL])].sort_values("acceleration", ascending=False, kind="stable")
+    wu = next(p for p in PUBLISHED if p.acceleration)
+    paragraphs = []
+    for label, row in hybrids.iterrows():
+        datapath = "multiplied by FFT" if label.endswith(BY_FFT) else "in time domain"
+        faster = uniform[uniform["acceleration"] > row["acceleration"]]
+        than = [f"{name} {value:.2f}x" for name, value in zip(uniform["label"], uniform["acceleration"], strict=True)]
+        verdict = (f"It **loses** to {listed(faster['label'])}" if len(faster) else
+                   "It **wins** against every uniform plan" if len(uniform) else "There is no uniform plan beside it")
+        paragraphs.append(
+            f"**Hybrid {datapath}, {spec.rows} x {spec.cols} PEs:** {row['steady_state_cycles']:,.0f} cycles a step, "
+            f"{row['acceleration']:.2f} times as fast as dense 16-bit (multiplications alone: "
+            f"{row['acceleration_multiply']:.2f}), at cr_disk {row['cr_disk']:.1f} and cr_chip {row['cr_chip']:.1f}, "
+            f"for {row['loss (points)']:.2f} points"
+            f"{_bounded(row)}. The published {wu.acceleration} ({wu.work}, whose baseline is not stated) is "
+            f"{'reached' if row['acceleration'] >= wu.acceleration else 'missed'}. {verdict} at the same ratio"
+            f"{': ' + '; '.join(than) if than else ''}.")
+    within = acceleration.fastest(loss_limit, hybrid=False), acceleration.fastest(loss_limit, hybrid=True)
+    texts = [f"none of the {kind} plans" if row is None else
+             f"the fastest {kind} plan is {plan_name(row['label'], row['target_cr_disk'])} with "
+             f"{row['steady_state_cycles']:,.0f} cycles a step ({row['acceleration']:.2f}x, loss {row['loss (points)']:.2f} "
+             f"points{_bounded(row)})" for kind, row in zip(("uniform", "hybrid"), within, strict=True)]
+    text = (f"**Within the same loss limit** (validation loss at most {loss_limit:g} nats above the dense control's), of all "
+            f"asked ratios: {'; '.join(texts)}.")
+    if all(row is not None for row in within):
+        ratio = within[0]["steady_state_cycles"] / within[1]["steady_state_cycles"]
+        text += (f" So the hybrid plan **{'wins' if ratio > 1 else 'loses' if ratio < 1 else 'draws'}**: it takes "
+                 f"{1 / ratio:.2f} times the cycles.")
+    return Markdown("\n\n".join([*paragraphs, text]))
+
+
+def region_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
+    """One row per plan and region: its PEs, the blocks that they take, multiply-accumulates of the mean and of the fullest PE
+    in a step, and the share of a step for which the mean PE multiplies."""
+    rows = []
+    for label, schedule in schedules.items():
+        mapping = schedule.mapping
+        for n, region in enumerate(mapping.layout.regions):
+            blocks = [(part, gate) for part, gate in mapping.blocks
+                      if mapping.layout.region_of(mapping.layer.block(part, gate)) == n]
+            macs = mapping.macs[region.window]
+            rows.append({"plan": label, "PEs": f"{region.rows} x {region.cols}",
+                         "blocks": ", ".join(f"{part} {gate}" for part, gate in blocks), "mean PE": macs.mean(),
+                         "fullest PE": macs.max(), "multiplying %": 100 * macs.mean() / schedule.steady_state_cycles})
+    return pd.DataFrame(rows)
+
+
+def stall_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
+    """Cycles of a step of the mean PE by what it does or waits for (stalls); every column sums to the steady-state cycles."""
+    table = pd.DataFrame({label: stalls(schedule) for label, schedule in schedules.items()})
+    table = table[(table != 0).any(axis=1)]
+    table.loc["total"] = table.sum()
+    return table
+
+
+def speed_up_table(curves: pd.DataFrame) -> pd.DataFrame:
+    """One row per form and kept fraction: cycles of the matrix-vector phase and of the whole step, speed-ups, each as a share
+    of the ideal one, and the cycles of a step of the mean PE by what it does or waits for."""
+    names = {"form": "form", "kept": "kept", "strength": "strength", "units": "units", "ideal": "ideal",
+             "matvec_cycles": "multiplying", "speedup_matvec": "speed-up", "step_cycles": "whole step",
+             "speedup_step": "speed-up of the step"}
+    table = curves[list(names)].rename(columns=names)
+    for what, after in (("matvec", "speed-up"), ("step", "speed-up of the step")):
+        table.insert(table.columns.get_loc(after) + 1, f"% of ideal{' (step)' * (what == 'step')}",
+                     100 * curves[f"efficiency_{what}"])
+    return table.join(curves[[name for name in STALLS if (curves[name] > 0).any()]]).join(
+        curves[["refused"]] if curves["refused"].notna().any() else None)
+
+
+def speed_up_verdict(curves: pd.DataFrame, kept: float):
+    """What the curves say of one kept fraction, and where the cycles go that keep each form from the ideal."""
+    from IPython.display import Markdown
+
+    mark, lines = PUBLISHED_SPEED_UP, []
+    rows = curves[(curves["kept"] == kept) & curves["speedup_step"].notna()].sort_values("efficiency_step", ascending=False)
+    for row in rows.to_dict("records"):
+        lost = sorted(((name, 100 * row[name] / row["step_cycles"]) for name in STALLS[1:]), key=lambda part: -part[1])
+        parts = [f"{name} {share:.1f} %" for name, share in lost if share > 0.5]
+        works = row["multiply"] * row["ideal"] / curves["multiply"].iloc[0]  # multiplications a stored weight
+        lines.append(f"- **{row['form']}**: {row['speedup_matvec']:.2f} times as fast in the matrix-vector phase "
+                     f"({100 * row['efficiency_matvec']:.1f} % of the ideal {row['ideal']:.2f}), {row['speedup_step']:.2f} in "
+                     f"the whole step ({100 * row['efficiency_step']:.1f} %). Multiplications for each stored weight: "
+                     f"{works:.2f}; of a step's cycles not multiplied: {listed(parts)}.")
+    for row in curves[(curves["kept"] == kept) & curves["refused"].notna()].to_dict("records"):
+        lines.append(f"- **{row['form']}**: {row['refused']}.")
+    reached = rows[rows["efficiency_step"] >= mark.speed_up / mark.ratio]["form"]
+    return Markdown(f"Keeping {kept:g} of the weights. {mark.work} published {mark.speed_up} at a ratio of {mark.ratio:g} "
+                    f"({100 * mark.speed_up / mark.ratio:.1f} % of the ideal); that share or more in the whole step: "
+                    f"{listed(reached)}.\n\n" + "\n".join(lines))
+
+
+def record_acceleration(acceleration: Acceleration, curves: pd.DataFrame) -> dict:
+    """Hand the figures over to the run: every seed's row, the summary, the points out of reach, the speed-up curves."""
+    return record(results=_plain(acceleration.results), summary=_plain(acceleration.summary),
+                  unreachable=_plain(acceleration.points.unreachable), curves=_plain(curves))

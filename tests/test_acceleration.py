@@ -1,0 +1,266 @@
+"""Acceleration studies: trained points, where cycles go, speed-up curves of random matrices."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from workbench import acceleration, study, tables
+from workbench.acceleration import (
+    FORMS,
+    STALLS,
+    accelerate,
+    by_fft,
+    check_acceleration,
+    headline_schedules,
+    random_layer,
+    speed_up,
+    stalls,
+    train_points,
+)
+from workbench.array import Layout, Region, preset, schedule_layer
+from workbench.array.cost import BASELINE
+from workbench.methods import BlockCirculant, Dense, Structured, TopK
+from workbench.packed import PackedSparse
+from workbench.plan import uniform
+from workbench.quantise import calibrate
+from workbench.sensitivity import calibration_batches
+from workbench.study import HYBRID, SMALL
+
+SPEC, METHODS, TARGETS = preset("group4x4"), [HYBRID, "Structured", "BlockCirculant", "Dense", SMALL], [6.0, 12.0]
+
+
+@pytest.fixture(scope="module")
+def in_process():
+    """Jobs one after the other in this process: no spawned ones to wait for."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(study, "parallel", lambda function, jobs, workers, description: [function(*job) for job in jobs])
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def points(in_process, tiny_task):
+    dense = study.train_dense(tiny_task, 8, [0, 1], epochs=3, workers=1)
+    return train_points(tiny_task, dense, METHODS, TARGETS, bits=6, dense_epochs=3, epochs=2, search_epochs=0, workers=1)
+
+
+@pytest.fixture(scope="module")
+def accelerated(points):
+    return accelerate(points, SPEC, 6)
+
+
+def test_every_point_is_trained_or_out_of_reach(points):
+    found = {*points.results[["method", "target_cr_disk", "seed"]].itertuples(index=False, name=None),
+             *points.unreachable[["label", "target_cr_disk", "seed"]].itertuples(index=False, name=None)}
+    assert found == {(method, target, seed) for method in METHODS for target in TARGETS for seed in (0, 1)} | {
+        (BASELINE, 1.0, 0), (BASELINE, 1.0, 1)}
+    plans = points.results[~points.results["method"].isin([BASELINE, SMALL])]
+    assert (plans["cr_disk"] >= plans["target_cr_disk"]).all()
+    assert (points.results.loc[points.results["method"] == BASELINE, "cr_disk"] == 2).all()
+
+
+def test_losses_are_against_the_dense_control_of_the_seed(points, tiny_task):
+    for row in points.results.itertuples():
+        right = points.correct[row.label, row.target_cr_disk][row.seed]
+        assert row.loss_points == pytest.approx(100 * (points.reference[row.seed].mean() - right.mean()))
+    baseline = points.results[points.results["label"] == BASELINE]
+    assert baseline["valid_loss_above"].abs().max() < 0.01  # 16 bits and the same epochs: the control itself
+
+
+def test_a_datapath_changes_roundings_and_no_integers(points):
+    for (label, target), by_seed in points.packed.items():
+        if label.endswith(acceleration.BY_FFT):
+            for seed, packed in by_seed.items():
+                twin = points.packed[label.removesuffix(acceleration.BY_FFT), target][seed]
+                assert packed.cr_disk == twin.cr_disk
+                assert all((a.dense() == b.dense()).all() for a, b in
+                           zip(packed.blocks.values(), twin.blocks.values(), strict=True))
+    assert any(label.endswith(acceleration.BY_FFT) for label, _ in points.packed)
+
+
+def test_by_fft_needs_circulant_blocks_of_a_power_of_two(tiny_task):
+    model = study.models.build_classifier(tiny_task, 12, seed=0)
+    signals = calibrate(model, calibration_batches(tiny_task))
+    assert by_fft(uniform(model, TopK(0.5), 8, signals)) is None
+    assert by_fft(uniform(model, BlockCirculant(3), 8, signals)) is None
+    switched = by_fft(uniform(model, BlockCirculant(4), 8, signals))
+    assert {entry.method for entry in switched.blocks.values()} == {BlockCirculant(4, "fft")}
+
+
+def test_accelerations_are_ratios_of_cycles(accelerated, points):
+    rows = accelerated.results[accelerated.results["acceleration"].notna()]
+    for seed, mine in rows.groupby("seed"):
+        base = schedule_layer(next(iter(points.packed[BASELINE, 1.0][seed].layers.values())), SPEC, 6)
+        assert (mine["acceleration"] * mine["steady_state_cycles"]).to_numpy() == pytest.approx(base.steady_state_cycles)
+        assert (mine["acceleration_sequence"] * mine["cycles"]).to_numpy() == pytest.approx(base.cycles)
+    ones = ["acceleration", "acceleration_sequence", "acceleration_multiply", "acceleration_load", "acceleration_resident",
+            "acceleration_streamed"]
+    assert (rows.loc[rows["label"] == BASELINE, ones] == 1).all(axis=None)
+    # Of so few weights all are resident in the preset, and what is stored decides what the loader brings.
+    assert (rows["acceleration_resident"] == rows["acceleration"]).all()
+    circulant = rows[rows["label"] == "BlockCirculant"]
+    assert (circulant["acceleration_load"] > 2).all() and (circulant["acceleration_streamed"] > circulant["acceleration"]).all()
+
+
+def test_a_baseline_that_streams_is_compared_resident_too(points):
+    """32 dense words in a PE and room for 20: the rest comes over the loader every step."""
+    spec = SPEC.with_(weight_words=20, load_bits_per_cycle=8)
+    rows = accelerate(points, spec, 6).results
+    dense, circulant = (rows[(rows["label"] == label) & (rows["seed"] == 0)].iloc[-1] for label in (BASELINE, "BlockCirculant"))
+    assert dense["bound"] == "memory" and circulant["bound"] != "memory"
+    assert circulant["acceleration"] > circulant["acceleration_resident"]
+
+
+def test_the_fastest_plan_meets_the_limit(accelerated):
+    summary = accelerated.summary
+    uniform_rows = summary[summary["method"].isin(["Structured", "BlockCirculant", "Dense"]) & summary["acceleration"].notna()]
+    assert accelerated.fastest(np.inf, hybrid=False)["steady_state_cycles"] == uniform_rows["steady_state_cycles"].min()
+    limit = uniform_rows["valid_loss_above"].median()
+    found = accelerated.fastest(limit, hybrid=False)
+    within = uniform_rows[uniform_rows["valid_loss_above"] <= limit]
+    assert found["steady_state_cycles"] == within["steady_state_cycles"].min() and found["valid_loss_above"] <= limit
+    assert accelerated.fastest(-np.inf, hybrid=True) is None
+    assert accelerated.fastest(np.inf, hybrid=True)["method"] == HYBRID
+    assert accelerated.fastest(np.inf, hybrid=False, target=6.0)["target_cr_disk"] == 6.0
+
+
+def test_tables_and_verdict_say_what_the_figures_say(accelerated):
+    schedules = headline_schedules(accelerated, 6.0, np.inf)
+    assert list(schedules)[:2] == [BASELINE, "hybrid, 6x"] and "small dense, 6x" in schedules
+    split = tables.stall_table(schedules)
+    assert split.loc["total"].to_numpy() == pytest.approx([s.steady_state_cycles for s in schedules.values()])
+    regions = tables.region_table(schedules)
+    assert regions.loc[regions["plan"] == BASELINE, "blocks"].item().count("hh") == 4
+    text = tables.acceleration_verdict(accelerated, 6.0, np.inf).data
+    hybrid = accelerated.summary.set_index(["label", "target_cr_disk"]).loc[HYBRID, 6.0]
+    assert f"{hybrid['acceleration']:.2f} times as fast as dense 16-bit" in text
+    assert f"is {'reached' if hybrid['acceleration'] >= 1.41 else 'missed'}" in text
+    nothing = tables.acceleration_verdict(accelerated, 6.0, -np.inf).data
+    assert "none of the uniform plans; none of the hybrid plans" in nothing and "So the hybrid plan" not in nothing
+    table = tables.acceleration_table(accelerated, -np.inf)
+    assert set(table["within the limit"]) == {"no"}
+    assert len(table) == len(tables.acceleration_parts_table(accelerated)) == len(accelerated.summary)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"methods": ["TopK"]}, "an acceleration study needs the method 'hybrid', got TopK"),
+    ({"loss_limit": -0.1}, "an acceleration study needs a loss_limit of at least 0 nats, got -0.1"),
+    ({"loss_limit": float("nan")}, "an acceleration study needs a loss_limit of at least 0 nats, got nan"),
+    ({"steps": 0}, "an acceleration study needs at least 1 step, got 0"),
+    ({"curve_units": 18}, "a speed-up curve needs units of at least 16, a multiple of 4, got 18"),
+    ({"curve_bits": 1}, "a speed-up curve needs 2 to 16 bits, got 1"),
+    ({"fractions": [0.3]}, r"a speed-up curve needs fractions 1/2, 1/4, 1/8 and so on, at least one, got \[0.3\]"),
+    ({"fractions": []}, r"a speed-up curve needs fractions 1/2, 1/4, 1/8 and so on, at least one, got \[\]"),
+    ({"fractions": [1.0]}, "a speed-up curve needs fractions"),
+    ({"target_cr_disks": [0.5]}, "target cr_disk"),
+], ids=str)  # fmt: skip
+def test_bad_values_are_refused(tiny_task, changes, message):
+    good = {"hidden_size": 8, "methods": [HYBRID], "target_cr_disks": [6.0], "bits": 6, "seeds": [0], "epochs": 1,
+            "retrain_epochs": 1, "search_epochs": 0, "loss_limit": 0.0, "steps": 1, "curve_units": 16, "curve_bits": 8,
+            "fractions": [0.5], "workers": 1}
+    check_acceleration(tiny_task, **good)
+    with pytest.raises(ValueError, match=message):
+        check_acceleration(tiny_task, **good | changes)
+
+
+# Where the cycles go.
+
+
+def test_stalls_by_hand():
+    """16 x 16 on 4 x 4 PEs, dense: each of the eight blocks takes every PE 4 rows of 4 columns, 16 cycles."""
+    layer = random_layer(Dense(), 16, 8)
+    assert stalls(schedule_layer(layer, SPEC, 4)) == dict.fromkeys(STALLS, 0) | {"multiply": 128}
+    # An activation takes 4 + 104 cycles for 16 values on 4 units, an element-wise operation of two products 8 + 104. The PEs
+    # multiply from h's arrival to 52 for i, f and g, 16 more for o, then 64 for the next W_ih x, and wait from 128 on. g leaves
+    # them at 59; act g ends at 167, cell at 279, tanh c at 387, act o four cycles behind it at 391, h = o * tanh(c), one
+    # product, at 499; then h comes back, 16 words in 16 cycles.
+    found = stalls(schedule_layer(layer, SPEC.with_(act_latency=104), 4))
+    assert found == dict.fromkeys(STALLS, 0) | {"multiply": 128, "activation": 499 - 128, "multicast": 16}
+
+
+def test_padding_and_imbalance_are_counted():
+    """One row of 16 has all its weights, the others none: its PE row multiplies 4 words, and the padding of 3 rows more."""
+    layer = random_layer(TopK(0.5), 16, 8)
+    values = np.zeros((16, 16), dtype=np.int64)
+    values[0] = 1
+    fmt = next(iter(layer.blocks.values())).fmt
+    layer = replace(layer, blocks={name: PackedSparse.from_dense(values, fmt) for name in layer.blocks})
+    found = stalls(schedule_layer(layer, SPEC, 4))
+    # Per block 16 weights and 15 * 4 paddings over 16 PEs; the fullest PE takes 4 + 3.
+    assert (found["multiply"], found["padding"], found["imbalance"]) == (8 * 1.0, 8 * 3.75, 8 * (7 - 4.75))
+
+
+def test_wide_words_hold_a_pe():
+    """16 bits, a local column of 2 bits and the end of a row make 19: two memory words."""
+    layer = random_layer(Structured(2), 16, 16)
+    found = stalls(schedule_layer(layer, SPEC, 4))
+    assert found["multiply"] == found["further words"] == 64
+    assert stalls(schedule_layer(random_layer(Structured(2), 16, 15), SPEC, 4))["further words"] == 0
+
+
+def test_stalls_sum_up_over_two_regions_and_streams():
+    sparse, circulant = random_layer(TopK(0.25), 32, 8), random_layer(BlockCirculant(4), 32, 8)
+    blocks = {name: (sparse if name.endswith(("i", "g")) else circulant).blocks[name] for name in sparse.blocks}
+    layer, spec = replace(sparse, blocks=blocks), SPEC.with_(cols=8)
+    regions = Layout((Region(0, 0, 4, 4), Region(0, 4, 4, 4)))
+    two = schedule_layer(layer, spec, 5, regions)
+    assert sum(stalls(two).values()) == pytest.approx(two.steady_state_cycles)
+    # Four sparse blocks of 256 weights, four circulant ones of 1,024 multiplications, on 32 PEs.
+    assert stalls(two)["multiply"] == 4 * (256 + 1024) / 32 and stalls(two)["other region"] > 0
+    streamed = schedule_layer(layer, spec.with_(weight_words=8, load_bits_per_cycle=8), 5, replace(regions, stream_words=2))
+    found = stalls(streamed)
+    assert sum(found.values()) == pytest.approx(streamed.steady_state_cycles) and found["load"] > 0
+
+
+# Speed-up curves.
+
+
+@pytest.fixture(scope="module")
+def curves(in_process):
+    return speed_up(64, SPEC.with_(weight_words=4096), [0.5, 0.25], 8, 1)
+
+
+def test_curves_have_every_form_and_sum_up(curves):
+    assert list(curves["form"]) == ["Dense", *FORMS, *FORMS]
+    known = curves[curves["step_cycles"].notna()]
+    assert known[list(STALLS)].sum(axis=1).to_numpy() == pytest.approx(known["step_cycles"].to_numpy())
+    assert (known["matvec_cycles"] <= known["step_cycles"]).all() and (known["efficiency_matvec"] <= 1).all()
+    assert known.loc[known["form"] == "Dense", ["speedup_matvec", "speedup_step", "ideal"]].to_numpy().tolist() == [[1, 1, 1]]
+    assert set(curves["ideal"].round(6)) >= {1, 2, 4}
+
+
+def test_structured_pruning_is_ideal_where_it_divides(curves):
+    """64 columns, 4 PE columns: both 32 and 16 classes divide, so every PE has equally many weights of every row."""
+    rows = curves[curves["form"] == "Structured"].set_index("kept")
+    assert rows["efficiency_matvec"].tolist() == [1, 1] and (rows[["padding", "imbalance"]] == 0).all(axis=None)
+    top = curves[curves["form"] == "TopK"].set_index("kept")
+    assert (top["efficiency_matvec"] < 1).all() and (top["imbalance"] > 0).all()
+
+
+def test_time_domain_circulant_saves_no_multiplication(curves):
+    rows = curves[curves["form"] == "BlockCirculant"]
+    assert (rows["speedup_matvec"] == 1).all() and rows["ideal"].tolist() == [4, 2]
+
+
+def test_curves_in_words(curves):
+    text = tables.speed_up_verdict(curves, 0.25).data
+    assert "**Structured**: 4.00 times as fast in the matrix-vector phase (100.0 % of the ideal 4.00)" in text
+    assert "Multiplications for each stored weight: 4.00" in text.split("**BlockCirculant**")[1].splitlines()[0]
+    assert len(tables.speed_up_table(curves)) == len(curves)
+
+
+def test_a_pattern_is_cut_where_its_period_does_not_divide_the_rows():
+    layer = random_layer(Structured(8), 20, 8)
+    block = next(iter(layer.blocks.values()))
+    assert block.shape == (20, 20)
+    kept = block.dense() != 0
+    assert (kept[:8].sum(axis=0) == 1).all() and (kept[8:16].sum(axis=0) == 1).all() and (kept[16:].sum(axis=0) <= 1).all()
+
+
+def test_structured_pruning_to_an_eighth_reaches_the_published_share():
+    """1500 inputs and units on 16 x 16 PEs, the whole step: Wang S. 2019 has 7.82 of 8."""
+    spec = preset("array16x16").with_(weight_words=1 << 17, acc_depth=128)
+    dense, pruned = (schedule_layer(random_layer(method, 1500, 8), spec, 4) for method in (Dense(), Structured(8)))
+    assert dense.steady_state_cycles == 8 * 94 * 94
+    assert dense.steady_state_cycles / pruned.steady_state_cycles > 7.82
