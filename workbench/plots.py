@@ -533,8 +533,8 @@ def region_figure(schedules: dict) -> Figure:
             axis.tick_params(labelsize="small")
     for axis in pairs[len(schedules):].flat:
         axis.remove()
-    figure.colorbar(image, ax=list(axes[:, -1]) if len(schedules) > 1 else list(axes[:, 1]), label="multiplying (% of a step)",
-                    shrink=0.9)
+    outer = pairs[1 : len(schedules) : 2, 1] if len(schedules) > 1 else pairs[:1, 1]
+    figure.colorbar(image, ax=list(outer), label="multiplying (% of a step)", shrink=0.9)
     return figure
 
 
