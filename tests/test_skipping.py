@@ -31,7 +31,9 @@ def check(mapping, x):
             assert (schedule.starts[step, n], schedule.ends[step, n]) == span, (step, mapping.program[n])
     assert literal.counts == {event: count for event, count in schedule.counts().items() if count}
     plain = schedule_mapping(replace(mapping, spec=mapping.spec.with_(lookahead=1)), steps)
-    assert schedule.counts()["macs"] + schedule.counts()["skipped_macs"] == plain.counts()["macs"]
+    counts = schedule.counts()
+    assert counts["macs"] + counts["skipped_macs"] == plain.counts()["macs"]
+    assert round(schedule.utilisation().sum() * schedule.cycles) == counts["macs"] and schedule.utilisation().max() <= 1
     return schedule
 
 
@@ -67,7 +69,9 @@ def test_low_rank_blocks_with_skipping_equal_the_literal_interpreter(case):
 
 @pytest.mark.parametrize("lookahead", [2, 4])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("changes", [{}, {"weight_words": 48, "load_bits_per_cycle": 5}, {"mac_ii": 2, "weight_word_bits": 5}])
+@pytest.mark.parametrize("changes", [
+    {}, {"weight_words": 48, "load_bits_per_cycle": 5}, {"mac_ii": 2, "weight_word_bits": 5},
+    {"weight_words": 24, "load_bits_per_cycle": 512, "mac_ii": 4}])  # loads wait until multiplications are done with a buffer
 def test_longer_sequences_equal_the_literal_interpreter(changes, kind, lookahead, monkeypatch):
     """What every PE does differs from step to step here, so that no step may be taken for another."""
     monkeypatch.setattr("workbench.array.skipping.CHUNK", 300)  # a few steps at a time
@@ -104,6 +108,13 @@ def test_zeros_of_a_dense_block_by_hand(lookahead, cycles):
     if lookahead > 1:  # 4 of 16 inputs, in each of 4 rows; three of the PE columns turn to their row
         assert ih == {"macs": 16, "skipped_macs": 48, "padding_macs": 0, "weight_reads": 16, "data_reads": 16, "acc_reads": 12,
                       "acc_writes": 12}
+
+
+def test_each_pe_s_multiplications_by_hand():
+    """Of one step, whose h is zero: of 4 gates each PE multiplies the 1, 1, 0 or 2 inputs of its column that are not."""
+    spec = SMALL.with_(lookahead=4)
+    schedule = check(map_layer(dense_layer(4, 16), spec, one_region(spec)), np.array([PATTERN]))
+    assert np.rint(schedule.utilisation() * schedule.cycles).tolist() == [[4, 4, 0, 8]] * 4
 
 
 @pytest.mark.parametrize(("lookahead", "cycles"), [(2, 5 + 5), (4, 3 + 3), (8, 2 + 2)])

@@ -134,19 +134,21 @@ def _time_program(mapping) -> tuple[Timed, ...]:
     return tuple(timed(n, i, needed) for n, (i, needed) in enumerate(zip(mapping.program, needs, strict=True)))
 
 
-def _time_rows(mapping, timed, inputs, steps) -> tuple[tuple[Timed, ...], ...]:
-    """What the program takes in each of its steps, that of step -1 first, where zeros in what is multiplied are skipped."""
-    program = mapping.program
+def _time_rows(mapping, timed, inputs, steps) -> tuple[tuple[tuple[Timed, ...], ...], np.ndarray]:
+    """What the program takes in each of its steps, that of step -1 first, where zeros in what is multiplied are skipped; and
+    the multiply-accumulates that each PE of the array (rows, cols) then issues in all steps."""
+    program, issued = mapping.program, np.zeros((mapping.spec.rows, mapping.spec.cols), dtype=np.int64)
     rows = [list(timed) for _ in range(steps + 1 + max(i.lag for i in program))]
     for n, i in enumerate(program):
         if i.kind == "mac":
-            block = mapping.layers[i.layer].blocks[i.parts[0], i.gate]
+            block, layout = mapping.layers[i.layer].blocks[i.parts[0], i.gate], mapping.layers[i.layer].layout
             work = work_of(block, i.rows, i.words, inputs[i.layer][i.parts[0]][:, i.item], mapping.spec)
+            issued[layout.regions[layout.region_of(block.packed)].window] += work.pe_macs
             for step in range(steps):
                 counts = {event: int(count[step]) for event, count in work.events.items()}
                 rows[1 + step + i.lag][n] = replace(timed[n], busy=int(work.busy[step]), multiply=int(work.multiply[step]),
                                                     counts=counts)
-    return tuple(map(tuple, rows))
+    return tuple(map(tuple, rows)), issued
 
 
 def _slice_counts(mapping):
@@ -326,6 +328,7 @@ class Schedule(Readings):
     period: tuple[int, int] | None  # (steps, cycles) once periodic; None where steps differ
     candidates: tuple[dict, ...] = ()
     by_row: tuple[tuple[Timed, ...], ...] = ()
+    issued: np.ndarray | None = None  # (rows, cols) multiply-accumulates of each PE where zeros are skipped
 
     @property
     def starts(self) -> np.ndarray:
@@ -458,8 +461,8 @@ class Schedule(Readings):
         return released_by
 
     def utilisation(self) -> np.ndarray:
-        """(rows, cols): multiply-accumulates of each PE per cycle, those of padding and of skipped zeros included."""
-        return self.mapping.macs * self.mapping.batch * self.steps / self.cycles
+        """(rows, cols): multiply-accumulates that each PE issues per cycle, those of padding included."""
+        return (self.mapping.macs * self.mapping.batch * self.steps if self.issued is None else self.issued) / self.cycles
 
 
 def schedule_mapping(mapping: LayerMapping | SideBySide, steps: int, inputs=None) -> Schedule:
@@ -467,15 +470,15 @@ def schedule_mapping(mapping: LayerMapping | SideBySide, steps: int, inputs=None
     layers side by side a list, whose zeros an array with a lookahead above 1 skips; without them none is taken to be zero."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"a schedule needs a whole number of steps, at least 1, got {steps!r}")
-    timed, by_row = _time_program(mapping), ()
+    timed, by_row, issued = _time_program(mapping), (), None
     if inputs is not None and mapping.spec.lookahead > 1:
         inputs = [inputs] if isinstance(mapping, LayerMapping) else inputs
         for one, of in zip(inputs, mapping.layers, strict=True):
             if (got := one["ih"].shape) != (expected := (steps, mapping.batch, of.layer.input_size)):
                 raise ValueError(f"a schedule of {steps} steps needs inputs of shape {expected}, got {got}")
-        by_row = _time_rows(mapping, timed, inputs, steps)
+        by_row, issued = _time_rows(mapping, timed, inputs, steps)
     rows, period = _run(timed, mapping.program, mapping.spec.config_cycles, steps, by_row)
-    return Schedule(mapping, steps, timed, rows, period, by_row=by_row)
+    return Schedule(mapping, steps, timed, rows, period, by_row=by_row, issued=issued)
 
 
 def beats(cycles, best: Schedule, former: Schedule | None):
