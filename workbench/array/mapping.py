@@ -790,7 +790,7 @@ def words_taken(block: BlockMapping, spec: ArraySpec) -> int:
 def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, *, batch: int = 1, parts=None) -> LayerMapping:
     """Map a layer for `batch` sequences side by side; blocks: what map_blocks gave for this layout and these parts, if at hand.
     What does not fit raises ValueError."""
-    _check_layer(layer, spec)
+    check_layer(layer, spec)
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"the array runs a whole number of sequences side by side (batch), at least 1, got {batch!r}")
     used = np.zeros((spec.rows, spec.cols), dtype=np.int64)
@@ -849,18 +849,41 @@ def least_cycles(layer: PackedLayer, spec: ArraySpec, layout: Layout, parts=None
     return max(busy) * spec.mac_ii
 
 
-def fitting_mappings(layer: PackedLayer, spec: ArraySpec, layout: Layout, batch: int = 1, parts=None) -> list[LayerMapping]:
-    """The mapping of a layout; if its weights do not fit, one mapping for each size of the streaming buffers."""
-    _check_layer(layer, spec)
-    blocks = map_blocks(layer, spec, layout, parts)
+def units_of(layer: PackedLayer, spec: ArraySpec, layout: Layout) -> tuple:
+    """What the places of a layer's words in a layout depend on: layouts of equal regions and units give equal mappings."""
+    return layout.regions, tuple(tile_unit(block, layout.regions[layout.region_of(block)], spec.acc_depth, layout.split_tiles)
+                                 for block in layer.blocks.values())
+
+
+def sized_layouts(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks) -> list[Layout]:
+    """The layout itself or, if the weights do not fit, one layout for each size of the streaming buffers."""
     if _fits(layer, spec, layout, blocks):
-        return [map_layer(layer, spec, layout, blocks, batch=batch)]
+        return [layout]
     widest = max(words_taken(block, spec) for block in blocks.values())
     sizes = [spec.weight_words // n for n in STREAM_SHARES if spec.weight_words // n >= widest] or [0]
-    return [map_layer(layer, spec, replace(layout, stream_words=size), blocks, batch=batch) for size in sizes]
+    return [replace(layout, stream_words=size) for size in sizes]
 
 
-def _check_layer(layer, spec):
+def least_loaded_bits(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks) -> int:
+    """A bound of the bits that the loader brings in every step: all words beyond what stays in their PE beside the buffers."""
+    bits = 0
+    for region in range(len(layout.regions)):
+        words = _region_words(layer, spec, layout, blocks, region)
+        if words.max() > spec.weight_words:
+            fewest = min(block.word_bits / words_taken(block, spec) for block in blocks.values())
+            bits += int(fewest * np.maximum(words - (spec.weight_words - 2 * layout.stream_words), 0).sum())
+    return bits
+
+
+def fitting_mappings(layer: PackedLayer, spec: ArraySpec, layout: Layout, batch: int = 1, parts=None) -> list[LayerMapping]:
+    """The mapping of a layout; if its weights do not fit, one mapping for each size of the streaming buffers."""
+    check_layer(layer, spec)
+    blocks = map_blocks(layer, spec, layout, parts)
+    return [map_layer(layer, spec, sized, blocks, batch=batch, parts=parts)
+            for sized in sized_layouts(layer, spec, layout, blocks)]
+
+
+def check_layer(layer, spec):
     """Refuse a layer whose words or sums are wider than the array's."""
     if layer.spectral_blocks:
         raise ValueError(f"the array maps the datapath time so far, got fft for {', '.join(layer.spectral_blocks)}")

@@ -25,19 +25,23 @@ from workbench.array.mapping import (
     Layout,
     SideBySide,
     candidate_layouts,
+    check_layer,
     columns_kept,
-    fitting_mappings,
     kept_at_edge,
     least_cycles,
+    least_loaded_bits,
+    map_blocks,
     map_layer,
     network_words,
+    sized_layouts,
+    units_of,
     words_taken,
 )
 from workbench.array.skipping import work_of
 from workbench.array.spec import ArraySpec, ceil_div
 from workbench.packed import PackedLayer
 
-MAX_TRANSIENT = 512  # steps within which a schedule must have become periodic
+MAX_TRANSIENT = 8192  # steps within which a schedule must have become periodic
 MAX_PERIOD = 12  # steps per period that are looked for
 SPLIT = ("multiply", "stall", "drain", "activation", "multicast", "load", "config")
 BOUND_BY = {"compute": ("multiply", "stall"), "memory": ("load",), "links": ("drain", "multicast"),
@@ -82,13 +86,13 @@ class Timed:
     counts: dict[str, int]
     multiply: int = 0  # cycles in which the mean PE of its region multiplies what is no padding
 
-    @property
+    @cached_property
     def took(self) -> int:
         """Cycles from its start to its end."""
         return self.busy + self.latency
 
 
-def _time_program(mapping) -> tuple[Timed, ...]:
+def time_program(mapping) -> tuple[Timed, ...]:
     """Cycles and events of every instruction."""
     spec = mapping.spec
     needs, counted = _needs(mapping), _slice_counts(mapping)
@@ -275,6 +279,61 @@ def _run(timed, program, config_end, steps, by_row=()):
     return np.array([[ABSENT if start is None else start for start in row] for row in rows]), period
 
 
+def run_points(timed, mapping, points, steps):
+    """What _run and Schedule find for `points` points at once: fields of mapping.spec may be arrays (points,). Returns
+    steady-state cycles, latency of the first step and cycles of the sequence, each (points,)."""
+    program = mapping.program
+    depth, lags = max(back for op in timed for back, _ in op.needs), [i.lag for i in program]
+    whole, until = 1 + max(lags), steps + 1 + min(lags)
+    rows, frees = [], [dict.fromkeys((i.resource for i in program), mapping.spec.config_cycles)]
+    steady, first, cycles = (np.full(points, -1.0) for _ in range(3))
+    while (steady < 0).any():
+        if len(rows) == whole + MAX_TRANSIENT:
+            raise RuntimeError(f"the schedule is not periodic after {MAX_TRANSIENT} steps")
+        frees.append(dict(frees[-1]))
+        rows.append(_run_step(timed, program, rows, frees[-1], float("inf"), np.maximum))
+        old = len(rows) - 2 - MAX_PERIOD - depth  # what neither a period nor the rows from `until` on look back to
+        if old > 1 and not until - depth <= old <= until:
+            rows[old] = frees[old] = None
+        length, advance = _periods(rows[whole:], depth, steady < 0)
+        for some in np.unique(length[length > 0]).tolist():
+            settled = length == some
+
+            def at(known, n, some=some, advance=advance):
+                """Row n, or what is free before it: known, or from the known ones on repeated and moved."""
+                times, after = divmod(n - len(known), some) if n >= len(known) else (-1, n - len(known) + some)
+                return known[len(known) - some + after], (times + 1) * advance
+
+            past = [None] * until
+            for n in {1, *range(max(until - depth, 0), until)}:
+                if n < until:
+                    row, moved = at(rows, n)
+                    past[n] = [start if start is None else start + moved for start in row]
+            free, moved = at(frees, until)
+            free = {resource: cycle + moved for resource, cycle in free.items()}
+            while len(past) < steps + whole:
+                past.append(_run_step(timed, program, past, free, steps, np.maximum))
+            last = [start + op.took for row in past[until:] for start, op in zip(row, timed, strict=True) if start is not None]
+            steady[settled] = advance[settled] / some
+            first[settled] = np.broadcast_to(past[1][-1] + timed[-1].took, points)[settled]
+            cycles[settled] = np.maximum.reduce(np.broadcast_arrays(*last, steady)[:-1])[settled]
+    return steady, first, cycles
+
+
+def _periods(rows, depth, wanted):
+    """As _period for many points: (points,) steps, 0 where there is no period yet or it is not wanted, and cycles."""
+    length, advance = np.zeros((2, wanted.size), dtype=np.int64)
+    for n in range(1, min(MAX_PERIOD, len(rows) - depth) + 1):
+        moved, alike = rows[-1][-1] - rows[-1 - n][-1], wanted & (length == 0)
+        for late, early in ((rows[-1 - k], rows[-1 - k - n]) for k in range(depth)):
+            for quick in (slice(None, None, 64), slice(None)):  # a few of the operations first
+                if alike.any():
+                    for now, before in zip(late[quick], early[quick], strict=True):
+                        alike = alike & (now - before == moved)
+        length[alike], advance[alike] = n, np.broadcast_to(moved, wanted.size)[alike]
+    return length, advance
+
+
 def _period(rows, depth):
     """(steps, cycles) if the last `depth` rows repeat earlier ones, all moved by the same number of cycles."""
     for length in range(1, min(MAX_PERIOD, len(rows) - depth) + 1):
@@ -403,13 +462,9 @@ class Schedule(Readings):
 
     def counts(self) -> dict[str, int]:
         """Events of the whole sequence (EVENTS)."""
-        total = dict.fromkeys(EVENTS, 0)
-        counted = [(self.by_row[row][n], 1) for row, n in np.argwhere(self.rows != ABSENT)] if self.by_row else [
-            (op, self.steps) for op in self.timed]
-        for op, times in counted:
-            for event, count in op.counts.items():
-                total[event] += count * times
-        return total
+        if not self.by_row:
+            return events(self.timed, self.steps)
+        return events((self.by_row[row][n] for row, n in np.argwhere(self.rows != ABSENT)), 1)
 
     def split(self) -> dict[str, int]:
         """The total's cycles by what the critical path waits for, walked back from the last end; sums to `cycles`.
@@ -470,7 +525,7 @@ def schedule_mapping(mapping: LayerMapping | SideBySide, steps: int, inputs=None
     layers side by side a list, whose zeros an array with a lookahead above 1 skips; without them none is taken to be zero."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"a schedule needs a whole number of steps, at least 1, got {steps!r}")
-    timed, by_row, issued = _time_program(mapping), (), None
+    timed, by_row, issued = time_program(mapping), (), None
     if inputs is not None and mapping.spec.lookahead > 1:
         inputs = [inputs] if isinstance(mapping, LayerMapping) else inputs
         for one, of in zip(inputs, mapping.layers, strict=True):
@@ -481,10 +536,19 @@ def schedule_mapping(mapping: LayerMapping | SideBySide, steps: int, inputs=None
     return Schedule(mapping, steps, timed, rows, period, by_row=by_row, issued=issued)
 
 
-def beats(cycles, best: Schedule, former: Schedule | None):
-    """Whether cycles of a step are fewer than those of the best so far; equal ones suffice against a mapping of the same layout
-    (best is not what the former layouts left), as those of larger buffers stand before it but are tried after it."""
-    return cycles <= best.steady_state_cycles if best is not former else cycles < best.steady_state_cycles
+def events(timed, times: int) -> dict[str, int]:
+    """Events of operations that run so many times each."""
+    total = dict.fromkeys(EVENTS, 0)
+    for op in timed:
+        for event, count in op.counts.items():
+            total[event] += count * times
+    return total
+
+
+def beats(cycles, fewest, before):
+    """Whether cycles of a step win over the fewest so far; equal ones do where their candidate stands before that one. Numbers,
+    or arrays (points,)."""
+    return (cycles < fewest) | (before & (cycles == fewest))
 
 
 def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layout | None = None,
@@ -501,30 +565,34 @@ def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layo
                         f"{type(layer).__name__} and {type(spec).__name__}")
     layouts = [layout] if layout is not None else sorted(
         candidate_layouts(layer, spec), key=lambda candidate: least_cycles(layer, spec, candidate, parts))
-    best, rows, refusals, skips = None, [], [], inputs is not None and spec.lookahead > 1
-    for candidate in layouts:
-        bound = 0 if skips else batch * least_cycles(layer, spec, candidate, parts)
-        if best is not None and bound >= best.steady_state_cycles:
+    check_layer(layer, spec)
+    best, fewest, best_place, rows, refusals = None, float("inf"), (), [], []
+    skips, tried = inputs is not None and spec.lookahead > 1, set()
+    for number, candidate in enumerate(layouts):
+        bound, alike = 0 if skips else batch * least_cycles(layer, spec, candidate, parts), units_of(layer, spec, candidate)
+        if alike in tried or not beats(bound, fewest, False):
             rows.append({"layout": candidate.name, "least_cycles": bound})
             continue
-        try:
-            mappings = ([map_layer(layer, spec, layout, batch=batch, parts=parts)] if layout is not None
-                        else fitting_mappings(layer, spec, candidate, batch, parts))
-        except ValueError as error:
-            refusals.append(error)
-            rows.append({"layout": candidate.name, "least_cycles": bound, "refused": str(error)})
-            continue
-        former, of_candidate = best, []
-        for mapping in reversed(mappings):  # small buffers first: they stream less
-            row = {"layout": mapping.layout.name, "least_cycles": max(bound, mapping.load_cycles)}
-            of_candidate.append(row)
-            if best is not None and not beats(row["least_cycles"], best, former):
+        tried.add(alike)
+        blocks = map_blocks(layer, spec, candidate, parts)
+        sized = [candidate] if layout is not None else sized_layouts(layer, spec, candidate, blocks)
+        of_candidate = [{"layout": at.name, "least_cycles": max(bound, ceil_div(least_loaded_bits(layer, spec, at, blocks),
+                                                                                spec.load_bits_per_cycle))} for at in sized]
+        for n in sorted(range(len(sized)), key=lambda n: of_candidate[n]["least_cycles"]):  # what streams less first
+            row, before = of_candidate[n], (number, n) < best_place
+            if not beats(row["least_cycles"], fewest, before):
+                continue
+            try:
+                mapping = map_layer(layer, spec, sized[n], blocks, batch=batch, parts=parts)
+            except ValueError as error:
+                refusals.append(error)
+                row["refused"] = str(error)
                 continue
             schedule = schedule_mapping(mapping, steps, inputs)
             row |= {"cr_chip": mapping.cr_chip, "steady_state_cycles": schedule.steady_state_cycles}
-            if best is None or beats(schedule.steady_state_cycles, best, former):
-                best = schedule
-        rows += reversed(of_candidate)
+            if beats(schedule.steady_state_cycles, fewest, before):
+                best, fewest, best_place = schedule, schedule.steady_state_cycles, (number, n)
+        rows += of_candidate
     if best is None:
         raise refusals[0]
     return replace(best, candidates=tuple(rows))

@@ -1,0 +1,161 @@
+"""The design space: every figure that of the scheduler, infeasible points with their reason, the smallest array."""
+
+from collections import Counter
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_array import COARSE, SIGNALS, SMALL, circulant, dense, dense_layer, hybrid_layer, layer_of, pruned, sparse
+
+from workbench.array import ArraySpec, Layout, Region, grid_points, schedule_layer, sweep_space, with_weight_bits
+from workbench.array.cost import energy, resources
+from workbench.array.space import FIGURES
+from workbench.methods import BlockCirculant, TopK
+
+
+def expected(layer, space, n, steps, spec):
+    """Figures and layout of one point as the scheduler gives them, or the message with which it refuses."""
+    changes = {f.name: int(space[f.name][n]) for f in fields(ArraySpec) if f.name in space}
+    try:
+        if "weight_bits" in space:
+            layer = with_weight_bits(layer, int(space["weight_bits"][n]))
+        schedule = schedule_layer(layer, spec.with_(**changes), steps)
+    except ValueError as error:
+        return str(error)
+    used, spent = resources(schedule.mapping), energy(schedule.counts())
+    return (schedule.steady_state_cycles, schedule.first_step_latency, schedule.cycles, spent.low_pj / 1000,
+            spent.high_pj / 1000, used.dsp, used.bram36, *used.lut, *used.ff, schedule.mapping.layout.name)
+
+
+def check(layer, space, numbers, steps, spec):
+    """How many of these points fit without and with streaming, and how many do not."""
+    found = Counter()
+    for n in numbers:
+        wanted = expected(layer, space, n, steps, spec)
+        if isinstance(wanted, str):
+            assert space["reason"][n] == wanted and not space["fits"][n]
+            assert all(np.isnan(space[name][n]) for name in (*FIGURES, "step_us"))
+            found["refused"] += 1
+        else:
+            assert tuple(space[name][n] for name in (*FIGURES, "layout")) == wanted, (n, space["layout"][n])
+            assert space["fits"][n] and space["reason"][n] == ""
+            assert space["step_us"][n] == wanted[0] / space.get("clock_mhz", np.full(n + 1, spec.clock_mhz))[n]
+            found["streamed" if "streaming" in wanted[-1] else "resident"] += 1
+    return found
+
+
+def of_forms(forms, hidden, inputs, seed, **kind):
+    makers = {"dense": dense, "sparse": sparse, "circulant": circulant}
+    return layer_of(lambda part, gate, shape, rng: makers[forms[gate]](shape, rng), hidden, inputs, seed, **kind)
+
+
+@st.composite
+def tiny_spaces(draw):
+    """A layer of mixed forms and a few points of random values in every field."""
+
+    def some(*values):
+        return np.array(draw(st.lists(st.sampled_from(values), min_size=number, max_size=number)))
+
+    number = draw(st.integers(1, 6))
+    forms = {gate: draw(st.sampled_from(["dense", "sparse", "circulant"])) for gate in "ifgorznp"}
+    layer = of_forms(forms, draw(st.sampled_from([8, 16])), draw(st.sampled_from([1, 3, 8])), draw(st.integers(0, 99)),
+                     signals=draw(st.sampled_from([SIGNALS, COARSE])),
+                     **draw(st.sampled_from([{}, {"proj": 4}, {"cell": "GRU"}])))
+    points = {
+        "rows": some(4, 8, 12, 6), "cols": some(4, 8, 12), "clock_mhz": some(100, 200), "mac_latency": some(0, 1, 4),
+        "mac_ii": some(1, 2), "acc_depth": some(4, 6, 64), "acc_banks": some(1, 2, 3), "link_cycles": some(1, 2, 3),
+        "h_words_per_cycle": some(1, 3), "act_units": some(1, 3, 4), "act_latency": some(0, 2), "act_ii": some(1, 2),
+        "weight_words": some(2048, 24, 12, 2), "weight_word_bits": some(18, 8), "data_words": some(512, 9, 5),
+        "load_bits_per_cycle": some(7, 64), "config_cycles": some(0, 5), "weight_bits": some(4, 8, 10, 17)}
+    names = draw(st.lists(st.sampled_from(sorted(points)), min_size=1, unique=True))
+    return layer, {name: points[name] for name in names}, draw(st.sampled_from([1, 2, 5, 30]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(tiny_spaces())
+def test_a_sweep_equals_the_scheduler(case):
+    layer, points, steps = case
+    spec = ArraySpec(rows=8, cols=4, h_words_per_cycle=2, act_units=5)
+    space = sweep_space(layer, points, spec, steps)
+    check(layer, space, range(len(space["fits"])), steps, spec)
+
+
+def test_ten_thousand_points_of_a_pruned_layer_equal_the_scheduler():
+    """Hybrid: Top-k 1/8 for i and f, circulant 8 for g and o; 20 points drawn at random."""
+    layer = layer_of(lambda part, gate, shape, rng: pruned(TopK(1 / 8) if gate in "if" else BlockCirculant(8), shape, rng),
+                     64, 24)
+    points = grid_points(
+        rows=[4, 8], cols=[4, 8], weight_words=[48, 2048], mac_latency=[1, 4], clock_mhz=range(100, 350, 50),
+        load_bits_per_cycle=[16, 32, 64, 128, 256], h_words_per_cycle=[1, 2, 4, 8, 16], act_units=[2, 4, 8, 16, 32])
+    assert len(points["rows"]) == 10_000
+    space = sweep_space(layer, points)
+    assert space["fits"].all()
+    found = check(layer, space, np.random.default_rng(0).integers(0, 10_000, 20), 100, ArraySpec())
+    assert min(found["streamed"], found["resident"]) > 3
+
+
+def test_points_are_kept_in_order_and_the_infeasible_have_their_reason():
+    space = sweep_space(dense_layer(), {"rows": [4, 6, 4, 8], "weight_words": [2048, 2048, 1, 2048],
+                                        "data_words": [512, 512, 512, 3], "weight_bits": [8, 8, 8, 8]}, SMALL, 3)
+    assert space["fits"].tolist() == [True, False, False, False]
+    assert space["rows"].tolist() == [4, 6, 4, 8] and np.isnan(space["cycles"][1:]).all()
+    for reason, part in zip(space["reason"], ("", "ArraySpec needs rows and cols in multiples of 4", "the array has 1 (weight_",
+                                              "a PE needs 4 data words (x twice, h once), the array has 3"), strict=True):
+        assert reason.startswith(part) if part.startswith(("A", "a")) else part in reason
+    wide = sweep_space(dense_layer(), {"weight_bits": [8, 17, 33]}, SMALL, 3)
+    assert wide["fits"].tolist() == [True, False, False]
+    assert "the array has words of 16 bits" in wide["reason"][1] and "33" in wide["reason"][2]
+
+
+def test_a_layout_that_does_not_fit_is_passed_over():
+    """Two regions of 8 x 4 PEs keep twice as many columns in a PE as one of 8 x 8."""
+    layer = hybrid_layer(16, 8, 8)
+    spec = ArraySpec(rows=8, cols=8, data_words=4)
+    schedule = schedule_layer(layer, spec, 3)
+    assert {region.cols for region in schedule.mapping.layout.regions} == {8}
+    refused = [row for row in schedule.candidates if "refused" in row]
+    assert refused and all("the array has 4 (data_words)" in row["refused"] for row in refused)
+    space = sweep_space(layer, {"data_words": [4, 512]}, spec, 3)
+    assert check(layer, space, range(2), 3, spec)["resident"] == 2
+
+
+def test_layouts_of_equal_regions_and_units_are_scheduled_once():
+    schedule = schedule_layer(hybrid_layer(128, 8, 4), ArraySpec(rows=4, cols=4), 2)
+    whole, split = schedule.candidates
+    assert "steady_state_cycles" in whole and "steady_state_cycles" not in split
+
+
+def test_a_slow_loop_that_binds_late_is_still_found():
+    """A loop of loads takes a cycle more per step than the way from h to h, but is hundreds of cycles ahead at first."""
+    spec = ArraySpec(cols=24, acc_banks=1, h_words_per_cycle=2, act_units=8, weight_words=512, load_bits_per_cycle=256)
+    layout = Layout((Region(0, 0, 8, 24), Region(8, 0, 8, 24)), stream_words=32)
+    schedule = schedule_layer(hybrid_layer(512, 160, 16), spec, 100, layout)
+    assert schedule.ends[99, -1] - schedule.ends[98, -1] == 6325 < schedule.steady_state_cycles == 6326
+
+
+def test_weight_bits_keep_the_support_and_the_range():
+    layer = hybrid_layer(16, 6)
+    for bits in (4, 12):
+        other = with_weight_bits(layer, bits)
+        for name, block in layer.blocks.items():
+            moved = other.blocks[name]
+            assert (moved.fmt.bits, moved.fmt.frac) == (bits, block.fmt.frac + bits - 8)
+            if hasattr(block, "rows"):
+                np.testing.assert_array_equal(moved.rows, block.rows)
+                np.testing.assert_array_equal(np.sign(moved.values), np.sign(block.values))
+            error = np.abs(moved.fmt.dequantise(moved.dense()) - block.fmt.dequantise(block.dense())).max()
+            assert error <= 2.0**-moved.fmt.frac if bits < 8 else error == 0
+        for gate, bias in layer.bias.items():
+            np.testing.assert_allclose(other.bias[gate] * 2.0 ** -other.bias_fracs[gate], bias * 2.0 ** -layer.bias_fracs[gate],
+                                       atol=2.0 ** -(1 + other.bias_fracs[gate]))
+
+
+@pytest.mark.parametrize(("points", "message"), [
+    ({"pes": [4]}, "sweep_space knows the fields rows, cols, clock_mhz"), ({}, "needs columns of one length, got none"),
+    ({"rows": [4, 8], "cols": [4]}, r"one length, got rows \(2,\), cols \(1,\)"), ({"rows": 4}, r"one length, got rows \(\)"),
+    ({"rows": [4.0]}, "needs whole numbers, got float64 for rows")])  # fmt: skip
+def test_a_sweep_refuses(points, message):
+    with pytest.raises(ValueError, match=message):
+        sweep_space(dense_layer(), points)

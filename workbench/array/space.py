@@ -1,0 +1,181 @@
+"""The design space: one layer on many arrays in one call, every figure exactly that of schedule_layer at each point.
+
+Points that differ only in TIMING fields share their mappings and programs: they are scheduled together, by the rules of
+schedule.py on arrays (points,) in place of integers. Every other field changes what lies where, so each of its values makes
+a group of its own.
+"""
+
+from collections import defaultdict
+from dataclasses import asdict, fields, replace
+from itertools import product
+from types import SimpleNamespace
+
+import numpy as np
+
+from workbench.array.cost import energy, resources
+from workbench.array.mapping import (
+    candidate_layouts,
+    least_cycles,
+    least_loaded_bits,
+    map_blocks,
+    map_layer,
+    sized_layouts,
+    units_of,
+)
+from workbench.array.schedule import beats, events, run_points, time_program
+from workbench.array.spec import ArraySpec, ceil_div
+from workbench.fixedpoint import QFormat
+from workbench.packed import PackedLayer, PackedSparse
+
+# Fields that change cycles alone, never what lies where or the program.
+TIMING = ("clock_mhz", "mac_latency", "link_cycles", "h_words_per_cycle", "act_units", "act_latency", "act_ii",
+          "load_bits_per_cycle", "config_cycles")
+PLACING = ("rows", "cols", "acc_depth")  # all that the places of the words depend on, beside the weights
+FIGURES = ("steady_state_cycles", "first_step_latency", "cycles", "energy_low_nj", "energy_high_nj", "dsp", "bram36",
+           "lut_low", "lut_high", "ff_low", "ff_high")
+AT_ONCE = 512  # points that are scheduled together, which bounds the memory
+_NO_TIMING = {name: getattr(ArraySpec(), name) for name in TIMING}
+AT_ONCE = 512  # points that are scheduled together, which bounds the memory
+_NO_TIMING = {name: getattr(ArraySpec(), name) for name in TIMING}
+STORED = ("values", "vectors", "left", "right")  # fields of packed blocks that hold the stored integers
+
+
+def grid_points(**axes) -> dict[str, np.ndarray]:
+    """Every combination of the values of the axes, as points for sweep_space; the last axis changes fastest."""
+    combined = np.array(list(product(*axes.values())), dtype=np.int64).reshape(-1, len(axes))
+    return dict(zip(axes, combined.T, strict=True))
+
+
+def with_weight_bits(layer: PackedLayer, bits: int) -> PackedLayer:
+    """The layer with its weights stored in `bits` bits: the same range, more or fewer fraction bits, rounded half up.
+
+    The supports stay: a weight of a sparse block that would become zero keeps the smallest magnitude. Formats of the signals
+    stay. Cycles, events and resources depend on the width and the supports alone; what accuracy is left, this does not say.
+    """
+
+    def at(values, shift, kept):
+        moved = values << shift if shift >= 0 else (values + (1 << (-shift - 1))) >> -shift
+        return np.where(kept & (moved == 0), np.sign(values), moved)
+
+    blocks = {}
+    for name, block in layer.blocks.items():
+        more = bits - block.fmt.bits
+        fmt = QFormat(bits, block.fmt.frac + more, block.fmt.signed)
+        stored = {field: np.clip(at(getattr(block, field), more, isinstance(block, PackedSparse)), fmt.min, fmt.max)
+                  for field in STORED if hasattr(block, field)}
+        blocks[name] = replace(block, fmt=fmt, **stored)
+    moved = replace(layer, blocks=blocks, bias={name: 0 * bias for name, bias in layer.bias.items()})
+    return replace(moved, bias={name: at(bias, moved.bias_fracs[name] - layer.bias_fracs[name], False)
+                                for name, bias in layer.bias.items()})
+
+
+def sweep_space(layer: PackedLayer, points: dict, spec: ArraySpec | None = None, steps: int = 100) -> dict[str, np.ndarray]:
+    """Schedule a layer at every point, over `steps` time steps, each with its best layout.
+
+    points: name -> whole numbers (n,): fields of ArraySpec, and `weight_bits`, the stored width of all weights
+    (with_weight_bits). What is not named is as in `spec` (default: ArraySpec()). Returned: the points' own columns, `layout`,
+    `fits`, `reason`, and FIGURES as schedule_layer, energy and resources give them (of the whole sequence: cycles and energy;
+    step_us: steady-state cycles over the clock). A point at which the layer does not fit has NaN figures and its reason.
+    """
+    spec, points = ArraySpec() if spec is None else spec, _checked(points)
+    number = len(next(iter(points.values())))
+    found = {name: np.full(number, np.nan) for name in FIGURES}
+    found |= {name: np.full(number, "", dtype=object) for name in ("layout", "reason")}
+    groups = defaultdict(lambda: defaultdict(list))  # (weight bits, PLACING) -> specification without TIMING -> points
+    for n, values in enumerate(zip(*(column.tolist() for column in points.values()), strict=True)):
+        changes = dict(zip(points, values, strict=True))
+        bits = changes.pop("weight_bits", None)
+        try:
+            at = spec.with_(**changes)
+        except ValueError as error:
+            found["reason"][n] = str(error)
+        else:
+            groups[bits, *(getattr(at, name) for name in PLACING)][at.with_(**_NO_TIMING)].append(n)
+    timing, layers = _Timing(points, spec), {None: layer}
+    for (bits, *_), of_placing in groups.items():
+        try:
+            layers[bits] = layers.get(bits) or with_weight_bits(layer, bits)
+        except ValueError as error:
+            found["reason"][[n for numbers in of_placing.values() for n in numbers]] = str(error)
+        else:
+            _sweep_placing(layers[bits], of_placing, timing, steps, found)
+    return points | found | {"step_us": found["steady_state_cycles"] / points.get("clock_mhz", spec.clock_mhz),
+                             "fits": found["reason"] == ""}
+
+
+class _Timing:
+    """The TIMING fields of every point."""
+
+    def __init__(self, points, spec):
+        self.fields = {name: points.get(name, getattr(spec, name)) for name in TIMING}
+
+    def at(self, name, numbers):
+        """A field of the points of these numbers, or what it is at all points."""
+        values = self.fields[name]
+        return values[numbers] if isinstance(values, np.ndarray) else values
+
+    def of(self, spec, numbers):
+        """A specification whose TIMING fields are arrays (points,)."""
+        return SimpleNamespace(**asdict(spec) | {name: self.at(name, numbers) for name in TIMING})
+
+
+def _checked(points):
+    """The points as columns of int64."""
+    columns = {name: np.asarray(values) for name, values in points.items()}
+    known = [f.name for f in fields(ArraySpec)] + ["weight_bits"]
+    if unknown := [name for name in columns if name not in known]:
+        raise ValueError(f"sweep_space knows the fields {', '.join(known)}, got {', '.join(unknown)}")
+    if len({column.shape for column in columns.values()}) != 1 or next(iter(columns.values())).ndim != 1:
+        raise ValueError("sweep_space needs columns of one length, got "
+                         + (", ".join(f"{name} {column.shape}" for name, column in columns.items()) or "none"))
+    if wrong := [name for name, column in columns.items() if column.dtype.kind not in "iu"]:
+        raise ValueError(f"sweep_space needs whole numbers, got {columns[wrong[0]].dtype} for {wrong[0]}")
+    return columns
+
+
+def _sweep_placing(layer, groups, timing, steps, found):
+    """Points with the same places of words: the candidates that schedule_layer goes through, those that may win first."""
+    spec, layouts, mapped = next(iter(groups)), {}, {}
+    for layout in sorted(candidate_layouts(layer, spec), key=lambda layout: least_cycles(layer, spec, layout)):
+        layouts.setdefault(units_of(layer, spec, layout), layout)
+    for layout in layouts.values():
+        mapped[layout] = map_blocks(layer, spec, layout)
+    for spec, numbers in groups.items():
+        for low in range(0, len(numbers), AT_ONCE):
+            _sweep_group(layer, spec, np.array(numbers[low : low + AT_ONCE]), mapped, timing, steps, found)
+
+
+def _sweep_group(layer, spec, points, mapped, timing, steps, found):
+    """Points whose specifications differ in TIMING fields alone. mapped: layout -> blocks, in the order of schedule_layer."""
+    candidates = [(sized, blocks) for layout, blocks in mapped.items()
+                  for sized in sized_layouts(layer, spec, layout, blocks)]
+    bandwidth = timing.at("load_bits_per_cycle", points)
+    bounds = np.array([np.maximum(least_cycles(layer, spec, layout), ceil_div(least_loaded_bits(layer, spec, layout, blocks),
+                                                                              bandwidth)) for layout, blocks in candidates])
+    fewest, rank, refusals, mappings = np.full(points.size, np.inf), np.full(points.size, -1), {}, {}
+    for n in np.argsort(bounds.reshape(len(candidates), -1).mean(axis=1), kind="stable").tolist():
+        some = np.flatnonzero(beats(bounds[n], fewest, n < rank))
+        if not some.size:
+            continue
+        try:
+            mapping = map_layer(layer, spec, *candidates[n])
+        except ValueError as error:
+            refusals[n] = str(error)
+            continue
+        mappings[n] = replace(mapping, spec=timing.of(spec, points[some]))
+        timed = time_program(mappings[n])
+        figures = run_points(timed, mappings[n], some.size, steps)
+        wins = beats(figures[0], fewest[some], n < rank[some])
+        fewest[some[wins]], rank[some[wins]] = figures[0][wins], n
+        spent = energy(events(timed, steps))
+        for name, values in zip(FIGURES, (*figures, spent.low_pj / 1000, spent.high_pj / 1000), strict=False):
+            found[name][points[some[wins]]] = np.broadcast_to(values, some.shape)[wins]
+        found["layout"][points[some[wins]]] = mapping.layout.name
+    found["reason"][points[rank < 0]] = refusals[min(refusals)] if refusals else ""
+    units, links = (np.broadcast_to(timing.at(name, points), points.shape) for name in ("act_units", "link_cycles"))
+    for n, act_units, link_cycles in set(zip(rank.tolist(), units.tolist(), links.tolist(), strict=True)):
+        if n >= 0:  # all else that resources depend on is that of the group
+            used = resources(replace(mappings[n], spec=spec.with_(act_units=act_units, link_cycles=link_cycles)))
+            some = points[(rank == n) & (units == act_units) & (links == link_cycles)]
+            for name, value in zip(FIGURES[5:], (used.dsp, used.bram36, *used.lut, *used.ff), strict=True):
+                found[name][some] = value
