@@ -145,6 +145,25 @@ def test_a_choice_is_explained_by_hand(model, signals):
     assert ends["takes"].isna().all() and (ends["saves"].iloc[0], ends["for_loss"].iloc[0]) == (24, 0.25)
 
 
+def test_alternatives_are_those_of_best_exchange(model, signals):
+    """At 8 bits: 4 bits save 24 bytes for 0.25, 2 bits 36 for 0.3, less a byte. At 4 bits, where 8 gain nothing: none."""
+    table = measured(model, lambda name, method, bits: {2: 0.3, 4: 0.25, 8: 0.0}[bits], methods=["Dense"])
+    first = allocate(model, table, 4, signals).explain().iloc[0]
+    assert (first["saves"], first["for_loss"]) == (36, 0.3)
+    table = measured(model, lambda name, method, bits: {2: 1.0, 4: 0.25, 8: 0.25}[bits], methods=["Dense"])
+    frame = allocate(model, table, 4, signals).explain()
+    assert (frame["bits"].iloc[:-1] == 4).all() and frame["takes"].isna().all()
+
+
+def test_a_class_needs_a_choice_that_all_its_blocks_have(model, signals):
+    table = measured(model, lambda name, method, bits: 0.0 if method == "TopK 0.5" else 1.0, ["TopK 0.5", "TopK 0.25",
+                                                                                             "BlockCirculant 2"], (4,))
+    partly = table[(table["method"] != "TopK 0.5") | (table["block"] != "0.weight_hh_l0.n")]
+    for measured_, method in ((table, "TopK 0.5"), (partly, "TopK 0.25")):
+        found = allocate(model, measured_, 4, signals, sensitive=["n"]).chosen
+        assert set(found.loc[found["block"].str.endswith("n"), "method"]) == {method}
+
+
 def test_what_is_measured_stores_a_half_to_a_64th(model):
     assert choices_to_measure(model, [Dense]) == [Dense()]
     # The largest block has 64 weights: 32, 16, ... 1 of them.
