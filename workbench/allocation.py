@@ -9,7 +9,7 @@ import torch
 
 from workbench.array.mapping import map_block
 from workbench.array.spec import ArraySpec
-from workbench.budget import OutOfReach, check_target, full_block, kept_share, strongest_member, uniform_plan
+from workbench.budget import OutOfReach, check_target, full_block, strongest_member, uniform_plan
 from workbench.constrain import pack
 from workbench.gates import blocks, dense_weights, weight, weights
 from workbench.methods import METHODS, Method, method_from_label
@@ -66,8 +66,7 @@ def choices_to_measure(model: torch.nn.Module, families=None) -> list[Method]:
     for family in METHODS.values() if families is None else families:
         members = family.ladder([tuple(w.shape) for w in ws])
         for share in SHARES:
-            member = strongest_member(members, ws, share)
-            if member is not None and (kept_share(ws, member) < 1 or len(members) == 1):
+            if (member := strongest_member(members, ws, share)) is not None:
                 found[member] = None
     return list(found)
 
