@@ -58,8 +58,7 @@ def mappings(draw):
         return MAKES[choose(*MAKES)](shape, rng, frac=choose(7, 6)) if shape[1] >= 4 else dense(shape, rng)
 
     layer = layer_of(block, hidden, inputs, draw(st.integers(0, 99)), signals=choose(SIGNALS, COARSE), **KINDS[choose(*KINDS)])
-    if not any(isinstance(block, PackedLowRank) for block in layer.blocks.values()):
-        layer = replace(layer, delta=choose({}, {}, {"input": 9}, {"input": 9, "hidden": 5}))
+    layer = replace(layer, delta=choose({}, {}, {"input": 9}, {"input": 9, "hidden": 5}))
     spec = ArraySpec(rows=choose(4, 8), cols=choose(4, 8), word_bits=17, acc_depth=choose(4, 64), acc_banks=choose(1, 2),
                      weight_words=choose(2048, 40, 16), weight_word_bits=choose(18, 8), load_bits_per_cycle=choose(7, 64),
                      h_words_per_cycle=choose(1, 3), act_units=choose(1, 4))

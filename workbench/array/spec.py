@@ -121,7 +121,7 @@ FIELDS = {
     "act_ii": ("cycles per value and unit", f"{ASSUMED}: pipelined"),
     "weight_words": ("words per PE", f"{ASSUMED}: one BRAM36 as 2K x 18 (UG573); k26: one RAMB18"),
     "weight_word_bits": ("bits", "port of a RAMB18 (UG573)"),
-    "data_words": ("words per PE", f"{ASSUMED}; k26: what LUTs hold"),
+    "data_words": ("words per PE", f"{ASSUMED}: up to 64 lie in LUTs, which k26 keeps to; more take a RAMB18"),
     "edge_words": ("words of acc_bits per activation unit",
                    f"{ASSUMED}: six BRAM36 as 4K x 8 each; built only where input products are hoisted"),
     "load_bits_per_cycle": ("bits per cycle", f"{ASSUMED}: 512 bits at 200 MHz are 12.8 GB/s"),
