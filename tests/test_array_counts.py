@@ -26,6 +26,7 @@ from workbench.array import ArraySpec, schedule_layer
 from workbench.array.cost import resources
 from workbench.array.mapping import candidate_layouts, fitting_mappings
 from workbench.array.schedule import EVENTS, SPLIT, schedule_mapping
+from workbench.array.stack import schedule_hoisted
 from workbench.fixedpoint import QFormat
 from workbench.methods import BankBalanced, BlockSparse, RowBalanced, Structured, TopK
 from workbench.packed import PARTS, PackedCirculant, PackedDense, PackedLowRank, PackedSparse
@@ -234,6 +235,18 @@ def test_every_form_with_every_cell(make, kind):
         for mapping in fitting_mappings(layer, spec, layout):
             counts = schedule_mapping(mapping, 2).counts()
             assert {event: counts[event] for event in expected(mapping)} == {e: 2 * n for e, n in expected(mapping).items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", MAKES)
+def test_hoisting_moves_work_and_adds_none(make, kind):
+    layer = layer_of(lambda part, gate, shape, rng: MAKES[make](shape, rng, frac=7), 16, 8, **KINDS[kind])
+    moved = [event for event in EVENTS if event not in ("acc_reads", "acc_writes", "link_words")]  # sums that wait at the edge
+    alone = schedule_layer(layer, SMALL, 4).counts()
+    for window in (0, 1, 2):
+        hoisted = schedule_hoisted(layer, SMALL, 4, window=window).counts()
+        assert {event: hoisted[event] for event in moved} == {event: alone[event] for event in moved}
+        assert hoisted["acc_reads"] == hoisted["acc_writes"] + hoisted["link_words"]
 
 
 # Cycles by hand from the rules: multiply-accumulates of the fullest PE + 4 of pipeline + rows of a PE row + hops of columns.
