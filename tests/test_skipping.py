@@ -12,6 +12,7 @@ from test_array_forms import cases as low_rank_cases
 from workbench.array import execute_layer, map_layer, multiplied, schedule_layer
 from workbench.array.cost import Memory, resources
 from workbench.array.interpreter import interpret
+from workbench.array.mapping import candidate_layouts, fitting_mappings, least_cycles
 from workbench.array.schedule import schedule_mapping
 from workbench.engine import run_layer
 from workbench.packed import PARTS
@@ -190,6 +191,18 @@ def test_without_a_sequence_nothing_is_skipped():
     slow = replace(layer, delta={"input": 100, "hidden": 500})
     with_delta = schedule_layer(slow, SMALL.with_(lookahead=4, word_bits=17), 5, inputs=multiplied(slow, x))
     assert with_delta.steady_state_cycles < plain.steady_state_cycles
+
+
+def test_the_best_layout_for_a_real_sequence_wins():
+    """Zeros may leave less to do than the bound that layouts are otherwise passed over by."""
+    layer, spec = hybrid_layer(32, 8, 8), SMALL.with_(rows=8, cols=8, lookahead=4, h_words_per_cycle=4, act_units=16)
+    inputs = multiplied(layer, sequence(layer, 4, 0.1, 0)) | {"hh": np.zeros((4, 1, 32), dtype=int)}
+    best = schedule_layer(layer, spec, 4, inputs=inputs)
+    every = [schedule_mapping(mapping, 4, inputs) for layout in candidate_layouts(layer, spec)
+             for mapping in fitting_mappings(layer, spec, layout)]
+    assert best.steady_state_cycles == min(schedule.steady_state_cycles for schedule in every)
+    assert len(best.candidates) == len(every) and all("steady_state_cycles" in row for row in best.candidates)
+    assert max(least_cycles(layer, spec, layout) for layout in candidate_layouts(layer, spec)) > best.steady_state_cycles
 
 
 @pytest.mark.parametrize("kind", KINDS)

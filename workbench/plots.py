@@ -471,6 +471,7 @@ def delta_figure(table: pd.DataFrame) -> Figure:
         axis.set_xticks(place, first["threshold"])
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
+    return figure
 
 
 def acceleration_figure(summary: pd.DataFrame, loss_limit: float, mark: float) -> Figure:

@@ -47,8 +47,8 @@ def layer_sequences(model: torch.nn.Module, packed: PackedModel, task: Task, spl
 
 @dataclass(frozen=True)
 class DeltaStudy:
-    """table: a row per layer, threshold and lookahead. chosen: the largest threshold whose validation accuracy is within the
-    limit; test_accuracy: label ("without", "chosen") -> percent, read once."""
+    """table: a row per layer, threshold and lookahead. chosen: the largest threshold whose validation loss is within the limit,
+    0 where none is; test_accuracy: label ("without", "chosen") -> percent, read once."""
 
     table: pd.DataFrame
     chosen: float
@@ -60,15 +60,16 @@ def delta_study(model: torch.nn.Module, plan: Plan, task: Task, spec: ArraySpec,
     """What delta thresholds cost in accuracy and save in cycles. model: trained, constrained to the plan or not.
 
     Each threshold holds for the inputs and hidden values of every layer, in units of the signals' own values; the first row is
-    without. Accuracy in percent, of the integers on all of the validation split. Counted from its first `sequences` sequences,
-    each layer alone on the array: the share of inputs and hidden values that are sent (without: that are not zero), and of
-    all steps but the first the mean, 95th percentile and maximum of the cycles, multiply-accumulates per step, and cycles per
-    sequence. acceleration: against no threshold and a lookahead of 1. limit: points of accuracy that may be lost.
+    without. Loss (nats) and accuracy (percent) of the integers are those of the whole validation split. Counted from its first
+    `sequences` sequences, each layer alone on the array: the share of inputs and hidden values that are sent (without: that are
+    not zero), and of all steps but the first the mean, 95th percentile and maximum of the cycles, multiply-accumulates per
+    step, and cycles per sequence. acceleration: against no threshold and the first lookahead. limit: nats by which the
+    validation loss may rise.
     """
     rows, validation, layouts, base = [], {}, {}, {}
     for threshold in (None, *sorted(thresholds)):
         packed = pack(model, plan.with_delta() if threshold is None else plan.with_delta(input=threshold, hidden=threshold))
-        validation[threshold] = evaluate(attach(model, packed), task, "valid").accuracy
+        validation[threshold] = evaluate(attach(model, packed), task, "valid")
         found = layer_sequences(model, packed, task, "valid", sequences)
         for name, layer in packed.layers.items():
             inputs = [multiplied(layer, x) for x in found[name]]
@@ -87,13 +88,13 @@ def delta_study(model: torch.nn.Module, plan: Plan, task: Task, spec: ArraySpec,
                 base.setdefault(name, mean)
                 rows.append({
                     "layer": name, "threshold": "none" if threshold is None else f"{threshold:g}", "lookahead": lookahead,
-                    "valid accuracy": validation[threshold], "input sent": sent["ih"], "hidden sent": sent["hh"],
+                    "valid loss": validation[threshold].loss, "valid accuracy": validation[threshold].accuracy,
+                    "input sent": sent["ih"], "hidden sent": sent["hh"],
                     "cycles mean": mean, "cycles p95": float(np.percentile(steps, 95)), "cycles max": int(steps.max()),
                     "cycles per sequence": float(np.mean([schedule.cycles for schedule in schedules])),
                     "macs per step": sum(s.counts()["macs"] for s in schedules) / sum(s.steps for s in schedules),
                     "acceleration": base[name] / mean})
-    within = [t for t in sorted(thresholds) if validation[t] >= validation[None] - limit]
-    chosen = max(within, default=0.0)
+    chosen = max((t for t in thresholds if validation[t].loss <= validation[None].loss + limit), default=0.0)
     test = {label: evaluate(attach(model, pack(model, mine)), task, "test").accuracy for label, mine in (
         ("without", plan.with_delta()), ("chosen", plan.with_delta(input=chosen, hidden=chosen)))}
     return DeltaStudy(pd.DataFrame(rows), chosen, test)
