@@ -89,8 +89,8 @@ def train_points(task: Task, dense: dict[int, torch.nn.Module], methods: list[st
     integers are the same, its roundings are not.
     """
     retraining = study.Retraining(dense_epochs, epochs, 0.0, checkpoints)
-    hybrids = study.search_hybrids(task, dense, target_cr_disks, search_epochs, workers) if HYBRID in methods else {}
-    jobs = [(_trained, task, model, method, target, seed, bits, hybrids.get(target), retraining)
+    searched = study.search_plans(task, dense, methods, target_cr_disks, bits, search_epochs, workers)
+    jobs = [(_trained, task, model, method, target, seed, bits, searched.get(method, {}).get(target), retraining)
             for method in sorted(methods, key=lambda method: method != SMALL)  # the longest first
             for target in target_cr_disks for seed, model in dense.items()]
     jobs += [(_baseline, task, model, seed, retraining) for seed, model in dense.items()]
@@ -113,21 +113,22 @@ def train_points(task: Task, dense: dict[int, torch.nn.Module], methods: list[st
         pd.DataFrame([row for row in points if "reason" in row], columns=["label", "target_cr_disk", "seed", "reason"]))
 
 
-def _trained(task, dense, method, target_cr_disk, seed, bits, hybrid, retraining) -> list[dict]:
+def _trained(task, dense, method, target_cr_disk, seed, bits, searched, retraining) -> list[dict]:
     """A method at a target: its rows, one a datapath, or the reason why it is out of reach."""
     point = {"method": method, "target_cr_disk": target_cr_disk, "seed": seed}
     if method == SMALL:
         row = study.small_control(task, dense, target_cr_disk, seed, retraining)
         return [row | point | study.strength_of(row) | {"label": method}]
     try:
-        plan = study.point_plan(task, dense, method, target_cr_disk, bits, hybrid)
+        start = study.point_start(dense, method, target_cr_disk)
+        plan = study.point_plan(task, start, method, target_cr_disk, bits, searched)
     except OutOfReach as error:
         return [point | {"label": method, "reason": str(error)}]
-    before = evaluate(attach(dense, pack(dense, plan)), task, "valid")
-    compressed, rows = study.retrained(task, dense, dense, plan, seed, retraining), []
+    before = evaluate(attach(start, pack(start, plan)), task, "valid")
+    compressed, rows = study.retrained(task, dense, start, plan, seed, retraining), []
     for label, same in ((method, plan), (method + BY_FFT, by_fft(plan))):
         if same is not None:
-            row = study.measured(task, dense, dense, compressed, same, label, seed, before)
+            row = study.measured(task, dense, start, compressed, same, label, seed, before)
             rows.append(row | point | study.strength_of(row) | {"label": label})
     return rows
 

@@ -517,12 +517,17 @@ def _point(task, dense, method, target_cr_disk, seed, bits, found, retraining) -
         row = small_control(task, dense, target_cr_disk, seed, retraining)
     else:
         try:
-            start = remove_units(dense, _units_within(dense, target_cr_disk)) if method == UNITS else dense
+            start = point_start(dense, method, target_cr_disk)
             plan = point_plan(task, start, method, target_cr_disk, bits, found)
         except OutOfReach as error:
             return point | {"reason": str(error)}
         row = _compressed(task, dense, start, plan, method, seed, retraining)
     return row | point | strength_of(row) | {"plan": None, "packed": None}
+
+
+def point_start(dense, method: str, target_cr_disk: float):
+    """The model that a method compresses: the dense one, or what it leaves of its units; OutOfReach where that is nothing."""
+    return remove_units(dense, _units_within(dense, target_cr_disk)) if method == UNITS else dense
 
 
 def point_plan(task: Task, model, method: str, target_cr_disk: float, bits: int, found) -> Plan:
