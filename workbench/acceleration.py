@@ -18,7 +18,7 @@ from workbench.array.mapping import words_taken
 from workbench.array.schedule import schedule_mapping
 from workbench.array.spec import ceil_div
 from workbench.budget import OutOfReach
-from workbench.constrain import attach, pack
+from workbench.constrain import attach, bake, pack
 from workbench.fixedpoint import TABLES, QFormat
 from workbench.methods import (
     BankBalanced,
@@ -53,7 +53,8 @@ ARRAY_MEANS = ["steady_state_cycles", "cycles", "acceleration", "acceleration_se
 class TrainedPoints:
     """Trained models for the array. results: a row per label, target and seed (MODEL_COLUMNS; losses against the dense control
     of the seed); packed and correct: (label, target) -> seed -> PackedModel, or which test items are right; reference: seed ->
-    the same of the dense control; unreachable: the points that no plan reaches, and why.
+    the same of the dense control; hybrids: (target, seed) -> the hybrid model with plain weights, and its plan; unreachable:
+    the points that no plan reaches, and why.
 
     label: BASELINE (target 1), a method, or one with BY_FFT: the same integers, multiplied by FFT."""
 
@@ -61,6 +62,7 @@ class TrainedPoints:
     packed: dict[tuple[str, float], dict[int, PackedModel]]
     correct: dict[tuple[str, float], dict[int, np.ndarray]]
     reference: dict[int, np.ndarray]
+    hybrids: dict[tuple[float, int], tuple[torch.nn.Module, Plan]]
     unreachable: pd.DataFrame
 
 
@@ -110,6 +112,7 @@ def train_points(task: Task, dense: dict[int, torch.nn.Module], methods: list[st
     return TrainedPoints(
         pd.DataFrame(rows, columns=MODEL_COLUMNS), dict(packed), dict(correct),
         {seed: row["correct"] for seed, row in controls.items()},
+        {(row["target_cr_disk"], row["seed"]): (row["model"], row["plan"]) for row in points if "model" in row},
         pd.DataFrame([row for row in points if "reason" in row], columns=["label", "target_cr_disk", "seed", "reason"]))
 
 
@@ -130,6 +133,8 @@ def _trained(task, dense, method, target_cr_disk, seed, bits, searched, retraini
         if same is not None:
             row = study.measured(task, dense, start, compressed, same, label, seed, before)
             rows.append(row | point | study.strength_of(row) | {"label": label})
+    if method == HYBRID:
+        rows[0]["model"] = bake(compressed)
     return rows
 
 
