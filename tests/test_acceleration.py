@@ -18,8 +18,9 @@ from workbench.acceleration import (
     stalls,
     train_points,
 )
-from workbench.array import Layout, Region, preset, schedule_layer
+from workbench.array import Layout, Region, preset, schedule_hoisted, schedule_layer
 from workbench.array.cost import BASELINE
+from workbench.constrain import pack
 from workbench.methods import BlockCirculant, Dense, Structured, TopK
 from workbench.packed import PackedSparse
 from workbench.plan import uniform
@@ -27,7 +28,7 @@ from workbench.quantise import calibrate
 from workbench.sensitivity import calibration_batches
 from workbench.study import HYBRID, SMALL
 
-SPEC, METHODS, TARGETS = preset("group4x4"), [HYBRID, "Structured", "BlockCirculant", "Dense", SMALL], [6.0, 12.0]
+SPEC, METHODS, TARGETS = preset("group4x4"), [HYBRID, "TopK", "BlockCirculant", "Dense", SMALL], [6.0, 17.0]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_a_baseline_that_streams_is_compared_resident_too(points):
 
 def test_the_fastest_plan_meets_the_limit(accelerated):
     summary = accelerated.summary
-    uniform_rows = summary[summary["method"].isin(["Structured", "BlockCirculant", "Dense"]) & summary["acceleration"].notna()]
+    uniform_rows = summary[summary["method"].isin(["TopK", "BlockCirculant", "Dense"]) & summary["acceleration"].notna()]
     assert accelerated.fastest(np.inf, hybrid=False)["steady_state_cycles"] == uniform_rows["steady_state_cycles"].min()
     limit = uniform_rows["valid_loss_above"].median()
     found = accelerated.fastest(limit, hybrid=False)
@@ -143,8 +144,35 @@ def test_tables_and_verdict_say_what_the_figures_say(accelerated):
     assert len(table) == len(tables.acceleration_parts_table(accelerated)) == len(accelerated.summary)
 
 
+def test_the_trained_hybrid_models_are_kept(points, tiny_task):
+    model, plan = points.hybrids[6.0, 0]
+    packed = pack(model, plan)
+    assert all((block.dense() == points.packed[HYBRID, 6.0][0].blocks[name].dense()).all()
+               for name, block in packed.blocks.items())
+    assert set(points.hybrids) == {(target, seed) for target in TARGETS for seed in (0, 1)}
+
+
+def test_a_point_out_of_reach_says_why(points):
+    assert points.first(HYBRID, 6.0) is points.packed[HYBRID, 6.0][0]
+    with pytest.raises(ValueError, match="there is no plan Dense, 17x: no uniform Dense .* meets cr_disk 17.0"):
+        points.first("Dense", 17.0)
+
+
+def test_what_overlaps_is_scheduled(accelerated):
+    schedule = accelerated.schedule(BASELINE, 1.0)
+    table = acceleration.overlap_study({BASELINE: schedule}, [1, 2], [2, 0]).set_index("schedule")
+    layer = schedule.mapping.layer
+    assert table.loc["batch of 1", "cycles"] == schedule.cycles and table.loc["batch of 1", "per_step"] == schedule.cycles / 6
+    assert table.loc["batch of 2", "per_step"] == schedule_layer(layer, SPEC, 6, batch=2).cycles / 12
+    assert table.loc["hoisted, 2 steps at a time", "cycles"] == schedule_hoisted(layer, SPEC, 6, window=2).cycles
+    assert table.loc["two layers in turn", "cycles"] > schedule.cycles
+    assert "no strips of whole groups" in table.loc["two layers side by side", "refused"]  # one group only
+    assert "refused" in tables.overlap_table(table.reset_index())
+
+
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"methods": ["TopK"]}, "an acceleration study needs the method 'hybrid', got TopK"),
+    ({"methods": ["TopK"]}, "an acceleration study needs the methods hybrid and TopK, got TopK: hybrid missing"),
+    ({"methods": [HYBRID, "Dense"]}, "needs the methods hybrid and TopK, got hybrid, Dense: TopK missing"),
     ({"loss_limit": -0.1}, "an acceleration study needs a loss_limit of at least 0 nats, got -0.1"),
     ({"loss_limit": float("nan")}, "an acceleration study needs a loss_limit of at least 0 nats, got nan"),
     ({"steps": 0}, "an acceleration study needs at least 1 step, got 0"),
@@ -156,7 +184,7 @@ def test_tables_and_verdict_say_what_the_figures_say(accelerated):
     ({"target_cr_disks": [0.5]}, "target cr_disk"),
 ], ids=str)  # fmt: skip
 def test_bad_values_are_refused(tiny_task, changes, message):
-    good = {"hidden_size": 8, "methods": [HYBRID], "target_cr_disks": [6.0], "bits": 6, "seeds": [0], "epochs": 1,
+    good = {"hidden_size": 8, "methods": [HYBRID, "TopK"], "target_cr_disks": [6.0], "bits": 6, "seeds": [0], "epochs": 1,
             "retrain_epochs": 1, "search_epochs": 0, "loss_limit": 0.0, "steps": 1, "curve_units": 16, "curve_bits": 8,
             "fractions": [0.5], "workers": 1}
     check_acceleration(tiny_task, **good)

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _NAMES = {
     name: f"workbench.{module}"
     for module, names in {
-        "acceleration": "accelerate check_acceleration headline_schedules speed_up stalls train_points",
+        "acceleration": "accelerate check_acceleration headline_schedules overlap_study speed_up stalls train_points",
         "allocation": "allocate choices_to_measure search_allocation",
         "cheap": "cheap_agreement cheap_over_seeds cheap_sensitivity",
         "constrain": "attach bake compress pack",
@@ -36,12 +36,12 @@ _NAMES = {
         "study": "array_layers check_study check_tradeoff compare sensitivity_over_seeds tradeoff train_dense variants",
         "runs": "record run",
         "tables": "acceleration_parts_table acceleration_table acceleration_verdict accuracy_table assumption_table"
-        " count_table device_table energy_note energy_table hardware_table layout_table mixture_table omission_table"
-        " plan_table precision_published precision_table precision_verdict present price_table published_table"
-        " ranking_table record_acceleration record_precision record_sensitivity record_study record_tradeoff"
-        " region_table sensitivity_summary sensitivity_verdict signal_table spec_table speed_up_table"
-        " speed_up_verdict split_table stability_table stall_table systolic_table task_table tradeoff_table"
-        " tradeoff_verdict unreachable_table verdict",
+        " count_table crossover_table device_table energy_note energy_table hardware_table layout_table"
+        " mixture_table omission_table operation_verdict overlap_table plan_table precision_published"
+        " precision_table precision_verdict present price_table published_table ranking_table record_acceleration"
+        " record_precision record_sensitivity record_study record_tradeoff region_table sensitivity_summary"
+        " sensitivity_verdict signal_table spec_table speed_up_table speed_up_verdict split_table stability_table"
+        " stall_table systolic_table task_table tradeoff_table tradeoff_verdict unreachable_table verdict",
         "units": "remove_units unit_scores",
         "train": "baseline evaluate fit load_checkpoint paired_interval save_checkpoint",
     }.items()

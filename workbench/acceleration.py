@@ -6,17 +6,19 @@ train_points trains, accelerate schedules what was trained, speed_up schedules r
 import operator
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
 
 from workbench import study
-from workbench.array import ArraySpec, Schedule, schedule_layer
+from workbench.array import ArraySpec, Schedule, schedule_hoisted, schedule_layer, schedule_stack
 from workbench.array.cost import BASELINE, compare
 from workbench.array.mapping import words_taken
 from workbench.array.schedule import schedule_mapping
 from workbench.array.spec import ceil_div
+from workbench.array.stack import FORMS as FORMS_OF_STACK
 from workbench.budget import OutOfReach
 from workbench.constrain import attach, bake, pack
 from workbench.fixedpoint import TABLES, QFormat
@@ -34,6 +36,7 @@ from workbench.methods import (
 from workbench.packed import GATES, Bitmap, PackedLayer, PackedLowRank, PackedModel, PackedSparse, signals_of, table_uses
 from workbench.plan import Plan, uniform
 from workbench.quantise import calibrate
+from workbench.runs import listed
 from workbench.sensitivity import LOSSLESS_BITS, calibration_batches
 from workbench.study import DENSE, HYBRID, SMALL
 from workbench.tasks import Task
@@ -65,6 +68,13 @@ class TrainedPoints:
     hybrids: dict[tuple[float, int], tuple[torch.nn.Module, Plan]]
     unreachable: pd.DataFrame
 
+    def first(self, label: str, target: float) -> PackedModel:
+        """The packed model of the first seed; ValueError says why there is none."""
+        if (label, target) in self.packed:
+            return next(iter(self.packed[label, target].values()))
+        missing = self.unreachable[(self.unreachable["label"] == label) & (self.unreachable["target_cr_disk"] == target)]
+        raise ValueError(f"there is no plan {plan_name(label, target)}: {listed(missing['reason'].unique())}")
+
 
 def check_acceleration(task: Task, *, hidden_size: int, methods: list[str], target_cr_disks: list[float], bits: int,
                        seeds: list[int], epochs: int, retrain_epochs: int, search_epochs: int, loss_limit: float, steps: int,
@@ -73,8 +83,9 @@ def check_acceleration(task: Task, *, hidden_size: int, methods: list[str], targ
     study.check_tradeoff(task, hidden_size=hidden_size, methods=methods, target_cr_disks=target_cr_disks, bits=bits,
                          seeds=seeds, epochs=epochs, retrain_epochs=retrain_epochs, search_epochs=search_epochs,
                          distillation_weight=0.0, workers=workers)
-    if HYBRID not in methods:
-        raise ValueError(f"an acceleration study needs the method {HYBRID!r}, got {', '.join(methods)}")
+    if missing := [method for method in (HYBRID, "TopK") if method not in methods]:
+        raise ValueError(f"an acceleration study needs the methods {HYBRID} and TopK, got {', '.join(methods)}: "
+                         f"{listed(missing)} missing")
     if not loss_limit >= 0:
         raise ValueError(f"an acceleration study needs a loss_limit of at least 0 nats, got {loss_limit}")
     if steps < 1:
@@ -173,7 +184,7 @@ class Acceleration:
 
     def schedule(self, label: str, target: float) -> Schedule:
         """Of the first seed's model."""
-        return schedule_layer(_layer(next(iter(self.points.packed[label, target].values()))), self.spec, self.steps)
+        return schedule_layer(_layer(self.points.first(label, target)), self.spec, self.steps)
 
     def fastest(self, loss_limit: float, hybrid: bool, target: float | None = None):
         """The row of the summary with the fewest cycles a step among the hybrid plans, or among the uniform ones, of any target
@@ -258,6 +269,36 @@ def _summary(points, results):
             "accuracy %": group["test_accuracy"].mean(), "valid_loss_above": group["valid_loss_above"].mean(),
             "layout": first.get("layout"), "bound": first.get("bound"), "refused": first.get("refused"),
         } | {name: group[name].mean() for name in ARRAY_MEANS})
+    return pd.DataFrame(rows)
+
+
+def overlap_study(schedules: dict[str, Schedule], batches: list[int], windows: list[int]) -> pd.DataFrame:
+    """What more of a schedule's kind can overlap, for the layer and the array of each: a row per plan and schedule.
+
+    Several sequences side by side (batches); the input products hoisted ahead of the recurrence, for so many steps together
+    (windows; 0: for all, which needs the whole sequence at hand); and two layers, the second a random dense one of 8 bits and
+    as many units, in turn or pipelined over the time steps. cycles: of the whole sequence of every item; per_step: that
+    divided by steps and items; first_step: latency until the first h. What the array refuses has the reason instead.
+    """
+    rows = []
+    for plan, schedule in schedules.items():
+        layer, spec, steps = schedule.mapping.layer, schedule.mapping.spec, schedule.steps
+        stack = [(layer,), (random_layer(Dense(), layer.hidden_size, 8),)]
+        kinds = {f"batch of {batch}": (1, batch, partial(schedule_layer, layer, spec, steps, batch=batch))
+                 for batch in batches}
+        kinds |= {f"hoisted, {f'{window} steps at a time' if window else 'whole sequence'}": (
+            1, 1, partial(schedule_hoisted, layer, spec, steps, window=window)) for window in windows}
+        kinds |= {f"two layers {form}": (2, 1, partial(schedule_stack, stack, spec, steps, form=form))
+                  for form in FORMS_OF_STACK}
+        for kind, (layers, items, schedule_kind) in kinds.items():
+            row = {"plan": plan, "schedule": kind, "layers": layers, "items": items}
+            try:
+                found = schedule_kind()
+            except ValueError as error:
+                rows.append(row | {"refused": str(error)})
+                continue
+            rows.append(row | {"cycles": found.cycles, "per_step": found.cycles / steps / items,
+                               "first_step": found.first_step_latency, "layout": found.mapping.layout_name, "refused": None})
     return pd.DataFrame(rows)
 
 

@@ -591,3 +591,25 @@ def stalls_figure(curves: pd.DataFrame, kept: float, parts: tuple[str, ...]) -> 
     axis.set(xlim=(0, 132), xticks=range(0, 101, 20), xlabel="share of a step's cycles (%)")
     axis.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=min(5, len(shown)), fontsize="small", frameon=False)
     return figure
+
+
+def overlap_figure(table: pd.DataFrame) -> Figure:
+    """Cycles per step and item, a bar a schedule, a panel a plan. table: of overlap_study."""
+    known = table[table["refused"].isna()]
+    plans = list(known["plan"].unique())
+    figure = Figure(figsize=(10, 0.6 + 0.27 * known.groupby("plan").size().max() * -(-len(plans) // 2) + 0.5 * len(plans)),
+                    layout="constrained")
+    axes = figure.subplots(-(-len(plans) // 2), min(2, len(plans)), squeeze=False).ravel()
+    for axis, plan in zip(axes, plans, strict=False):
+        rows = known[known["plan"] == plan]
+        colours = [SENSITIVE if layers > 1 else INSENSITIVE for layers in rows["layers"]]
+        bars = axis.barh(range(len(rows)), rows["per_step"], color=colours)
+        axis.bar_label(bars, fmt="{:,.0f}", fontsize="small", padding=3)
+        axis.set_yticks(range(len(rows)), rows["schedule"], fontsize="small")
+        axis.invert_yaxis()
+        axis.set_title(plan, fontsize="medium")
+        axis.set_xlim(0, 1.2 * rows["per_step"].max())
+        axis.set_xlabel("cycles per step and sequence", fontsize="small")
+    for axis in axes[len(plans):]:
+        axis.remove()
+    return figure

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.acceleration import BY_FFT, STALLS, Acceleration, plan_name, stalls
-from workbench.array import ASSUMPTIONS, SYSTOLIC, ArraySpec, Schedule, last_cycle, layer_products
+from workbench.array import ASSUMPTIONS, SYSTOLIC, ArraySpec, Schedule, crossover, last_cycle, layer_products
 from workbench.array.cost import DEVICES, ENERGY_NOTE, PJ_PER_EVENT, STATIC_POWER, compare, energy, resources
 from workbench.array.schedule import EVENTS, SPLIT
 from workbench.array.spec import FIELDS
@@ -629,3 +629,30 @@ def record_acceleration(acceleration: Acceleration, curves: pd.DataFrame) -> dic
     """Hand the figures over to the run: every seed's row, the summary, the points out of reach, the speed-up curves."""
     return record(results=_plain(acceleration.results), summary=_plain(acceleration.summary),
                   unreachable=_plain(acceleration.points.unreachable), curves=_plain(curves))
+
+
+def crossover_table(spec: ArraySpec, weight_densities: list[float], input_densities: list[float], lookaheads: list[int],
+                    units: int, bits: int) -> pd.DataFrame:
+    """Sparse or dense operation of one random block of units x units (crossover), a row a point."""
+    return pd.DataFrame(crossover(spec, weight_densities, input_densities, lookaheads, (units, units), bits))
+
+
+def operation_verdict(table: pd.DataFrame, blocks: pd.DataFrame):
+    """How often the operation that was predicted to be faster is the faster one, and what was lost where it is not. table: of
+    crossover_table; blocks: of operation_study."""
+    from IPython.display import Markdown
+
+    rows = blocks[blocks["best"].notna()]
+    chosen = [f"{row.part} {row.gate} {row.choice}" for row in rows[rows["lookahead"] == rows["lookahead"].min()].itertuples()]
+    return Markdown(
+        f"Random blocks: the predicted operation takes the fewest cycles in {table['right'].sum()} of {len(table)} points, and "
+        f"at most {100 * table['lost'].max():.1f} % more than the better one elsewhere. Blocks of a trained model on real "
+        f"sequences: the choice is the best in {rows['best'].sum()} of {len(rows)} cases; the other way would save at most "
+        f"{100 * rows['lost'].max():.1f} % of the cycles. Chosen with the shortest lookahead: {listed(chosen)}.")
+
+
+def overlap_table(table: pd.DataFrame) -> pd.DataFrame:
+    """overlap_study's rows for the eye; a column that is empty is left out."""
+    names = {"plan": "plan", "schedule": "schedule", "cycles": "cycles of all sequences", "per_step": "per step and sequence",
+             "first_step": "until the first h", "layout": "layout", "refused": "refused"}
+    return table[list(names)].rename(columns=names).dropna(axis=1, how="all")
