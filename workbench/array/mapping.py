@@ -188,8 +188,9 @@ def place_units(loads, pe_rows: int, depth: int | None = None) -> tuple[np.ndarr
     share = np.repeat(room[::pe_rows], pe_rows)  # the same for all PE rows, also for those with a unit less
     above = -np.outer(share, loads.sum(axis=0))  # times `units`, so that all is whole
     place = np.empty(units, dtype=np.int64)
+    never = np.iinfo(np.int64).max
     for unit in np.argsort(-loads.sum(axis=1), kind="stable").tolist():
-        best = np.argmin(np.where(room > 0, above @ loads[unit], np.iinfo(np.int64).max))
+        best = np.argmin(np.where(room > 0, above @ loads[unit], never))
         place[unit] = best
         above[best] += units * loads[unit]
         room[best] -= 1
@@ -262,7 +263,8 @@ class BlockMapping:
         words = _stored_words(self.packed, self.pe_cols, self.unit)
         pe = self.pe_row_of_row[words.first_row] * self.pe_cols + words.first_col // self.unit % self.pe_cols
         local_row = self.local_of_row[words.first_row]
-        order = np.argsort((pe * self.shape[0] + local_row) * self.shape[1] + words.first_col, kind="stable")
+        place = (pe * self.shape[0] + local_row) * self.shape[1] + words.first_col  # of single words each once
+        order = np.argsort(place, kind="stable" if self.unit > 1 else None)
         return PlacedWords(pe[order], local_row[order], words.values[order], words.rows[order], words.cols[order],
                            words.used[order], words.padding[order], words.word_bits)
 
@@ -494,10 +496,13 @@ def _sums_here(layer, products) -> dict[str, tuple[tuple[str, str], ...]]:
     return {name: some for name, some in here.items() if some}
 
 
-def map_blocks(layer: PackedLayer, spec: ArraySpec, layout: Layout, parts=None) -> dict[tuple[str, str], BlockMapping]:
+def map_blocks(
+    layer: PackedLayer, spec: ArraySpec, layout: Layout, parts=None, known=None
+) -> dict[tuple[str, str], BlockMapping]:
     """(part, gate) -> BlockMapping, of all parts of the layer or some. Blocks of a sum that share accumulators are placed
-    together, so that each is balanced: they are multiplied one after the other, with a barrier between."""
-    mapped, stored = {}, array_blocks(layer, parts)
+    together, so that each is balanced: they are multiplied one after the other, with a barrier between. known: what other
+    layouts gave, taken where regions of the same size and units make it the same; new blocks are added to it."""
+    mapped, stored, known = {}, array_blocks(layer, parts), {} if known is None else known
     for products in _sums_here(layer, stored).values():
         blocks = {p: stored[p] for p in products}
         region = {p: layout.regions[layout.region_of(block)] for p, block in blocks.items()}
@@ -505,9 +510,14 @@ def map_blocks(layer: PackedLayer, spec: ArraySpec, layout: Layout, parts=None) 
         together = _share_accumulators(layer, layout, products, unit)
         for some in [products] if together else [[p] for p in products]:
             rows, cols = region[some[0]].rows, region[some[0]].cols
+            alike = some[0], len(some), rows, cols, unit[some[0]]
+            if alike in known:
+                mapped |= known[alike]
+                continue
             loads = np.hstack([_unit_loads(blocks[p], cols, unit[p]) for p in some])
             placement = place_units(loads, rows, spec.acc_depth // unit[some[0]])
-            mapped |= {p: map_block(blocks[p], rows, cols, unit[p], *placement) for p in some}
+            known[alike] = {p: map_block(blocks[p], rows, cols, unit[p], *placement) for p in some}
+            mapped |= known[alike]
     return mapped
 
 

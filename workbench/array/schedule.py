@@ -567,14 +567,14 @@ def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layo
         candidate_layouts(layer, spec), key=lambda candidate: least_cycles(layer, spec, candidate, parts))
     check_layer(layer, spec)
     best, fewest, best_place, rows, refusals = None, float("inf"), (), [], []
-    skips, tried = inputs is not None and spec.lookahead > 1, set()
+    skips, tried, known = inputs is not None and spec.lookahead > 1, set(), {}
     for number, candidate in enumerate(layouts):
         bound, alike = 0 if skips else batch * least_cycles(layer, spec, candidate, parts), units_of(layer, spec, candidate)
         if alike in tried or not beats(bound, fewest, False):
             rows.append({"layout": candidate.name, "least_cycles": bound})
             continue
         tried.add(alike)
-        blocks = map_blocks(layer, spec, candidate, parts)
+        blocks = map_blocks(layer, spec, candidate, parts, known)
         sized = [candidate] if layout is not None else sized_layouts(layer, spec, candidate, blocks)
         of_candidate = [{"layout": at.name, "least_cycles": max(bound, ceil_div(least_loaded_bits(layer, spec, at, blocks),
                                                                                 spec.load_bits_per_cycle))} for at in sized]

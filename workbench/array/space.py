@@ -135,11 +135,11 @@ def _checked(points):
 
 def _sweep_placing(layer, groups, timing, steps, found):
     """Points with the same places of words: the candidates that schedule_layer goes through, those that may win first."""
-    spec, layouts, mapped = next(iter(groups)), {}, {}
+    spec, layouts, mapped, known = next(iter(groups)), {}, {}, {}
     for layout in sorted(candidate_layouts(layer, spec), key=lambda layout: least_cycles(layer, spec, layout)):
         layouts.setdefault(units_of(layer, spec, layout), layout)
     for layout in layouts.values():
-        mapped[layout] = map_blocks(layer, spec, layout)
+        mapped[layout] = map_blocks(layer, spec, layout, known=known)
     for spec, numbers in groups.items():
         for low in range(0, len(numbers), AT_ONCE):
             _sweep_group(layer, spec, np.array(numbers[low : low + AT_ONCE]), mapped, timing, steps, found)
