@@ -151,12 +151,19 @@ def test_crossover():
     assert np.mean([row["right"] for row in rows]) > 0.9
     assert {row["best"] for row in rows if row["weight density"] == 0.2} == {"sparse"}
     assert {row["best"] for row in rows if row["weight density"] == 0.8 and row["input density"] == 1} == {"dense"}
+    borders = {(row["lookahead"], row["input density"]): (row["border"], row["ideal border"]) for row in rows}
+    assert borders[1, 0.05] == borders[1, 1.0] and 0.4 < borders[1, 1.0][0] < 0.55 and borders[1, 1.0][1] == 0.5
+    assert borders[4, 0.05][1] > borders[4, 0.3][1] > borders[4, 1.0][1] == 0.5
+    for row in rows:  # it parts what was predicted dense from what was predicted sparse
+        assert (row["weight density"] < row["border"]) == (row["choice"] == "sparse")
+    only_sparse = crossover(PRESETS["array16x16"], (0.1, 0.2), (1.0,), (4,), shape=(64, 64), steps=2)
+    assert all(np.isnan(row["border"]) for row in only_sparse)
     blocks = pd.DataFrame([{"lookahead": 4, "input density": 0.3, "weight density": 0.4, "choice": "sparse"}])
     figure = plots.crossover_figure(pd.DataFrame(rows), blocks)
     assert [axis.get_title() for axis in figure.axes] == ["lookahead 1", "lookahead 4"]
     labels = {text.get_text() for text in figure.legends[0].get_texts()}
     assert labels == {"dense is better", "sparse is better", "predicted wrongly", "predicted border",
-                      "real block, sparse chosen"}
+                      "predicted ideal border", "real block, sparse chosen"}
 
 
 def test_bad_operations_are_refused():

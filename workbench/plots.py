@@ -425,8 +425,8 @@ def mixture_figure(results: pd.DataFrame, lost: str) -> Figure:
 
 def crossover_figure(table: pd.DataFrame, blocks: pd.DataFrame | None = None) -> Figure:
     """Which operation of a block takes fewer cycles, a panel per lookahead: counted points in the colour of the better one,
-    wrongly predicted ones in a ring, and the predicted border. table: rows of array.crossover; blocks: those of real layers,
-    rows of compare_operations, in the panel of their column `lookahead`."""
+    wrongly predicted ones in a ring, and the predicted borders, of these blocks and of endless ones. table: rows of
+    array.crossover; blocks: those of real layers, rows of compare_operations, in the panel of their column `lookahead`."""
     lookaheads = sorted(table["lookahead"].unique())
     figure = Figure(figsize=(1.2 + 3.2 * len(lookaheads), 3.9), layout="constrained")
     colours = {"dense": INSENSITIVE, "sparse": SENSITIVE}
@@ -439,8 +439,9 @@ def crossover_figure(table: pd.DataFrame, blocks: pd.DataFrame | None = None) ->
         wrong = mine[~mine["right"]]
         axis.plot(wrong["input density"], wrong["weight density"], "o", color="black", fillstyle="none", markersize=12,
                   label="predicted wrongly")
-        line = mine.groupby("input density")["border"].first()
-        axis.plot(line.index, line, "k--", linewidth=1.2, label="predicted border")
+        for column, style in (("border", "k-"), ("ideal border", "k:")):
+            line = mine.groupby("input density")[column].first()
+            axis.plot(line.index, line, style, linewidth=1.2, label=f"predicted {column}")
         if blocks is not None:
             for name, some in blocks[blocks["lookahead"] == lookahead].groupby("choice"):
                 axis.plot(some["input density"], some["weight density"], "*", color=colours[name], markeredgecolor="black",
@@ -466,7 +467,7 @@ def delta_figure(table: pd.DataFrame) -> Figure:
     for n, (lookahead, rows) in enumerate(table.groupby("lookahead")):
         right.plot(place, rows["cycles mean"], color=GATE_COLOURS[n], marker=METHOD_MARKERS[n], label=f"lookahead {lookahead}")
         right.fill_between(place, rows["cycles mean"], rows["cycles p95"], color=GATE_COLOURS[n], alpha=0.2)
-    right.set(xlabel="delta threshold", ylabel="cycles per step", ylim=(0, None))
+    right.set(xlabel="delta threshold", ylabel="cycles per step", ylim=(0, 1.05 * table["cycles p95"].max()))
     for axis in (left, right):
         axis.set_xticks(place, first["threshold"])
         axis.grid(alpha=0.3)

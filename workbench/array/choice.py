@@ -8,6 +8,7 @@ integers are the same. After patent CN113537465A, which lets weight and input-se
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import product
 from statistics import NormalDist
 
 import numpy as np
@@ -189,7 +190,8 @@ def crossover(spec: ArraySpec, weight_densities, input_densities, lookaheads, sh
               steps: int = 20, seed: int = 0) -> list[dict]:
     """Which operation of a block takes fewer cycles, predicted and counted, over weight density, input density and lookahead:
     random supports and random inputs of `steps` steps, one block on the whole grid. A row a point; lost: share of cycles that
-    the predicted choice takes beyond the better one; border: of the input density, as the function of that name."""
+    the predicted choice takes beyond the better one; of its input density ideal border: as the function `border` has it, and
+    border: the weight density at which the predictions cross, NaN where they do not."""
     rng, rows = np.random.default_rng(seed), []
     uniform, order = rng.random((steps, shape[1])), rng.random(shape)
     fmt = QFormat(bits, 0)
@@ -209,7 +211,15 @@ def crossover(spec: ArraySpec, weight_densities, input_densities, lookaheads, sh
                     "lookahead": lookahead, "weight density": density, "input density": share, "choice": choice, "best": best,
                     **{f"predicted {o}": predicted[o] for o in OPERATIONS}, **{f"counted {o}": counted[o] for o in OPERATIONS},
                     "right": counted[choice] == counted[best], "lost": counted[choice] / counted[best] - 1,
-                    "border": float(border(share, lookahead, *holds))})
+                    "ideal border": float(border(share, lookahead, *holds))})
+    for lookahead, share in product(lookaheads, input_densities):
+        mine = sorted((row for row in rows if (row["lookahead"], row["input density"]) == (lookahead, share)),
+                      key=lambda row: row["weight density"])
+        more = np.array([row["predicted sparse"] - row["predicted dense"] for row in mine])  # rises with the weight density
+        densities = [row["weight density"] for row in mine]
+        crossing = float(np.interp(0, np.maximum.accumulate(more), densities, left=np.nan, right=np.nan))
+        for row in mine:
+            row["border"] = crossing
     return rows
 
 
