@@ -313,7 +313,7 @@ def test_events_by_hand():
     per_step = {"macs": 384, "padding_macs": 0, "weight_reads": 384, "data_reads": 384, "acc_reads": 16 * 2 * 8 + 128,
                 "acc_writes": 16 * 2 * 8, "link_words": 128, "activation_lookups": 40, "elementwise_multiplies": 24,
                     "roundings": 0, "multicast_words": 12, "data_writes": 4 * 4 + 8 * 4,
-                "loaded_bits": 0, "weight_writes": 0, "skipped_macs": 0}
+                "loaded_bits": 0, "weight_writes": 0, "skipped_macs": 0, "transform_operations": 0}
     assert counts == {event: 3 * count for event, count in per_step.items()}
 
 

@@ -18,12 +18,14 @@ from test_array import (
     sparse,
 )
 
-from workbench.array import ArraySpec, execute_layer, preset, schedule_layer
+from workbench import spectrum as transforms
+from workbench.array import ArraySpec, execute_layer, map_block, preset, schedule_layer
 from workbench.array.cost import resources
+from workbench.array.interpreter import _bins, _word_operands, forward_operations, inverse_operations
 from workbench.array.mapping import candidate_layouts, fitting_mappings, least_cycles
 from workbench.engine import run_layer
 from workbench.fixedpoint import QFormat
-from workbench.packed import PackedLowRank
+from workbench.packed import PackedCirculant, PackedLowRank
 
 
 def low_rank(shape, rng, rank=2, frac=4, bits=6):
@@ -48,6 +50,8 @@ def cases(draw, *forms):
 
     def block(part, gate, shape, rng):
         form = choose(*forms, *forms, "dense", "sparse", "circulant")
+        if form == "fft":
+            return spectral(shape, rng, choose(*(k for k in (2, 4, 8) if shape[0] % k == 0)), choose(7, 6))
         if form == "lowrank":
             return low_rank(shape, rng, min(choose(1, 2, 3, 5), *shape), choose(3, 4))
         if form == "sparse":
@@ -60,7 +64,7 @@ def cases(draw, *forms):
     kind = choose({}, {"proj": 2}, {"proj": 4}, {"cell": "GRU"}, {"cell": "GRU"})
     layer = layer_of(block, hidden, inputs, seed, signals=choose(SIGNALS, COARSE), **kind)
     spec = ArraySpec(
-        rows=choose(4, 8), cols=choose(4, 8), mac_latency=choose(0, 1, 4), mac_ii=choose(1, 2), acc_depth=choose(4, 6, 64),
+        rows=choose(4, 8), cols=choose(4, 8), mac_latency=choose(0, 1, 4), mac_ii=choose(1, 2), acc_depth=choose(8, 10, 64),
         acc_banks=choose(1, 2, 3), link_cycles=choose(1, 2, 3), h_words_per_cycle=choose(1, 3), act_units=choose(1, 3, 4),
         act_latency=choose(0, 2), act_ii=choose(1, 2), weight_words=choose(2048, 24, 12), weight_word_bits=choose(18, 8),
         load_bits_per_cycle=choose(7, 64), config_cycles=choose(0, 5))
@@ -134,3 +138,71 @@ def test_low_rank_costs_what_its_factors_cost():
     # x twice, h once, and of each gate what its V gives: 3 + 3 + 8 + 4 columns of one PE.
     assert resources(mapping).data.depth == 2 * 3 + 8 + 4
     assert least_cycles(layer, SMALL, one_region(SMALL)) <= schedule_layer(layer, SMALL, 9).steady_state_cycles
+
+
+# The fft datapath.
+
+
+def spectral(shape, rng, block=4, frac=7):
+    vectors = rng.integers(-128, 128, (shape[0] // block, -(-shape[1] // block), block))
+    return PackedCirculant(shape, QFormat(8, frac), block, vectors, "fft")
+
+
+def spectral_layer(hidden=16, inputs=8, blocks=None, **kind):
+    """blocks: part -> size; the others are dense."""
+    blocks = {"ih": 8, "hh": 8, "hr": 4} if blocks is None else blocks
+    return layer_of(lambda part, gate, shape, rng: spectral(shape, rng, blocks[part]) if part in blocks else dense(shape, rng),
+                    hidden, inputs, **kind)
+
+
+@pytest.mark.parametrize(("shape", "block"), [((16, 16), 8), ((12, 7), 4), ((8, 6), 2), ((32, 40), 16)])
+def test_spectral_words_rebuild_the_spectra(shape, block):
+    packed = spectral(shape, np.random.default_rng(0), block)
+    mapping = map_block(packed, 4, 4)
+    np.testing.assert_array_equal(mapping.spectrum(), packed.spectrum)
+    tiles = packed.spectrum.shape[0] * packed.spectrum.shape[1]
+    assert mapping.macs.sum() == tiles * (2 * block - 2) and mapping.weight_words.sum() == tiles * block
+    assert mapping.on_chip_bits == tiles * block * packed.spectrum_bits and mapping.padding.sum() == 0
+
+
+@pytest.mark.parametrize("k", [2, 4, 8, 16, 32])
+def test_the_literal_operations_are_the_transforms(k):
+    """Run one after the other on a memory of names."""
+    def run(operations, results, memory):
+        for kind, name, *terms in operations:
+            values = [sign * memory[where] for sign, where in (terms if kind == "add" else [terms[1]])]
+            if kind == "add":
+                memory[name] = sum(values)
+            else:
+                memory[name] = memory.get(name, 0) + terms[0] * values[0]
+                memory[name] = (memory[name] + 8192) >> 14 if terms[2] else memory[name]
+        return [sign * memory[where] for sign, where in results]
+
+    def counted(operations):
+        return tuple(sum(kind == one for kind, *_ in operations) for one in ("add", "mac"))
+
+    x = np.random.default_rng(k).integers(-5000, 5000, k)
+    operations, bins = forward_operations([(1, n) for n in range(k)])
+    words = run(operations, _word_operands(bins), dict(enumerate(x.tolist())))
+    re, im = transforms.forward(x)
+    assert words == [*re.tolist(), *im[1:-1].tolist()]
+    assert counted(operations) == transforms.real_operations(k, False)
+    operations, results = inverse_operations(_bins([(1, n) for n in range(k)]))
+    assert run(operations, results, dict(enumerate(words))) == transforms.inverse(re, im).tolist()
+    assert counted(operations) == transforms.real_operations(k, True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases("fft"))
+def test_fft_layers_equal_the_literal_interpreter(case):
+    check_against_interpreter(*case)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("parts", [["ih"], ["hh"], ["ih", "hh"], ["ih", "hh", "hr"]], ids="+".join)
+def test_fft_in_any_part(kind, parts):
+    layer = spectral_layer(16, 6, {part: 4 if part == "hr" else 8 for part in parts}, **KINDS[kind])
+    for changes in ({}, {"weight_words": 64, "load_bits_per_cycle": 9},
+                    {"acc_depth": 8, "acc_banks": 1, "weight_word_bits": 8}):
+        mapping = schedule_layer(layer, SMALL.with_(**changes), 1).mapping
+        check_against_interpreter(mapping, 5, seed=2)

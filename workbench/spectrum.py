@@ -122,11 +122,12 @@ def inverse_bounds(re, im) -> tuple[np.ndarray, int]:
                                                                          int(d_im.max()))
 
 
-def real_operations(k: int, back: bool) -> int:
-    """Real additions and multiply-accumulates of one transform of k, forward or back: per size n two where w**j is 1, eight
-    (four of each) for every other j below n/4; at n/4 the inverse doubles two words."""
+def real_operations(k: int, back: bool) -> tuple[int, int]:
+    """Real additions and multiply-accumulates of one transform of k, forward or back: per size n two additions where w**j is
+    1, four of each for every other j below n/4; at n/4 the inverse doubles two words."""
     sizes = [1 << s for s in range(1, k.bit_length())]
-    return sum(k // n * (2 + 8 * max(n // 4 - 1, 0) + 2 * (back and n > 2)) for n in sizes)
+    turns = sum(k // n * max(n // 4 - 1, 0) for n in sizes)
+    return sum(k // n * (2 + 2 * (back and n > 2)) for n in sizes) + 4 * turns, 4 * turns
 
 
 class SpectralProduct:

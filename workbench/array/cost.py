@@ -24,6 +24,8 @@ _ACCUMULATOR = (SRAM_8KB_64_BIT_PJ * ACC_BITS / 64, SRAM_8KB_64_BIT_PJ * ACC_BIT
 PJ_PER_EVENT = {
     "macs": (MULTIPLY_8_PJ + ADD_8_PJ, MULTIPLY_32_PJ + ADD_32_PJ,
              f"{HOROWITZ}: integer multiply and add, low: 8 bits, high: 32 bits; {SEEN_TABLE} (32 bits)"),
+    "transform_operations": (ADD_8_PJ, MULTIPLY_32_PJ + ADD_32_PJ,
+                             f"{HOROWITZ}: low: integer add of 8 bits, high: multiply and add of 32 bits; {SEEN_TABLE}"),
     "elementwise_multiplies": (MULTIPLY_8_PJ, MULTIPLY_32_PJ,
                                f"{HOROWITZ}: integer multiply, low: 8 bits, high: 32 bits; {SEEN_TABLE} (32 bits)"),
     "weight_reads": _SRAM,

@@ -18,13 +18,18 @@ from workbench.array.mapping import (
     SideBySide,
     array_sums,
     columns_kept,
+    inverse_columns,
+    is_spectral,
+    is_transformed,
     network_words,
     part_of,
     parts_of,
     words_taken,
 )
 from workbench.packed import PARTS, PackedSparse
+from workbench.spectrum import TWIDDLE_BITS, TWIDDLE_FRAC, twiddles
 
+BANK_USERS = ("mac", "drain", "gather")  # kinds of instructions that take accumulator banks
 SENT = {"hh": "h", "hr": "m"}  # part -> the value that is multicast for it in the step that computes it
 
 
@@ -169,6 +174,91 @@ def _sent(i):
     return SENT.get(i.parts[0], f"sum {i.parts[0]}")
 
 
+def block_of(part: str) -> int:
+    """k of the spectra "ih.fft8"."""
+    return int(part.split(".fft")[1])
+
+
+def _bins(words):
+    """Operands of a tile's k words -> (re, im) of the bins 0 to k/2; None is zero."""
+    half = len(words) // 2
+    return [(words[j], words[half + j] if 0 < j < half else None) for j in range(half + 1)]
+
+
+def _word_operands(bins):
+    """The inverse of _bins."""
+    return [re for re, _ in bins] + [im for _, im in bins[1:-1]]
+
+
+def _signed(value, row, column, k):
+    """i * i = -1: a word of an imaginary part, times an imaginary part, is taken from a real one."""
+    return -value if row % k <= k // 2 < column % k else value
+
+
+_names = itertools.count()
+
+
+def _add(operations, one, other):
+    operations.append(("add", name := ("sum", next(_names)), one, other))
+    return 1, name
+
+
+def _minus(operand):
+    return -operand[0], operand[1]
+
+
+def _turn(operations, n, j, sign, re, im):
+    """(re + i im) * exp(sign * 2 pi i j / n): four multiply-accumulates, each pair rounded once."""
+    cos, sin = (int(values[j]) for values in twiddles(n))
+    parts = []
+    for terms in (((cos, re), (-sign * sin, im)), ((cos, im), (sign * sin, re))):
+        name = "turned", next(_names)
+        operations += [("mac", name, constant, operand, n == 1) for n, (constant, operand) in enumerate(terms)]
+        parts.append((1, name))
+    return parts
+
+
+def forward_operations(source):
+    """The real operations of one transform in their order, and the operands (sign, name) that hold the bins 0 to n/2. A word
+    whose sign is turned is not moved: who takes it adds or subtracts."""
+    n, bins = len(source), {}
+    if n == 1:
+        return [], [(source[0], None)]
+    (operations, even), (more, odd) = forward_operations(source[::2]), forward_operations(source[1::2])
+    operations += more
+    for j in range(n // 4 + 1):
+        (a, b), (c, d) = even[j], odd[j]
+        if j == 0:
+            bins[0], bins[n // 2] = (_add(operations, a, c), None), (_add(operations, a, _minus(c)), None)
+        elif 4 * j == n:
+            bins[j] = a, _minus(c)
+        else:
+            c, d = _turn(operations, n, j, -1, c, d)
+            bins[j] = _add(operations, a, c), _add(operations, b, d)
+            bins[n // 2 - j] = _add(operations, a, _minus(c)), _add(operations, d, _minus(b))
+    return operations, [bins[j] for j in range(n // 2 + 1)]
+
+
+def inverse_operations(bins):
+    """The real operations of one inverse transform in their order, and the operands of its n values."""
+    n, operations, even, odd = 2 * (len(bins) - 1), [], [], []
+    if n == 0:
+        return [], [bins[0][0]]
+    for j in range(n // 4 + 1):
+        (a, b), (c, d) = bins[j], bins[n // 2 - j]
+        if j == 0:
+            even.append((_add(operations, a, c), None))
+            odd.append((_add(operations, a, _minus(c)), None))
+        elif 4 * j == n:
+            even.append((_add(operations, a, a), None))
+            odd.append((_minus(_add(operations, b, b)), None))
+        else:
+            even.append((_add(operations, a, c), _add(operations, b, _minus(d))))
+            odd.append(tuple(_turn(operations, n, j, 1, _add(operations, a, _minus(c)), _add(operations, b, d))))
+    (more, even), (yet_more, odd) = inverse_operations(even), inverse_operations(odd)
+    return operations + more + yet_more, [value for pair in zip(even, odd, strict=True) for value in pair]
+
+
 def _key(i):
     """What instructions of one step of the sequence have in common that together read, or add up to, one thing."""
     return i.layer, i.item, i.kind, i.region, i.gate, i.parts, i.rows
@@ -188,6 +278,7 @@ class _Active:
     held: int = 0  # cycles that the present piece of work has been held
     flying: int = 0
     row_held: dict = field(default_factory=dict)  # PE -> the row whose sum its DSP holds
+    met: dict = field(default_factory=lambda: defaultdict(list))  # row -> partial sums that have come to the PE of its inverse
     chosen: set = field(default_factory=set)  # PEs that have found the next input that is not zero
     unread: set = field(default_factory=set)  # PEs that dropped the first of a word, which is not read yet
 
@@ -254,14 +345,14 @@ class _Machine:
         self.per_step = Counter(_key(i) for i in self.program)  # how many instructions
         self.entries, self.chunks = Counter(), Counter()  # region -> per step
         for i in self.program:
-            self.entries[i.region] += i.kind == "drain"
+            self.entries[i.region] += i.kind in ("drain", "gather")
             self.chunks[i.region] = max(self.chunks[i.region], i.chunk + 1)
         self.chunk_users = Counter((i.region, i.chunk) for i in self.program if i.kind == "mac")
         self.retired = Counter()  # the same keys with the step of the sequence in front
         # PE memories: (region, pe row, pe col) -> address -> (step, value); a wrong step is a hazard.
         self.data = defaultdict(dict)
         self.acc = defaultdict(Counter)  # (region, bank, pe row, pe col) -> (entry since the first step, row) -> sum
-        self.bank_users = [place for place in self.order if self.program[place[1]].kind in ("mac", "drain")]  # not retired
+        self.bank_users = [place for place in self.order if self.program[place[1]].kind in BANK_USERS]  # not retired
         self.bank_written = {}  # (region, bank) -> cycle of the last write that is on its way
         self.bank_drained = {}  # (region, bank) -> cycle of the last read of a drain
         self.buffers = {}  # (region, 0 or 1) -> multiplications that are still to use its chunk
@@ -287,12 +378,16 @@ class _Machine:
         for (t, item, name, row), total in self.kept.items():
             self.items[0, item].add_up((t, name, row), total, 1)
 
-    def _operand(self, i, t):
+    def _operand(self, i, t, part=None):
         """What a multiplication of step t takes: its size, the step that it is from, its place among the copies in a PE."""
-        layer, part = self.mapping.layers[i.layer].layer, i.parts[0]
-        size = {"ih": layer.input_size, "hh": layer.output_size, "hr": layer.hidden_size}.get(part)
+        layer, part = self.mapping.layers[i.layer].layer, part or i.parts[0]
+        size = {"ih": layer.input_size, "hh": layer.output_size, "hr": layer.hidden_size}.get(part_of(part))
+        if is_transformed(part):  # whole tiles
+            size = -(-size // block_of(part)) * block_of(part)
+        elif part != part_of(part):
+            size = self.items[i.layer, i.item].size(part)
         due = t - 1 if part == "hh" else t
-        return size or self.items[i.layer, i.item].size(part), due, due % COPIES.get(part, 1)
+        return size, due, due % COPIES.get(part, 1)
 
     def _block(self, i):
         return self.mapping.layers[i.layer].blocks[i.parts[0], i.gate]
@@ -333,14 +428,23 @@ class _Machine:
             size, due, _ = self._operand(i, t)
             return (item.arrived[i.parts[0], due] == size and self._has_bank(step, n)
                     and (i.chunk < 0 or (i.region, step, i.chunk) in self.loaded))
-        if i.kind == "drain":
+        if i.kind == "transform":
+            size, due, _ = self._operand(i, t, part_of(i.parts[0]))
+            return item.arrived[part_of(i.parts[0]), due] == size
+        if i.kind == "inverse":
+            return all(self._all_retired(t, key) for key in self.per_step
+                       if key[:3] == (i.layer, i.item, "gather") and part_of(key[5][0]) == i.parts[0])
+        if i.kind == "send":
+            return self._all_retired(t, (i.layer, i.item, "inverse", i.region, "", (part_of(i.parts[0]),), (0, 0)))
+        if i.kind in ("drain", "gather"):
             return self._has_bank(step, n) and all(
                 self._all_retired(t, (i.layer, i.item, "mac", i.region, i.gate, (part,), i.rows)) for part in i.parts)
         if i.kind == "load":
             return (i.region, self._buffer(step, i)) not in self.buffers
         if i.kind == "multicast":
             for layer, part in self._takers(i):  # x overwrites that of two steps before
-                readers = [key for key in self.per_step if key[:3] == (layer, i.item, "mac") and key[5] == ("ih",)]
+                readers = [key for key in self.per_step if key[:2] == (layer, i.item) and (
+                    (key[2], key[5]) == ("mac", ("ih",)) or (key[2] == "transform" and part_of(key[5][0]) == "ih"))]
                 if part == "ih" and t > 1 and not all(self._all_retired(t - 2, key) for key in readers):
                     return False
             return i.parts == ("ih",) or item.complete(t, _sent(i))
@@ -360,7 +464,7 @@ class _Machine:
         i = self.program[n]
         earlier = (self.program[m] for s, m in self.bank_users if (s, m) < (step, n)
                    and self._bank(s, self.program[m]) == self._bank(step, i))
-        return all(other.kind == i.kind for other in earlier)
+        return all((other.kind == "mac") == (i.kind == "mac") for other in earlier)
 
     def _buffer(self, step, i):
         return (step * self.chunks[i.region] + i.chunk) % 2
@@ -383,8 +487,12 @@ class _Machine:
             self.counts["weight_writes"] += words * words_taken(block, self.spec)
             todo = words * block.word_bits
             self.counts["loaded_bits"] += todo
-        elif i.kind == "drain":
+        elif i.kind in ("drain", "gather", "send"):
             todo = list(range(*i.rows))
+        elif i.kind == "transform":
+            todo = self._slots(self._forward_tiles(i, t))
+        elif i.kind == "inverse":
+            todo = self._slots(self._inverse_tiles(i, t))
         elif i.kind == "multicast":
             values = self.x[i.layer][t][i.item] if i.parts == ("ih",) else item.listed(t, _sent(i))
             width = network_words(item.layer, self.spec, i.parts[0])  # a value is there with its last word
@@ -403,6 +511,10 @@ class _Machine:
                 pe = divmod(int(block.pe[number]), block.pe_cols)
                 targets = block.rows[number].tolist(), block.cols[number].tolist(), block.used[number].tolist()
                 macs = [(row, column) for row, column, used in zip(*targets, strict=True) if used]
+                if is_spectral(block.packed):  # whose words are never padding
+                    words[pe].append([(n == 0, _signed(value, row, column, block.unit), row, column, False)
+                                      for n, (row, column) in enumerate(macs)])
+                    continue
                 words[pe].append([(n == 0, value, row, column, column >= block.shape[1] or (sparse and value == 0))
                                   for n, (row, column) in enumerate(macs)])
         return {pe: [mac for word in listed[slice(*i.words)] for mac in word] for pe, listed in words.items()
@@ -412,7 +524,8 @@ class _Machine:
 
     def _work(self, a):
         work = {"mac": self._work_mac, "drain": self._work_drain, "load": self._work_load, "multicast": self._work_multicast,
-                "activation": self._work_activation, "elementwise": self._work_activation}
+                "transform": self._work_transform, "inverse": self._work_transform, "gather": self._work_gather,
+                "send": self._work_send, "activation": self._work_activation, "elementwise": self._work_activation}
         work[a.instruction.kind](a)
 
     def _work_mac(self, a):
@@ -491,10 +604,167 @@ class _Machine:
         self.counts.update({"acc_reads": 1, "link_words": 1})
         if column < self.regions[i.region].cols - 1:
             # It enters the neighbour `link_cycles` later: what lands at the end of a cycle is used in the next.
-            self.landing.append((self.now + self.spec.link_cycles, "link", a, (row, pe_row, column + 1, partial)))
-            a.flying += 1
+            self._hop(a, self.spec.link_cycles, self._pass_on, row, pe_row, column + 1, partial)
         else:
             self._fly(a, 0, lambda: self._reach_edge(a, row, partial))
+
+    def _hop(self, a, cycles, function, *arguments):
+        """A word on its way over a link."""
+        self.landing.append((self.now + cycles, "link", a, (function, *arguments)))
+        a.flying += 1
+
+    # The fft datapath. Words of a tile are the real parts of the bins 0 to k/2, then the imaginary ones of 1 to k/2 - 1.
+
+    def _forward_tiles(self, i, t):
+        """PE -> its transforms: (operations, what reads an operand, what takes the results)."""
+        part, k = i.parts[0], block_of(i.parts[0])
+        size, due, copy = self._operand(i, t, part_of(part))
+        found = defaultdict(list)
+        for first in range(0, self._operand(i, t)[0], k):
+            for pe in self.keepers[i.layer, part, first]:
+                operations, bins = forward_operations([(1, first + n) for n in range(k)])
+
+                def read(column, pe=pe):
+                    if column >= size:  # padding
+                        return 0
+                    tag, x = self.data[pe][i.item, part_of(part), copy, column]
+                    if tag != due:
+                        raise RuntimeError(f"hazard: {i.name} of step {t} reads {column} of step {tag}, cycle {self.now}")
+                    return x
+
+                def store(values, pe=pe, first=first):
+                    self.data[pe] |= {(i.item, part, 0, first + n): (t, value) for n, value in enumerate(values)}
+
+                found[pe].append((operations, _word_operands(bins), read, store))
+        return found
+
+    def _inverse_tiles(self, i, t):
+        found, blocks = defaultdict(list), self.mapping.layers[i.layer].blocks
+        for (part, gate), block in blocks.items():
+            if not is_transformed(part) or part_of(part) != i.parts[0]:
+                continue
+            columns = inverse_columns(blocks, part, gate)
+            for first in range(0, block.shape[0], block.unit):
+                pe = i.region, int(block.pe_row_of_row[first]), int(columns[first])
+                operations, values = inverse_operations(_bins([(1, first + n) for n in range(block.unit)]))
+
+                def read(row, pe=pe, gate=gate):
+                    tag, value = self.data[pe][i.item, "inverse", i.parts[0], gate, row]
+                    if tag != t:
+                        raise RuntimeError(f"hazard: {i.name} of step {t} reads a sum of step {tag}, cycle {self.now}")
+                    return value
+
+                def store(results, pe=pe, gate=gate, first=first):
+                    self.data[pe] |= {(i.item, "inverse", i.parts[0], gate, first + n): (t, value)
+                                      for n, value in enumerate(results)}
+
+                found[pe].append((operations, values, read, store))
+        return found
+
+    def _slots(self, tiles):
+        """What each PE issues in each cycle; a constant that takes several memory words keeps it waiting."""
+        wait_constant = -(-TWIDDLE_BITS // self.spec.weight_word_bits) - 1
+        todo = defaultdict(list)
+        for pe, transforms in tiles.items():
+            for operations, results, read, store in transforms:
+                known = {}  # name -> integer
+                for n, operation in enumerate(operations):
+                    wait = self.spec.mac_ii - 1 + wait_constant * (operation[0] == "mac")
+                    finish = (results, store) if n == len(operations) - 1 else None
+                    todo[pe] += [None] * wait + [(operation, known, read, finish)]
+        return dict(todo)
+
+    def _work_transform(self, a):
+        for slots in a.todo.values():
+            slot = slots.pop(0)
+            if slot is None:
+                continue
+            (kind, name, *terms), known, read, finish = slot
+
+            def value(operand, known=known, read=read):
+                self.counts["data_reads"] += 1
+                sign, where = operand
+                return sign * (known[where] if where in known else read(where))
+
+            self.counts["transform_operations"] += 1
+            if kind == "add":
+                known[name] = value(terms[0]) + value(terms[1])
+                self.counts["data_writes"] += 1
+            else:
+                constant, operand, last = terms
+                self.counts["weight_reads"] += -(-TWIDDLE_BITS // self.spec.weight_word_bits)
+                known[name] = known.get(name, 0) + constant * value(operand)
+                if last:
+                    known[name] = (known[name] + (1 << (TWIDDLE_FRAC - 1))) >> TWIDDLE_FRAC
+                    self.counts["data_writes"] += 1
+            effect = lambda: None  # noqa: E731
+            if finish:
+                values = [sign * (known[where] if where in known else read(where)) for sign, where in finish[0]]
+                effect = lambda store=finish[1], values=values: store(values)  # noqa: E731
+            self._fly(a, self.spec.mac_latency, effect)
+        a.todo = {pe: slots for pe, slots in a.todo.items() if slots}
+
+    def _work_gather(self, a):
+        """The sums of a row come from both ends of its PE row to the PE that has its inverse."""
+        i, local, block = a.instruction, a.todo.pop(0), self._block(a.instruction)
+        columns = inverse_columns(self.mapping.layers[i.layer].blocks, i.parts[0], i.gate).tolist()
+        for row, pe_row in enumerate(block.pe_row_of_row.tolist()):
+            if block.local_of_row[row] == local:
+                way = row, pe_row, columns[row]
+                if columns[row] > 0:
+                    self._gather(a, way, 0, 1, 0)
+                if columns[row] < block.pe_cols - 1:
+                    self._gather(a, way, block.pe_cols - 1, -1, 0)
+
+    def _gather(self, a, way, column, direction, partial):
+        i, bank, (row, pe_row, end) = a.instruction, self._bank(a.step, a.instruction), way
+        if self.bank_written.get(bank, -1) >= self.now:
+            raise RuntimeError(f"hazard: {i.name} of step {a.step} reads the bank {bank} that is written, cycle {self.now}")
+        if column != end:
+            self.bank_drained[bank] = self.now
+            partial += self.acc[*bank, pe_row, column][self._entry(a.step, i), row]
+            self.counts.update({"acc_reads": 1, "link_words": 1})
+            self._hop(a, self.spec.link_cycles, self._gather, way, column + direction, direction, partial)
+            return
+        a.met[row].append(partial)
+        if len(a.met[row]) == (end > 0) + (end < self.regions[i.region].cols - 1):
+            self.bank_drained[bank] = self.now
+            total = sum(a.met[row]) + self.acc[*bank, pe_row, end][self._entry(a.step, i), row]
+            self.counts["acc_reads"] += 1
+            packed, layer = self._block(i).packed, self.items[i.layer, i.item].layer
+            shift = packed.multiplication(layer.signals[PARTS[part_of(i.parts[0])]].magnitude).shift  # decided when packed
+            total = (total + (1 << shift >> 1)) >> shift
+            place = i.item, "inverse", part_of(i.parts[0]), i.gate, row
+            self._fly(a, 0, lambda: self._keep(i, (pe_row, end), place, (a.t, total)))
+        else:
+            self._fly(a, 0, lambda: None)
+
+    def _keep(self, i, pe, place, value):
+        self.data[i.region, *pe][place] = value
+        self.counts["data_writes"] += 1
+
+    def _work_send(self, a):
+        """Each row leaves its PE when a word from the first PE column would pass there, so that no two meet on a link."""
+        i, local, block = a.instruction, a.todo.pop(0), self._block(a.instruction)
+        columns = inverse_columns(self.mapping.layers[i.layer].blocks, i.parts[0], i.gate).tolist()
+        for row, pe_row in enumerate(block.pe_row_of_row.tolist()):
+            if block.local_of_row[row] == local and columns[row]:
+                self._hop(a, columns[row] * self.spec.link_cycles, self._send, row, pe_row, columns[row], None)
+            elif block.local_of_row[row] == local:
+                self._send(a, row, pe_row, 0, None)
+
+    def _send(self, a, row, pe_row, column, value):
+        i = a.instruction
+        if value is None:
+            tag, value = self.data[i.region, pe_row, column][i.item, "inverse", part_of(i.parts[0]), i.gate, row]
+            self.counts["data_reads"] += 1
+            if tag != a.t:
+                raise RuntimeError(f"hazard: {i.name} of step {a.t} reads a result of step {tag}, cycle {self.now}")
+        self.counts["link_words"] += 1
+        if column < self.regions[i.region].cols - 1:
+            self._hop(a, self.spec.link_cycles, self._send, row, pe_row, column + 1, value)
+        else:
+            self._fly(a, 0, lambda: self._reach_edge(a, row, value))
 
     def _reach_edge(self, a, row, partial):
         i = a.instruction
@@ -564,7 +834,7 @@ class _Machine:
         # A word on a link enters the next PE during its cycle, so links go before what ends with the cycle.
         for _, _, a, hop in [item for item in self.landing if item[:2] == (self.now, "link")]:
             a.flying -= 1
-            self._pass_on(a, *hop)
+            hop[0](a, *hop[1:])
         ended = []
         for _, _, a, effect in [item for item in self.landing if item[:2] == (self.now, "value")]:
             effect()
@@ -579,7 +849,7 @@ class _Machine:
     def _retire(self, a):
         i = a.instruction
         self.retired[a.t, _key(i)] += 1
-        if i.kind in ("mac", "drain"):
+        if i.kind in BANK_USERS:
             self.bank_users.remove((a.step, a.number))
         if i.kind == "load":
             self.loaded.add((i.region, a.step, i.chunk))
@@ -588,7 +858,9 @@ class _Machine:
             self.buffers[buffer] -= 1
             if not self.buffers[buffer]:  # all items have used the chunk
                 del self.buffers[buffer]
-        elif i.kind == "drain":
+        elif i.kind == "transform":
+            self.items[i.layer, i.item].arrived[i.parts[0], a.t] = self._operand(i, a.t)[0]
+        elif i.kind in ("drain", "gather"):
             for place, sums in self.acc.items():
                 if place[:2] == self._bank(a.step, i):
                     for key in [key for key in sums if key[0] == self._entry(a.step, i)]:

@@ -13,6 +13,7 @@ import numpy as np
 from workbench.array.spec import GROUP, ArraySpec, ceil_div
 from workbench.fixedpoint import ExactMatrix, QFormat
 from workbench.packed import PARTS, PackedCirculant, PackedDense, PackedLayer, PackedLowRank, PackedSparse
+from workbench.spectrum import OPERAND_BITS, TWIDDLE_BITS, SpectralProduct, real_operations
 
 STREAM_SHARES = (2, 4, 8, 16, 32, 64)  # one half of the streaming double buffer takes 1/n of the weight memory
 COPIES = {"ih": 2, "hh": 1, "hr": 1}  # of the vector that a part multiplies, in a PE's data memory: x comes one step ahead
@@ -127,13 +128,34 @@ def _diagonals(k, unit):
     return diagonals, (np.arange(unit) + diagonals[:, None]) % k
 
 
+def _spectral_words(packed, pe_cols, unit):
+    """Whole tiles of the fft datapath: a word of a bin's real or imaginary part multiplies both parts of the inputs' bin, those
+    of the bins 0 and k/2 the real one only. Rows and columns are those of the spectra's words; a tile's are its own."""
+    k, bins = packed.block, packed.block // 2 + 1
+    rows, cols, word = (axis.ravel() for axis in np.indices(packed.spectrum.shape))
+    real = word < bins
+    other = np.where(real, word + bins - 1, word - bins + 1)  # the bin's other part
+    used = np.stack([np.ones(word.size, dtype=bool), (word % (bins - 1) != 0) | ~real], axis=1)
+    other = np.where(used[:, 1], other, word)
+    # Real with real to real, then with imaginary to imaginary; imaginary with imaginary to real, then with real to imaginary.
+    to = np.stack([np.where(real, word, other), np.where(real, other, word)], axis=1)
+    times = np.stack([word, other], axis=1)
+    return _Words(packed.spectrum.ravel(), rows[:, None] * k + to, cols[:, None] * k + times, used,
+                  np.zeros(word.size, dtype=np.int64), rows * k, cols * k, packed.spectrum_bits)
+
+
 FORMS = {PackedDense: _dense_words, PackedSparse: _sparse_words, PackedCirculant: _circulant_words}
+
+
+def is_spectral(packed) -> bool:
+    """Whether a block is multiplied in the frequency domain."""
+    return isinstance(packed, PackedCirculant) and packed.spectral
 
 
 def _stored_words(packed, pe_cols, unit):
     if type(packed) not in FORMS:
         raise ValueError(f"the array maps {', '.join(form.__name__ for form in FORMS)} so far, got {type(packed).__name__}")
-    return FORMS[type(packed)](packed, pe_cols, unit)
+    return (_spectral_words if is_spectral(packed) else FORMS[type(packed)])(packed, pe_cols, unit)
 
 
 def _alike(packed) -> bool:
@@ -157,6 +179,11 @@ def tile_unit(packed, region: Region, acc_depth: int, split_tiles: bool) -> int:
     if not isinstance(packed, PackedCirculant):
         return 1
     k, (rows, cols) = packed.block, packed.shape
+    if packed.spectral:
+        if k > acc_depth:
+            raise ValueError(f"a tile of the fft datapath needs {k} accumulators of one PE, the array has {acc_depth} "
+                             "(acc_depth)")
+        return k
     units = [u for u in range(min(k, acc_depth), 0, -1) if k % u == 0]
 
     def fullest_pe(unit):
@@ -306,6 +333,13 @@ class BlockMapping:
         np.add.at(out, (words.rows, words.cols), words.values[:, None] * words.used)
         return out[:, : self.shape[1]]
 
+    def spectrum(self) -> np.ndarray:
+        """(out // k, ceil(in / k), k) words of a block of the fft datapath, rebuilt likewise."""
+        words, out = self.written_out(), np.zeros(self.packed.spectrum.shape, dtype=np.int64)
+        (tile_row, _), (tile_col, word) = (np.divmod(places[:, 0], self.unit) for places in (words.rows, words.cols))
+        np.add.at(out, (tile_row, tile_col, word), words.values)
+        return out
+
     def data_columns(self) -> np.ndarray:
         """(pe_cols, columns) bool: the inputs that each PE column keeps, padding zeros included."""
         columns = ceil_div(self.shape[1], self.unit) * self.unit
@@ -444,19 +478,26 @@ def sums_of(layer: PackedLayer) -> dict[str, tuple[tuple[str, str], ...]]:
 
 def part_of(part: str) -> str:
     """The part of the layer to which a part on the array belongs. An inner part "ih.i" is what V of the low-rank block
-    ("ih", "i") makes of x, and what U multiplies."""
+    ("ih", "i") makes of x, and what U multiplies; "ih.fft8" are the spectra of x for blocks of 8 of the fft datapath."""
     return part.split(".")[0]
 
 
+def is_transformed(part: str) -> bool:
+    """Whether an inner part is made by a transform in the PEs, so that it never passes the network."""
+    return ".fft" in part
+
+
 def array_blocks(layer: PackedLayer, parts=None) -> dict[tuple[str, str], object]:
-    """(part, gate) -> what the array stores and multiplies: the layer's blocks, of all its parts or some; of a low-rank block
-    V, and under an inner part of its own U."""
+    """(part, gate) -> what the array stores and multiplies: the layer's blocks, of all its parts or some, those of the fft
+    datapath under the inner part of their spectra; of a low-rank block V, and under an inner part of its own U."""
     stored = {}
     for part, gate in (p for p in layer.products if p[0] in (parts or PARTS)):
         block = layer.block(part, gate)
         if isinstance(block, PackedLowRank):
             stored[part, gate] = PackedDense(block.right, block.fmt)
             stored[f"{part}.{gate}", gate] = PackedDense(block.left, block.fmt)
+        elif is_spectral(block):
+            stored[f"{part}.fft{block.block}", gate] = block
         else:
             stored[part, gate] = block
     return stored
@@ -466,9 +507,9 @@ def array_sums(layer: PackedLayer) -> dict[str, tuple[tuple[str, str], ...]]:
     """sums_of on the array: U of a low-rank block stands in the sum, what V gives is a sum before it, named after the inner
     part: those of all gates first, so that they are on their way to the PEs when U is due; that of a projection before it."""
     stored = array_blocks(layer)
-    inner = {part: ((part_of(part), gate),) for part, gate in stored if part != part_of(part)}
-    sums = {name: tuple((f"{part}.{gate}" if f"{part}.{gate}" in inner else part, gate) for part, gate in products)
-            for name, products in sums_of(layer).items()}
+    inner = {part: ((part_of(part), gate),) for part, gate in stored if part != part_of(part) and not is_transformed(part)}
+    added = {(part_of(part), gate): (part, gate) for part, gate in stored}  # of a low-rank block the last, U
+    sums = {name: tuple(added[p] for p in products) for name, products in sums_of(layer).items()}
     last = {name: products for name, products in (inner | sums).items() if name in ("hr.p", "p")}
     return {name: products for name, products in (inner | sums).items() if name not in last} | last
 
@@ -480,8 +521,10 @@ def kept_at_edge(layer: PackedLayer, i) -> bool:
 
 
 def operand_bits(layer: PackedLayer, part: str) -> int:
-    """Width of what a part on the array multiplies: of a signal, or of the sums of V x."""
+    """Width of what a part on the array multiplies: of a signal, of the sums of V x, or of what a transform takes and gives."""
     fmt = layer.operand(part_of(part))
+    if is_transformed(part):
+        return OPERAND_BITS
     return fmt.bits if part == part_of(part) else layer.block(*part.split(".")).inner_bits(fmt.magnitude)
 
 
@@ -524,13 +567,16 @@ def map_blocks(
 def _share_accumulators(layer, layout, products, unit) -> bool:
     """W_ih and W_hh of a gate add up in the same accumulators if their products have the same fraction, they lie in the
     same region, their rows are dealt in units of the same size and both or neither have a delta threshold; else each sum is
-    drained and shifted at the edge. products: of one sum; unit: (part, gate) -> rows per unit."""
+    drained and shifted at the edge, as what an inverse transform gives always is. products: of one sum; unit: (part, gate) ->
+    rows per unit."""
     if len(products) == 1:
         return False
     if len({PARTS[part_of(part)] in layer.delta for part, _ in products}) > 1:
         return False  # one of them is added to sums that are kept, the other is not
     _, *shifts = layer.alignment(products[0][1])
     stored = array_blocks(layer)
+    if any(is_spectral(stored[p]) for p in products):
+        return False
     regions = {layout.region_of(stored[p]) for p in products}
     return shifts == [0, 0] and len(regions) == len({unit[p] for p in products}) == 1
 
@@ -539,14 +585,15 @@ def _share_accumulators(layer, layout, products, unit) -> bool:
 class Instruction:
     """One entry of a step's program. It says what is done, by which resource; never when.
 
-    kind: mac, drain, activation, elementwise, multicast or load. parts: of the blocks, or of those that a multicast is for.
-    rows: local rows [low, high) of the pass. words: slice of each PE's words for those rows. entry: number of what is
-    summed and drained together, in its region, in the order of the drains from the first of this program step on; the
-    accumulator banks take the entries in turn, over all steps. chunk: number of the streamed chunk in its region and step, or
-    -1. sum: (sums_of) that it adds to, drains, or takes off the edge. takes: names of those whose values it takes. values: that
-    activation units compute, each counted as `event`, or words of a multicast. item: sequence of the batch. lag: step s of
-    the program does this for step s - lag of the sequence, so that -1 is one step ahead. layer: number among the layers that
-    run side by side.
+    kind: mac, drain, activation, elementwise, multicast or load; of the fft datapath transform (forward), gather (drained sums
+    meet in the PE that has their inverse), inverse, and send (what it gives goes to the edge). parts: of the blocks, or of
+    those that a multicast is for. rows: local rows [low, high) of the pass. words: slice of each PE's words for those rows.
+    entry: number of what is summed and drained (or gathered) together, in its region, in the order of the drains from the first
+    of this program step on; the accumulator banks take the entries in turn, over all steps. chunk: number of the streamed chunk
+    in its region and step, or -1. sum: (sums_of) that it adds to, drains, or takes off the edge. takes: names of those whose
+    values it takes. values: that activation units compute, each counted as `event`, or words of a multicast. item: sequence of
+    the batch. lag: step s of the program does this for step s - lag of the sequence, so that -1 is one step ahead. layer:
+    number among the layers that run side by side.
     """
 
     name: str
@@ -785,10 +832,13 @@ def _renumbered(i, layer, first_region, lag):
 
 def multiplication(layer: PackedLayer, blocks, part: str, gate: str):
     """What a block of a layer does to vectors, from its words as they lie in the PEs (blocks: what map_blocks gives)."""
+    packed, magnitude = layer.block(part, gate), layer.signals[PARTS[part]].magnitude
+    if is_spectral(packed):
+        return SpectralProduct(blocks[f"{part}.fft{packed.block}", gate].spectrum(), packed.shape[1], magnitude)
     weights = blocks[part, gate].dense()
     if (inner := (f"{part}.{gate}", gate)) in blocks:
         weights = blocks[inner].dense() @ weights
-    return ExactMatrix(weights, layer.signals[PARTS[part]].magnitude)
+    return ExactMatrix(weights, magnitude)
 
 
 def words_taken(block: BlockMapping, spec: ArraySpec) -> int:
@@ -809,9 +859,10 @@ def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, 
     if used.max() > 1 or used.sum() != sum(region.rows * region.cols for region in layout.regions):
         raise ValueError(f"{layout} needs regions that do not overlap, inside {spec.rows} x {spec.cols} PEs")
     blocks = map_blocks(layer, spec, layout, parts) if blocks is None else blocks
-    if 2 * layout.stream_words > spec.weight_words:
-        raise ValueError(f"{layout} needs two buffers of {layout.stream_words} words per PE, the array has {spec.weight_words} "
-                         "(weight_words)")
+    if 2 * layout.stream_words + (constants := _constants(spec, layout, blocks)) > spec.weight_words:
+        beside = f" beside {constants} words of constants" * (constants > 0)
+        raise ValueError(f"{layout} needs two buffers of {layout.stream_words} words per PE{beside}, the array has "
+                         f"{spec.weight_words} (weight_words)")
     builder = _ProgramBuilder(layer, spec, layout, blocks, batch)
     mapping = LayerMapping(layer, spec, layout, blocks, builder.program(), builder.resident, builder.streamed_bits, batch,
                            len(builder.passes))
@@ -824,12 +875,14 @@ def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, 
 def candidate_layouts(layer: PackedLayer, spec: ArraySpec, within: Region | None = None) -> list[Layout]:
     """Every arrangement of regions on the array, or within a part of it, with whole and with split circulant tiles; where
     sparse and other blocks meet, the array is also split in two by group columns or by group rows."""
-    kinds, place = {type(block) for block in array_blocks(layer).values()}, within or Region(0, 0, spec.rows, spec.cols)
+    stored = array_blocks(layer).values()
+    cut = any(isinstance(block, PackedCirculant) and not block.spectral for block in stored)
+    kinds, place = {type(block) for block in stored}, within or Region(0, 0, spec.rows, spec.cols)
     arrangements = [(place,)]
     if PackedSparse in kinds and len(kinds) > 1:
         arrangements += strips(place, 2)
     return [Layout(regions, split_tiles=split)
-            for regions, split in product(arrangements, (False, True) if PackedCirculant in kinds else (False,))]
+            for regions, split in product(arrangements, (False, True) if cut else (False,))]
 
 
 def strips(place: Region, count: int) -> list[tuple[Region, ...]]:
@@ -855,7 +908,8 @@ def least_cycles(layer: PackedLayer, spec: ArraySpec, layout: Layout, parts=None
             busy[number] += max(ceil_div(block.stored_values, region.rows * region.cols), ceil_div(rows, region.rows))
         else:
             unit = tile_unit(block, region, spec.acc_depth, layout.split_tiles)
-            busy[number] += _pieces_of_fullest_pe(rows, cols, unit, region) * unit * unit
+            macs = 2 * unit - 2 if is_spectral(block) else unit * unit
+            busy[number] += _pieces_of_fullest_pe(rows, cols, unit, region) * macs
     return max(busy) * spec.mac_ii
 
 
@@ -870,7 +924,8 @@ def sized_layouts(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks) -
     if _fits(layer, spec, layout, blocks):
         return [layout]
     widest = max(words_taken(block, spec) for block in blocks.values())
-    sizes = [spec.weight_words // n for n in STREAM_SHARES if spec.weight_words // n >= widest] or [0]
+    room = spec.weight_words - _constants(spec, layout, blocks)
+    sizes = [room // n for n in STREAM_SHARES if room // n >= widest] or [0]
     return [replace(layout, stream_words=size) for size in sizes]
 
 
@@ -895,8 +950,9 @@ def fitting_mappings(layer: PackedLayer, spec: ArraySpec, layout: Layout, batch:
 
 def check_layer(layer, spec):
     """Refuse a layer whose words or sums are wider than the array's."""
-    if layer.spectral_blocks:
-        raise ValueError(f"the array maps the datapath time so far, got fft for {', '.join(layer.spectral_blocks)}")
+    if layer.spectral_blocks and spec.lookahead > 1:
+        raise ValueError(f"the array skips no zeros (lookahead {spec.lookahead}) in layers on the datapath fft, got "
+                         f"{', '.join(layer.spectral_blocks)}")
     multiplied = [layer.operand(part) for part in dict(layer.products)]
     widest = max(multiplied + [block.fmt for block in layer.blocks.values()], key=lambda fmt: fmt.bits)
     if widest.bits > spec.word_bits:
@@ -906,21 +962,25 @@ def check_layer(layer, spec):
 
 
 def parts_of(layer: PackedLayer) -> tuple[str, ...]:
-    """Its parts on the array; what each multiplies (PARTS, and for an inner part the sums of V) is multicast to the PEs."""
-    return tuple(dict.fromkeys(part for part, _ in array_blocks(layer)))
+    """Its parts on the array: what each multiplies is kept by the PEs."""
+    return tuple(dict.fromkeys(p for part, _ in array_blocks(layer) for p in (part_of(part), part)))
 
 
 def data_words_kept(layer, layout: Layout, blocks) -> list[np.ndarray]:
     """Per region (pe_cols,): data words of each PE for an item, its columns of x twice (one step ahead), of all else once
-    (COPIES)."""
-    return [sum(COPIES.get(part, 1) * columns_kept(layer, layout, blocks, part, n).sum(axis=1) for part in parts_of(layer))
+    (COPIES), and of the fft datapath the sums that an inverse takes and what it gives in the same places."""
+    kept = [sum(COPIES.get(part, 1) * columns_kept(layer, layout, blocks, part, n).sum(axis=1) for part in parts_of(layer))
             for n in range(len(layout.regions))]
+    for part in PARTS:
+        for (k, region), tiles in inverse_tiles(layout, blocks, part).items():
+            kept[region] = kept[region] + k * tiles.max(axis=0)
+    return kept
 
 
 def columns_kept(layer, layout, blocks, part: str, region: int) -> np.ndarray:
     """(pe_cols, columns) bool: columns of what a part multiplies that the PE columns of a region keep."""
     mine = [block.data_columns() for (p, _), block in blocks.items()
-            if p == part and layout.region_of(block.packed) == region]
+            if part in (p, part_of(p) if is_transformed(p) else p) and layout.region_of(block.packed) == region]
     kept = np.zeros((layout.regions[region].cols, max((m.shape[1] for m in mine), default=0)), dtype=bool)
     for m in mine:
         kept[:, : m.shape[1]] |= m
@@ -936,7 +996,56 @@ def _region_words(layer, spec, layout, blocks, region):
     """(pe_rows, pe_cols) memory words of all blocks of a region."""
     r = layout.regions[region]
     return sum((block.weight_words * words_taken(block, spec) for block in blocks.values()
-                if layout.region_of(block.packed) == region), np.zeros((r.rows, r.cols), dtype=np.int64))
+                if layout.region_of(block.packed) == region),
+               np.full((r.rows, r.cols), _constant_words(spec, layout, blocks, region)))
+
+
+def _constant_words(spec, layout, blocks, region) -> int:
+    """Memory words of the constants of transforms in each PE of a region: k/4 - 1 cosines, for every size up to the largest k;
+    the sines are the same in reverse."""
+    largest = max((block.unit for block in blocks.values() if is_spectral(block.packed)
+                   and layout.region_of(block.packed) == region), default=0)
+    return max(largest // 4 - 1, 0) * constant_taken(spec)
+
+
+def _constants(spec, layout, blocks) -> int:
+    """Of the region that needs the most."""
+    return max(_constant_words(spec, layout, blocks, n) for n in range(len(layout.regions)))
+
+
+def constant_taken(spec: ArraySpec) -> int:
+    """Memory words of one constant of a transform."""
+    return ceil_div(TWIDDLE_BITS, spec.weight_word_bits)
+
+
+def transform_cycles(k: int, back: bool, spec: ArraySpec) -> int:
+    """Cycles for which one transform of k holds its PE: each addition and each multiply-accumulate mac_ii, each further memory
+    word of a constant one."""
+    adds, macs = real_operations(k, back)
+    return (adds + macs) * spec.mac_ii + macs * (constant_taken(spec) - 1)
+
+
+def inverse_columns(blocks, part: str, gate: str) -> np.ndarray:
+    """(out,) PE column that has the inverse transform of each row's tile: tiles of a PE row go round its PE columns, those of
+    one gate after those of the other. part: ("ih.fft8") of the block."""
+    first = 0
+    for (other, of_gate), block in blocks.items():
+        if is_transformed(other) and part_of(other) == part_of(part):
+            if (other, of_gate) == (part, gate):
+                return (first + block.local_of_row // block.unit) % block.pe_cols
+            first += int(block.local_rows.max()) // block.unit
+    raise KeyError((part, gate))
+
+
+def inverse_tiles(layout: Layout, blocks, part: str) -> dict[tuple[int, int], np.ndarray]:
+    """(k, region) -> (pe_rows, pe_cols) inverse transforms of each PE in one step, for the blocks of a part of the layer."""
+    found = {}
+    for (other, gate), block in blocks.items():
+        if is_transformed(other) and part_of(other) == part:
+            key = block.unit, layout.region_of(block.packed)
+            tiles = found.setdefault(key, np.zeros((block.pe_rows, block.pe_cols), dtype=np.int64))
+            np.add.at(tiles, (block.pe_row_of_row[:: block.unit], inverse_columns(blocks, other, gate)[:: block.unit]), 1)
+    return found
 
 
 def _phases(layer) -> list[list[Instruction]]:
@@ -1038,16 +1147,18 @@ class _ProgramBuilder:
     def _region_segments(self, region, entries, resident, items):
         """Lists of instructions, each ending with a drain; in each accumulation group the input parts come first, as they need
         only x."""
-        segments = []
+        segments, transformed = [], set()
+        spectral = {part: [e for e in entries if is_transformed(e.parts[0]) and part_of(e.parts[0]) == part] for part in PARTS}
         for group in _groups(entries, self.spec, self.drains[region], len(items)):
             pending = [i for n, e in group for part in e.parts if part_of(part) == "ih"
-                       for i in self._macs(region, n, e, part, resident, items)]
+                       for i in self._products(region, n, e, part, resident, items, transformed)]
             for n, e in group:
                 for part in e.parts:
                     if part_of(part) != "ih":
-                        pending += self._macs(region, n, e, part, resident, items)
+                        pending += self._products(region, n, e, part, resident, items, transformed)
+                kind = "gather" if is_transformed(e.parts[0]) else "drain"
                 for place, item in enumerate(items):
-                    pending.append(Instruction(f"drain {e.gate} {'+'.join(e.parts)}", "drain", f"links {region}", e.gate,
+                    pending.append(Instruction(f"{kind} {e.gate} {'+'.join(e.parts)}", kind, f"links {region}", e.gate,
                                                e.parts, region, (e.low, e.high), entry=n + place, sum=e.sum, item=item))
                     segments.append(pending)
                     pending = []
@@ -1055,7 +1166,31 @@ class _ProgramBuilder:
                         # What V gives goes back to the PEs once all of it is there.
                         segments.append([Instruction(f"{e.sum} to PEs", "multicast", "network", parts=(e.sum,), sum=e.sum,
                                                      values=self.blocks[e.parts[0], e.gate].shape[0], item=item)])
+                if kind == "gather" and e is spectral[part_of(e.parts[0])][-1]:
+                    segments += self._inverses(region, spectral[part_of(e.parts[0])], items)
         self.drains[region] += len(entries) * len(items)
+        return segments
+
+    def _products(self, region, number, entry, part, resident, items, transformed):
+        """The multiplications of an entry; before the first that takes the spectra of a vector, the transform makes them."""
+        made = []
+        if is_transformed(part) and part not in transformed:
+            transformed.add(part)
+            made = [Instruction(f"forward {part}", "transform", f"PEs {region}", parts=(part,), region=region, item=item)
+                    for item in items]
+        return made + self._macs(region, number, entry, part, resident, items)
+
+    def _inverses(self, region, entries, items):
+        """Once all sums of spectrum products of a part are in their PEs: the inverse transforms, then what they give to the
+        edge, gate by gate. entries: of the part, several of a gate where its rows take several passes."""
+        segments, part = [], part_of(entries[0].parts[0])
+        for item in items:
+            pending = [Instruction(f"inverse {part}", "inverse", f"PEs {region}", parts=(part,), region=region, item=item)]
+            for e in {e.gate: e for e in entries}.values():
+                pending.append(Instruction(f"send {e.gate} {part}", "send", f"links {region}", e.gate, e.parts, region,
+                                           (0, e.high), sum=e.sum, item=item))
+                segments.append(pending)
+                pending = []
         return segments
 
     def _resident_slices(self, region, entries):
@@ -1066,7 +1201,9 @@ class _ProgramBuilder:
         if not all_fit and not self.layout.stream_words:
             raise ValueError(f"the weights of a region take {used.max()} words in its fullest PE, the array has "
                              f"{self.spec.weight_words} (weight_words) and the layout has no streaming buffer")
-        left, kept = self.spec.weight_words - 2 * self.layout.stream_words, {}
+        constants = _constant_words(self.spec, self.layout, self.blocks, region)
+        self.resident[self.layout.regions[region].window] += constants
+        left, kept = self.spec.weight_words - 2 * self.layout.stream_words - constants, {}
         for part in sorted(self.parts, key=lambda part: part_of(part) == "ih"):  # stable: hh, hr, ih
             blocks = {e: self.blocks[part, e.gate] for e in entries if part in e.parts}
             counts = {e: block.words_between(e.low, e.high) for e, block in blocks.items()}

@@ -27,19 +27,26 @@ from workbench.array.mapping import (
     candidate_layouts,
     check_layer,
     columns_kept,
+    constant_taken,
+    inverse_columns,
+    inverse_tiles,
+    is_transformed,
     kept_at_edge,
     least_cycles,
     least_loaded_bits,
     map_blocks,
     map_layer,
     network_words,
+    part_of,
     sized_layouts,
+    transform_cycles,
     units_of,
     words_taken,
 )
 from workbench.array.skipping import work_of
 from workbench.array.spec import ArraySpec, ceil_div
 from workbench.packed import PackedLayer
+from workbench.spectrum import real_operations
 
 MAX_TRANSIENT = 8192  # steps within which a schedule must have become periodic
 MAX_PERIOD = 12  # steps per period that are looked for
@@ -48,7 +55,9 @@ BOUND_BY = {"compute": ("multiply", "stall"), "memory": ("load",), "links": ("dr
             "activation": ("activation",)}
 EVENTS = ("macs", "padding_macs", "weight_reads", "data_reads", "acc_reads", "acc_writes", "link_words", "activation_lookups",
           "elementwise_multiplies", "roundings", "multicast_words", "data_writes", "loaded_bits", "weight_writes",
-          "skipped_macs")
+          "skipped_macs", "transform_operations")
+# What other kinds of operation count as in the split.
+COUNTED_AS = {"elementwise": "activation", "transform": "mac", "inverse": "mac", "gather": "drain", "send": "drain"}
 ABSENT = -1  # the start of an instruction whose step of the sequence does not exist
 # Part -> (steps of the sequence back, multicast) of what it multiplies; what V of a low-rank block gives is of the same step.
 ARRIVES = {"ih": (0, "x to PEs"), "hh": (1, "h to PEs"), "hr": (0, "m to PEs")}
@@ -124,6 +133,34 @@ def time_program(mapping) -> tuple[Timed, ...]:
             hoisted = rows * (layer.fills_edge and i.sum in layer.layer.gates)
             return Timed(high - low, (block.pe_cols - 1) * spec.link_cycles, needs,
                          {"acc_reads": words + kept, "acc_writes": kept + hoisted, "link_words": words})
+        if i.kind in ("transform", "inverse"):
+            back, region = i.kind == "inverse", layer.layout.regions[-1]
+            if back:
+                tiles = inverse_tiles(layer.layout, layer.blocks, i.parts[0]).items()
+                counted_tiles = [(k, number) for (k, _), number in tiles]
+            else:
+                k = int(i.parts[0].split(".fft")[1])
+                kept = columns_kept(layer.layer, layer.layout, layer.blocks, i.parts[0], len(layer.layout.regions) - 1)
+                counted_tiles = [(k, np.tile(kept.sum(axis=1) // k, (region.rows, 1)))]
+            operations = np.array([real_operations(k, back) for k, _ in counted_tiles])
+            adds, macs = (int(total) for total in np.array([number.sum() for _, number in counted_tiles]) @ operations)
+            busy = int(sum(number * transform_cycles(k, back, spec) for k, number in counted_tiles).max())
+            return Timed(busy, spec.mac_latency, needs, {
+                "transform_operations": adds + macs, "data_reads": 2 * adds + macs, "data_writes": adds + macs // 2,
+                "weight_reads": macs * constant_taken(spec)}, (adds + macs) * spec.mac_ii // (region.rows * region.cols))
+        if i.kind == "gather":
+            block, (low, high) = layer.blocks[i.parts[0], i.gate], i.rows
+            columns, rows = inverse_columns(layer.blocks, i.parts[0], i.gate), block.rows_between(low, high)
+            way = np.maximum(columns, block.pe_cols - 1 - columns) * spec.link_cycles
+            inside = (block.local_of_row >= low) & (block.local_of_row < high)
+            last = int((block.local_of_row - low + way)[inside].max())
+            return Timed(high - low, last + 1 - (high - low), needs, {
+                "acc_reads": rows * block.pe_cols, "link_words": rows * (block.pe_cols - 1), "data_writes": rows})
+        if i.kind == "send":
+            block = layer.blocks[i.parts[0], i.gate]
+            words = int((block.pe_cols - inverse_columns(layer.blocks, i.parts[0], i.gate)).sum())
+            return Timed(i.rows[1], (block.pe_cols - 1) * spec.link_cycles, needs, {
+                "data_reads": block.shape[0], "link_words": words, "acc_writes": block.shape[0] * layer.fills_edge})
         if i.kind == "multicast":
             writes = data_writes(layer, i.parts[0], i.values)
             if _taken_above(mapping, i):
@@ -181,7 +218,7 @@ def _needs(mapping):
     """Per instruction the (steps back, number) of those whose end it waits for. In-order resources spare all but the last
     of several that end in order."""
     program, banks = mapping.program, mapping.spec.acc_banks
-    sum_drains, drains, macs, uses = (defaultdict(list) for _ in range(4))
+    sum_drains, drains, gathers, macs, uses = (defaultdict(list) for _ in range(5))
     named, loads, drained_before, last_mac, readers = {}, {}, {}, {}, defaultdict(dict)
     chunks = Counter(i.region for i in program if i.kind == "load")
     for n, i in enumerate(program):
@@ -194,24 +231,35 @@ def _needs(mapping):
                 readers[i.layer, i.item][i.region] = n  # the last of each region
             if i.chunk >= 0:
                 uses[i.region, i.chunk].append(n)
-        elif i.kind == "drain":
-            sum_drains[i.layer, i.item, i.sum].append(n)
+        elif i.kind in ("drain", "gather"):
+            if i.kind == "drain":
+                sum_drains[i.layer, i.item, i.sum].append(n)
+            else:
+                gathers[i.layer, i.item, part_of(i.parts[0])].append(n)
             drains[i.region].append(n)
             last_mac[n] = next(m for m in reversed(macs[i.region]) if (program[m].entry - i.entry) % banks == 0)
+        elif i.kind == "send":
+            sum_drains[i.layer, i.item, i.sum].append(n)
         elif i.kind == "load":
             loads[i.region, i.chunk] = n
         else:
+            if i.kind == "transform" and part_of(i.parts[0]) == "ih":
+                readers[i.layer, i.item][i.region] = n
             named[i.layer, i.item, i.name] = n
 
     def since(i, m, steps=0):
         """What program[m] did for the same step of the sequence as i, or some steps before."""
         return steps + i.lag - program[m].lag, m
 
+    def arrival(i, part):
+        """What a part multiplies is in the PEs: its multicast, or the transform that makes it."""
+        steps, name = ARRIVES.get(part, (0, f"forward {part}" if is_transformed(part) else f"{part} to PEs"))
+        below = mapping.pipelined and i.layer and part == "ih"
+        return since(i, named[(i.layer - 1, i.item, "h to PEs") if below else (i.layer, i.item, name)], steps)
+
     def needs(n, i):
         if i.kind == "mac":
-            steps, name = ARRIVES.get(i.parts[0], (0, f"{i.parts[0]} to PEs"))
-            below = mapping.pipelined and i.layer and i.parts == ("ih",)
-            yield since(i, named[(i.layer - 1, i.item, "h to PEs") if below else (i.layer, i.item, name)], steps)
+            yield arrival(i, i.parts[0])
             back, entry = divmod(drained_before[n], len(drains[i.region]))
             yield -back, drains[i.region][entry]
             if i.chunk >= 0:
@@ -219,7 +267,13 @@ def _needs(mapping):
         elif i.kind == "load":  # double buffer: the chunk before the last must be used up
             back, chunk = divmod(i.chunk - 2, chunks[i.region])
             yield -back, uses[i.region, chunk][-1]
-        elif i.kind == "drain":
+        elif i.kind == "transform":
+            yield arrival(i, part_of(i.parts[0]))
+        elif i.kind == "inverse":
+            yield from ((0, m) for m in gathers[i.layer, i.item, i.parts[0]])
+        elif i.kind == "send":
+            yield since(i, named[i.layer, i.item, f"inverse {part_of(i.parts[0])}"])
+        elif i.kind in ("drain", "gather"):
             yield 0, last_mac[n]  # of its bank: all earlier ones end before
         elif i.name == "x to PEs":  # its place in the double buffer is free once the former h has passed on the same network
             if mapping.layers[i.layer].fills_edge:
@@ -470,17 +524,17 @@ class Schedule(Readings):
         """The total's cycles by what the critical path waits for, walked back from the last end; sums to `cycles`.
 
         A mac operation's cycles are multiply as far as the mean PE of its region multiplies what is no padding, stall beyond
-        (imbalance, padding, further memory words, pipeline latency). Element-wise operations count as activation.
+        (imbalance, padding, further memory words, pipeline latency). Other kinds count as COUNTED_AS says.
         """
         split = dict.fromkeys(SPLIT, 0)
         multiply = np.broadcast_to(self._of_operations("multiply"), self.rows.shape)
         for row, n, start, until in self.critical_path():
-            kind = self.mapping.program[n].kind
+            kind = COUNTED_AS.get(kind := self.mapping.program[n].kind, kind)
             if kind == "mac":
                 split["multiply"] += int(multiply[row, n])
                 split["stall"] += until - start - int(multiply[row, n])
             else:
-                split["activation" if kind == "elementwise" else kind] += until - start
+                split[kind] += until - start
         split["config"] += self.cycles - sum(split.values())
         return split
 
