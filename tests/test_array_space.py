@@ -9,10 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_array import COARSE, SIGNALS, SMALL, circulant, dense, dense_layer, hybrid_layer, layer_of, pruned, sparse
 
-from workbench.array import ArraySpec, Layout, Region, grid_points, schedule_layer, sweep_space, with_weight_bits
+from workbench.array import (
+    ArraySpec,
+    Layout,
+    Region,
+    grid_points,
+    scaled_points,
+    schedule_layer,
+    smallest_array,
+    sweep_space,
+    with_weight_bits,
+)
 from workbench.array.cost import energy, resources
 from workbench.array.space import FIGURES
 from workbench.methods import BlockCirculant, TopK
+from workbench.pareto import pareto_points
+from workbench.plots import space_figure
+from workbench.tables import smallest_array_table, space_table
 
 
 def expected(layer, space, n, steps, spec):
@@ -159,3 +172,60 @@ def test_weight_bits_keep_the_support_and_the_range():
 def test_a_sweep_refuses(points, message):
     with pytest.raises(ValueError, match=message):
         sweep_space(dense_layer(), points)
+
+
+def test_the_pareto_front_of_three_figures_by_hand():
+    table = {"a": [1, 2, 2, 3, 1, 9], "b": [5, 4, 4, 4, 5, np.nan], "c": [3, 3, 3, 1, 4, 0]}
+    # 2 and 3 are equal; 4 is beaten in a only; 5 by 1, in c; 6 has no b.
+    assert pareto_points(table, ["a", "b", "c"]).tolist() == [True, True, True, True, False, False]
+    assert pareto_points(table, ["b", "c"]).tolist() == [False, False, False, True, False, False]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(0, 4) for _ in range(3)]), min_size=1, max_size=30))
+def test_no_point_beats_one_on_the_front(rows):
+    costs = np.array(rows)
+    beaten = [any((other <= mine).all() and (other < mine).any() for other in costs) for mine in costs]
+    assert pareto_points(dict(zip("abc", costs.T, strict=True)), "abc").tolist() == [not b for b in beaten]
+
+
+def test_the_smallest_array_by_exhaustion():
+    layers = {"dense 16-bit": dense_layer(32, 12, bits=16), "hybrid": hybrid_layer(32, 12, 8)}
+    points = scaled_points(12, weight_words=[64, 2048])
+    spaces = {label: sweep_space(layer, points) for label, layer in layers.items()}
+    for figure, at_most in (("step_us", 1.2), ("cycles", 22_000), ("first_step_latency", 290)):
+        rows = smallest_array(layers, at_most, figure, points)
+        assert [row["label"] for row in rows] == list(layers)
+        for row in rows:
+            space = spaces[row["label"]]
+            meets = np.flatnonzero(space[figure] <= at_most)
+            assert row["meets"] and 0 < meets.size < space["fits"].size
+            assert min((space["rows"][n] * space["cols"][n], space["bram36"][n], space[figure][n]) for n in meets) == (
+                row["pes"], row["bram36"], row[figure])
+    assert rows[0]["act_units"] == rows[0]["rows"] and rows[0]["h_words_per_cycle"] == rows[0]["cols"] // 4
+    (never,) = smallest_array({"dense": layers["dense 16-bit"]}, 0.001, points=points)
+    assert not never["meets"] and never["step_us"] == spaces["dense 16-bit"]["step_us"].min()
+    table = smallest_array_table(rows)
+    assert table.columns.tolist() == list(layers) and table.loc["pes", "hybrid"] == rows[1]["pes"]
+
+
+def test_the_smallest_array_refuses():
+    with pytest.raises(ValueError, match="smallest_array knows the figures steady_state_cycles, .*, got 'speed'"):
+        smallest_array({"dense": dense_layer()}, 1, "speed")
+    with pytest.raises(ValueError, match=r"dense fits none of 2 arrays: a PE needs 4 data words .*, the array has 3"):
+        smallest_array({"dense": dense_layer()}, 1, points={"rows": [4, 8], "cols": [4, 4]}, spec=SMALL.with_(data_words=3))
+
+
+def test_the_picture_of_a_design_space():
+    points = grid_points(rows=[4, 8, 16], cols=[4, 8], weight_words=[1, 2048], load_bits_per_cycle=[16, 512])
+    space = space_table(sweep_space(dense_layer(32, 12), points, steps=5))
+    assert space["front"].sum() and not space["front"][~space["fits"]].any() and 0 < space["fits"].sum() < len(space)
+    figure = space_figure(space)
+    axis, scale = figure.axes
+    assert axis.get_xlabel() == "time of a step (us)  (less is better)" and "BRAM36" in axis.get_ylabel()
+    assert "energy" in scale.get_ylabel()
+    others, front = axis.collections
+    assert len(front.get_offsets()) == space["front"].sum()
+    assert len(others.get_offsets()) == space["fits"].sum() - space["front"].sum()
+    assert f"{(~space['fits']).sum()} cannot hold the layer" in axis.get_title()
+    figure.canvas.draw()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pandas as pd
-from matplotlib.colors import Normalize, SymLogNorm
+from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -247,6 +247,38 @@ def sweep_figure(points: pd.DataFrame, samples: pd.DataFrame, x: str, y: str, lo
                 for side, name in (("x", x), ("y", y))})
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small", title=group[2:], frameon=False)
+    return figure
+
+
+def space_figure(space: pd.DataFrame, x: str = "step_us", y: str = "bram36", colour: str = "energy_high_nj") -> Figure:
+    """Every point of a design space (tables.space_table) by two figures, a third as its colour; those on the front are large
+    and have a black rim. Scales are logarithmic where a figure spans more than a decade."""
+    names = {"step_us": "time of a step (us)", "steady_state_cycles": "cycles of a step", "cycles": "cycles of the sequence",
+             "bram36": "BRAM36", "dsp": "DSPs", "energy_low_nj": "modelled energy of the sequence, low (nJ)",
+             "energy_high_nj": "modelled energy of the sequence, high (nJ)"}
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
+    axis, fits = figure.subplots(), space[space["fits"]]
+
+    def decades(column):
+        return fits[column].min() > 0 and fits[column].max() > 10 * fits[column].min()
+
+    norm = (LogNorm if decades(colour) else Normalize)(fits[colour].min(), fits[colour].max())
+    for on_front, size, rim, label in ((False, 14, "none", "other arrays"), (True, 60, "black", "on the Pareto front")):
+        some = fits[fits["front"] == on_front]
+        dots = axis.scatter(some[x], some[y], c=some[colour], norm=norm, cmap="viridis", s=size, edgecolors=rim, linewidths=1,
+                            alpha=1 if on_front else 0.5, zorder=2 + on_front, label=f"{label} ({len(some)})")
+    for side, column in (("x", x), ("y", y)):
+        if decades(column):
+            getattr(axis, f"set_{side}scale")("log")
+            ticks = getattr(axis, f"{side}axis")
+            ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ticks.set_major_formatter(StrMethodFormatter("{x:g}"))
+            ticks.set_minor_formatter(NullFormatter())
+    axis.set(xlabel=f"{names.get(x, x)}  (less is better)", ylabel=f"{names.get(y, y)}  (less is better)",
+             title=f"{len(fits)} arrays" + f"; {len(space) - len(fits)} cannot hold the layer" * (len(fits) < len(space)))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    figure.colorbar(dots, ax=axis, label=names.get(colour, colour))
     return figure
 
 

@@ -14,6 +14,7 @@ from workbench.array.schedule import EVENTS, SPLIT
 from workbench.array.spec import FIELDS
 from workbench.array.systolic import OMITTED
 from workbench.packed import GATES
+from workbench.pareto import pareto_points
 from workbench.precision import (
     AFTER,
     AS_TRAINED,
@@ -286,6 +287,19 @@ def split_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
 def layout_table(schedule: Schedule) -> pd.DataFrame:
     """Every layout that the scheduler considered for one plan; those without steady-state cycles could not win any more."""
     return pd.DataFrame(schedule.candidates)
+
+
+SPACE_FIGURES = ("step_us", "energy_high_nj", "bram36")  # latency, modelled energy, memory
+
+
+def space_table(space: dict, figures=SPACE_FIGURES) -> pd.DataFrame:
+    """The points of array.sweep_space, a row each, and whether no other is better in all of these figures (`front`)."""
+    return pd.DataFrame(space).assign(front=pareto_points(space, figures))
+
+
+def smallest_array_table(rows: list[dict]) -> pd.DataFrame:
+    """What array.smallest_array found: a column a label."""
+    return pd.DataFrame(rows).set_index("label").drop(columns=["fits", "reason"]).T.rename_axis(columns=None)
 
 
 def energy_table(schedules: dict[str, Schedule]) -> pd.DataFrame:

@@ -23,7 +23,7 @@ from workbench.array.mapping import (
     units_of,
 )
 from workbench.array.schedule import beats, events, run_points, time_program
-from workbench.array.spec import ArraySpec, ceil_div
+from workbench.array.spec import GROUP, ArraySpec, ceil_div
 from workbench.fixedpoint import QFormat
 from workbench.packed import PackedLayer, PackedSparse
 
@@ -44,6 +44,14 @@ def grid_points(**axes) -> dict[str, np.ndarray]:
     """Every combination of the values of the axes, as points for sweep_space; the last axis changes fastest."""
     combined = np.array(list(product(*axes.values())), dtype=np.int64).reshape(-1, len(axes))
     return dict(zip(axes, combined.T, strict=True))
+
+
+def scaled_points(most: int = 32, **axes) -> dict[str, np.ndarray]:
+    """Arrays of up to most x most PEs with all else in step, as the presets have it: an activation unit per PE row and one word
+    of the multicast per cycle and column of groups. axes: further fields, as grid_points takes them."""
+    sides = range(GROUP, most + 1, GROUP)
+    points = grid_points(rows=sides, cols=sides, **axes)
+    return points | {"act_units": points["rows"], "h_words_per_cycle": points["cols"] // GROUP}
 
 
 def with_weight_bits(layer: PackedLayer, bits: int) -> PackedLayer:
@@ -101,6 +109,45 @@ def sweep_space(layer: PackedLayer, points: dict, spec: ArraySpec | None = None,
             _sweep_placing(layers[bits], of_placing, timing, steps, found)
     return points | found | {"step_us": found["steady_state_cycles"] / points.get("clock_mhz", spec.clock_mhz),
                              "fits": found["reason"] == ""}
+
+
+def smallest_array(layers: dict[str, PackedLayer], at_most: float, figure: str = "step_us", points: dict | None = None,
+                   spec: ArraySpec | None = None, steps: int = 100) -> list[dict]:
+    """Of each layer the array with the fewest PEs, of these with the fewest BRAM36, on which a figure of sweep_space (by
+    default the microseconds of a step) is at most so much: a row a label with `pes`, `meets` and the columns of sweep_space.
+
+    points: to choose from, as sweep_space takes them (default: scaled_points()). Where no point meets the limit, the row is the
+    one that comes nearest; where the layer fits nowhere, ValueError has the first reason.
+    """
+    points = _checked(scaled_points() if points is None else points)
+    spec = ArraySpec() if spec is None else spec
+    if figure not in (*FIGURES, "step_us"):
+        raise ValueError(f"smallest_array knows the figures {', '.join((*FIGURES, 'step_us'))}, got {figure!r}")
+    sides = (points.get("rows", spec.rows), points.get("cols", spec.cols))
+    pes = np.broadcast_to(np.multiply(*sides), next(iter(points.values())).shape)
+    return [{"label": label} | _smallest(label, layer, at_most, figure, points, pes, spec, steps)
+            for label, layer in layers.items()]
+
+
+def _smallest(label, layer, at_most, figure, points, pes, spec, steps):
+    nearest, reasons = None, []
+    for count in np.unique(pes).tolist():
+        space = sweep_space(layer, {name: values[pes == count] for name, values in points.items()}, spec, steps)
+        if not space["fits"].any():
+            reasons.append(space["reason"][0])
+            continue
+        meets = space[figure] <= at_most
+        order = np.lexsort((space[figure], np.where(meets, space["bram36"], np.inf), ~meets))
+        row = {name: values[order[0]] for name, values in space.items()}
+        row = {"pes": count, "meets": bool(meets.any())} | {name: getattr(value, "tolist", lambda value=value: value)()
+                                                           for name, value in row.items()}
+        if row["meets"]:
+            return row
+        if nearest is None or row[figure] < nearest[figure]:
+            nearest = row
+    if nearest is None:
+        raise ValueError(f"{label} fits none of {pes.size} arrays: {reasons[0]}")
+    return nearest
 
 
 class _Timing:
