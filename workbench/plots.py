@@ -528,7 +528,7 @@ def acceleration_figure(summary: pd.DataFrame, loss_limit: float, mark: float) -
     axis.set_xscale("log")
     axis.set_yscale("log", base=2)
     for scale, values in ((axis.xaxis, known["cr_disk"]), (axis.yaxis, [*known["acceleration"], mark, 1])):
-        ticks = [tick for tick in sorted({*_RATIO_TICKS, 0.25, 0.5, 1.5, 3, 4, 6, 8, 40, 80, 160})
+        ticks = [tick for tick in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 10, 15, 20, 40, 80, 160, 320, 640)
                  if min(values) / 1.15 <= tick <= max(values) * 1.15]
         scale.set_ticks(ticks, [f"{tick:g}x" for tick in ticks])
         scale.set_minor_formatter(NullFormatter())
@@ -574,35 +574,43 @@ def region_figure(schedules: dict) -> Figure:
 
 def _region_text(mapping, region):
     blocks = {}
-    for part, gate in mapping.blocks:
-        block = mapping.layer.block(part, gate)
-        if mapping.layout.region_of(block) == region:
-            blocks.setdefault(type(block).__name__.removeprefix("Packed").lower(), {}).setdefault(gate, []).append(part)
+    for (_, gate), block in mapping.blocks.items():
+        if mapping.layout.region_of(block.packed) == region:
+            blocks.setdefault(type(block.packed).__name__.removeprefix("Packed").lower(), {})[gate] = None
     return "\n".join(f"{kind}\n{' '.join(gates)}" for kind, gates in blocks.items())
 
 
 def speed_up_figure(curves: pd.DataFrame, published) -> Figure:
-    """Speed-up over the ratio of dense to stored weights, the ideal line beside it: left the matrix-vector phase, right the
-    whole step. curves: as speed_up gives them; published: PublishedSpeedUp."""
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    """Speed-up over the ratio of dense to stored weights, the ideal line beside it, and below it as a share of the ideal: left
+    the matrix-vector phase, right the whole step. curves: as speed_up gives them; published: PublishedSpeedUp."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey="row")
     known = curves[curves["speedup_step"].notna() & (curves["kept"] < 1)]
-    for axis, what, title in zip(axes, ("matvec", "step"), ("matrix-vector phase", "whole step"), strict=True):
-        ends = [1, known["ideal"].max()]
-        axis.plot(ends, ends, color="black", linestyle="--", linewidth=1, label="ideal")
+    ends, shares = [1, known["ideal"].max()], known[["efficiency_matvec", "efficiency_step"]].to_numpy()
+    for (upper, lower), what, title in zip(axes.T, ("matvec", "step"), ("matrix-vector phase", "whole step"), strict=True):
+        upper.plot(ends, ends, color="black", linestyle="--", linewidth=1, label="ideal")
+        lower.axhline(100, color="black", linestyle="--", linewidth=1)
         for n, (form, rows) in enumerate(known.groupby("form", sort=False)):
-            axis.plot(rows["ideal"], rows[f"speedup_{what}"], color=METHOD_COLOURS[n % len(METHOD_COLOURS)], linewidth=1.2,
-                      marker=METHOD_MARKERS[n % len(METHOD_MARKERS)], markersize=7, alpha=0.8, label=form)
-        axis.plot(published.ratio, published.speed_up, "*", color="black", markerfacecolor="none", markersize=15,
-                  label=f"published, {published.work}")
-        axis.set(title=title, xlabel="dense weights / stored weights")
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=2)
-        for scale in (axis.xaxis, axis.yaxis):
+            style = {"color": METHOD_COLOURS[n % len(METHOD_COLOURS)], "marker": METHOD_MARKERS[n % len(METHOD_MARKERS)],
+                     "linewidth": 1.2, "markersize": 7, "alpha": 0.8}
+            upper.plot(rows["ideal"], rows[f"speedup_{what}"], label=form, **style)
+            lower.plot(rows["ideal"], 100 * rows[f"efficiency_{what}"], **style)
+        star = {"color": "black", "markerfacecolor": "none", "markersize": 15, "linestyle": "none", "marker": "*"}
+        upper.plot(published.ratio, published.speed_up, label=f"published, {published.work}", **star)
+        lower.plot(published.ratio, 100 * published.speed_up / published.ratio, **star)
+        upper.set_title(title)
+        upper.set_xscale("log", base=2)
+        upper.set_yscale("log", base=2)
+        lower.set_xlabel("dense weights / stored weights")
+        for scale in (upper.xaxis, upper.yaxis):
             scale.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("times as fast as the dense model")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small", frameon=False)
+        for axis in (upper, lower):
+            axis.grid(alpha=0.3)
+    near = 100 * shares[shares > 0.5].min(initial=0.9)  # what is far below is seen above
+    axes[1, 0].set_ylim(near - 2, 100 * max(1, shares.max()) + 2)
+    axes[0, 0].set_ylabel("times as fast as the dense model")
+    axes[1, 0].set_ylabel("share of the ideal (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small", frameon=False)
     return figure
 
 

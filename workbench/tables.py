@@ -10,6 +10,7 @@ import pandas as pd
 from workbench.acceleration import BY_FFT, STALLS, Acceleration, plan_name, stalls
 from workbench.array import ASSUMPTIONS, SYSTOLIC, ArraySpec, Schedule, crossover, last_cycle, layer_products
 from workbench.array.cost import DEVICES, ENERGY_NOTE, PJ_PER_EVENT, STATIC_POWER, compare, energy, resources
+from workbench.array.mapping import part_of
 from workbench.array.schedule import EVENTS, SPLIT
 from workbench.array.spec import FIELDS
 from workbench.array.systolic import OMITTED
@@ -525,16 +526,15 @@ def acceleration_table(acceleration: Acceleration, loss_limit: float) -> pd.Data
 
 def acceleration_parts_table(acceleration: Acceleration) -> pd.DataFrame:
     """One row per plan and asked ratio: accelerations where multiplications and where the loader bind, with all overhead and
-    without, memory and modelled energy of the sequence; what was refused, with the reason."""
+    without, memory and modelled energy of the sequence."""
     rows = [{
         "plan": plan_name(row["label"], row["target_cr_disk"]), "acceleration": row["acceleration"], "bound": row["bound"],
         "weights resident": row["acceleration_resident"], "multiplications alone": row["acceleration_multiply"],
         "weights streamed": row["acceleration_streamed"], "loads alone": row["acceleration_load"],
         "words in the fullest PE": row["words_per_pe"], "BRAM36": row["bram36"],
-        "energy (nJ, modelled)": _energy_text(row), "layout": row["layout"], "refused": row["refused"],
-    } for row in acceleration.summary.to_dict("records")]
-    table = pd.DataFrame(rows)
-    return table if table["refused"].notna().any() else table.drop(columns="refused")
+        "energy (nJ, modelled)": _energy_text(row), "layout": row["layout"],
+    } for row in acceleration.summary.to_dict("records") if pd.isna(row["refused"])]
+    return pd.DataFrame(rows)
 
 
 def _energy_text(row):
@@ -586,11 +586,11 @@ def region_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
     for label, schedule in schedules.items():
         mapping = schedule.mapping
         for n, region in enumerate(mapping.layout.regions):
-            blocks = [(part, gate) for part, gate in mapping.blocks
-                      if mapping.layout.region_of(mapping.layer.block(part, gate)) == n]
+            blocks = [f"{part_of(part)} {gate}" for (part, gate), block in mapping.blocks.items()
+                      if mapping.layout.region_of(block.packed) == n]
             macs = mapping.macs[region.window]
             rows.append({"plan": label, "PEs": f"{region.rows} x {region.cols}",
-                         "blocks": ", ".join(f"{part} {gate}" for part, gate in blocks), "mean PE": macs.mean(),
+                         "blocks": ", ".join(dict.fromkeys(blocks)), "mean PE": macs.mean(),
                          "fullest PE": macs.max(), "multiplying %": 100 * macs.mean() / schedule.steady_state_cycles})
     return pd.DataFrame(rows)
 
@@ -613,8 +613,8 @@ def speed_up_table(curves: pd.DataFrame) -> pd.DataFrame:
     for what, after in (("matvec", "speed-up"), ("step", "speed-up of the step")):
         table.insert(table.columns.get_loc(after) + 1, f"% of ideal{' (step)' * (what == 'step')}",
                      100 * curves[f"efficiency_{what}"])
-    return table.join(curves[[name for name in STALLS if (curves[name] > 0).any()]]).join(
-        curves[["refused"]] if curves["refused"].notna().any() else None)
+    table = table.join(curves[[name for name in STALLS if (curves[name] > 0).any()]])
+    return table[curves["refused"].isna()]
 
 
 def speed_up_verdict(curves: pd.DataFrame, kept: float):
@@ -631,12 +631,11 @@ def speed_up_verdict(curves: pd.DataFrame, kept: float):
                      f"({100 * row['efficiency_matvec']:.1f} % of the ideal {row['ideal']:.2f}), {row['speedup_step']:.2f} in "
                      f"the whole step ({100 * row['efficiency_step']:.1f} %). Multiplications for each stored weight: "
                      f"{works:.2f}; of a step's cycles not multiplied: {listed(parts)}.")
-    for row in curves[(curves["kept"] == kept) & curves["refused"].notna()].to_dict("records"):
-        lines.append(f"- **{row['form']}**: {row['refused']}.")
     reached = rows[rows["efficiency_step"] >= mark.speed_up / mark.ratio]["form"]
     return Markdown(f"Keeping {kept:g} of the weights. {mark.work} published {mark.speed_up} at a ratio of {mark.ratio:g} "
                     f"({100 * mark.speed_up / mark.ratio:.1f} % of the ideal); that share or more in the whole step: "
-                    f"{listed(reached)}.\n\n" + "\n".join(lines))
+                    f"{listed(reached)}. (More than 100 % is possible: where units and PEs do not divide, the dense model "
+                    f"fills its last PEs worse.)\n\n" + "\n".join(lines))
 
 
 def record_acceleration(acceleration: Acceleration, curves: pd.DataFrame) -> dict:
@@ -666,7 +665,25 @@ def operation_verdict(table: pd.DataFrame, blocks: pd.DataFrame):
 
 
 def overlap_table(table: pd.DataFrame) -> pd.DataFrame:
-    """overlap_study's rows for the eye; a column that is empty is left out."""
+    """overlap_study's rows for the eye, without those that were refused."""
     names = {"plan": "plan", "schedule": "schedule", "cycles": "cycles of all sequences", "per_step": "per step and sequence",
-             "first_step": "until the first h", "layout": "layout", "refused": "refused"}
-    return table[list(names)].rename(columns=names).dropna(axis=1, how="all")
+             "first_step": "until the first h", "layout": "layout"}
+    return table.loc[table["refused"].isna(), list(names)].rename(columns=names)
+
+
+def refusal_note(acceleration: Acceleration, overlap: pd.DataFrame, curves: pd.DataFrame):
+    """What no plan reaches and what the array refused, each reason once, in words."""
+    from IPython.display import Markdown
+
+    missing = acceleration.points.unreachable.to_dict("records")
+    plans, overlaps, forms = (table[table["refused"].notna()].to_dict("records")
+                              for table in (acceleration.summary, overlap, curves))
+    found = [(plan_name(row["label"], row["target_cr_disk"]), row["reason"]) for row in missing]
+    found += [(plan_name(row["label"], row["target_cr_disk"]), row["refused"]) for row in plans]
+    found += [(f"{row['plan']}, {row['schedule']}", row["refused"]) for row in overlaps]
+    found += [(f"random {row['form']}, {row['kept']:g}", row["refused"]) for row in forms]
+    reasons = {}
+    for what, why in found:
+        reasons.setdefault(why, {})[what] = None
+    lines = [f"- {listed(whats)}: {why}" for why, whats in reasons.items()]
+    return Markdown("\n".join(lines) or "Everything that was asked was within reach, and the array refused nothing.")
