@@ -273,6 +273,13 @@ def test_time_domain_circulant_saves_no_multiplication(curves):
     assert (rows["speedup_matvec"] == 1).all() and rows["ideal"].tolist() == [4, 2]
 
 
+def test_an_fft_multiplies_less_and_transforms(curves):
+    """Per tile of block k 2k - 2 products in place of k * k: at k = 4 with 64 x 64 weights, 16 * 16 tiles of 6 on 16 PEs."""
+    rows = curves[curves["form"] == "BlockCirculant, FFT"].set_index("kept")
+    assert rows.loc[0.25, "multiply"] == 8 * 16 * 16 * 6 / 16
+    assert (rows["transform"] > 0).all() and (curves.loc[curves["form"] != "BlockCirculant, FFT", "transform"] == 0).all()
+
+
 def test_curves_in_words(curves):
     text = tables.speed_up_verdict(curves, 0.25).data
     assert "**Structured**: 4.00 times as fast in the matrix-vector phase (100.0 % of the ideal 4.00)" in text

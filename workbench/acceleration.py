@@ -16,7 +16,7 @@ from workbench import study
 from workbench.array import ArraySpec, Schedule, schedule_hoisted, schedule_layer, schedule_stack
 from workbench.array.cost import BASELINE, compare
 from workbench.array.mapping import words_taken
-from workbench.array.schedule import schedule_mapping
+from workbench.array.schedule import COUNTED_AS, schedule_mapping
 from workbench.array.spec import ceil_div
 from workbench.array.stack import FORMS as FORMS_OF_STACK
 from workbench.budget import OutOfReach
@@ -305,9 +305,10 @@ def overlap_study(schedules: dict[str, Schedule], batches: list[int], windows: l
 def stalls(schedule: Schedule) -> dict[str, float]:
     """Cycles of a step of the mean PE in the steady state, by what it does; they sum to the steady-state cycles.
 
-    multiply: what is no padding; padding; further words: memory words of wide weights after the first; imbalance: until the
-    fullest PE of the region ends. Of the cycles in which its region multiplies nothing, by what the critical path of the whole
-    step does then: pipeline (the latency of a multiplication), drain, activation, multicast, load, other region.
+    multiply: what is no padding; padding; further words: memory words of wide weights after the first; transform: additions
+    and multiplications of an FFT; imbalance: until the fullest PE of the region ends. Of the cycles in which its region
+    multiplies nothing, by what the critical path of the whole step does then: pipeline (the latency of a multiplication),
+    drain, activation, multicast, load, other region.
     """
     length, advance = schedule.period
     steps = 2 * length + 2
@@ -329,17 +330,20 @@ def stalls(schedule: Schedule) -> dict[str, float]:
                 continue
             for starts in steady.rows[row - length + 1 : row + 1, n]:  # what crosses the border comes in again
                 idle[(starts - start + np.arange(op.busy)) % advance] = False
-            macs, padding = (op.counts[event] * spec.mac_ii / pes for event in ("macs", "padding_macs"))
-            further = op.counts["weight_reads"] * (1 - 1 / words_taken(mapping.blocks[i.parts[0], i.gate], spec)) / pes
-            for name, cycles in (("multiply", macs - padding), ("padding", padding), ("further words", further),
-                                 ("imbalance", op.busy - macs - further)):
+            worked = {"transform": op.counts.get("transform_operations", 0) * spec.mac_ii / pes}
+            if i.kind == "mac":
+                macs, padding = (op.counts[event] * spec.mac_ii / pes for event in ("macs", "padding_macs"))
+                memory_words = words_taken(mapping.blocks[i.parts[0], i.gate], spec)
+                worked = {"multiply": macs - padding, "padding": padding,
+                          "further words": op.counts["weight_reads"] * (1 - 1 / memory_words) / pes}
+            for name, cycles in (worked | {"imbalance": op.busy - sum(worked.values())}).items():
                 found[name] += share * cycles
         for _, n, begin, until in path:
             waits = share * idle[max(begin - start, 0) : max(until - start, 0)].sum() / length
-            kind = program[n].kind
+            kind = COUNTED_AS.get(program[n].kind, program[n].kind)
             if kind == "mac":
                 kind = "pipeline" if program[n].resource == resource else "other region"
-            found["activation" if kind == "elementwise" else kind] += waits
+            found[kind] += waits
     return found
 
 
@@ -374,8 +378,8 @@ FORMS = {
     "BlockCirculant" + BY_FFT: lambda fraction, units: BlockCirculant(round(1 / fraction), "fft"),
     "LowRank": lambda fraction, units: LowRank(max(1, round(fraction * units / 2))),
 }
-STALLS = ("multiply", "padding", "further words", "imbalance", "pipeline", "drain", "activation", "multicast", "load",
-          "other region")  # fmt: skip
+STALLS = ("multiply", "transform", "padding", "further words", "imbalance", "pipeline", "drain", "activation", "multicast",
+          "load", "other region")  # fmt: skip
 
 
 def _check_curve(units, bits, fractions):
