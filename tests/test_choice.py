@@ -122,6 +122,8 @@ def test_rows_say_what_was_predicted_and_scheduled():
             assert row[f"predicted {operation}"] == pytest.approx(row[f"scheduled {operation}"], rel=0.25)
         assert row[f"sequences {row['choice']}"] == choice.cycles["chosen"]
         assert row["lost"] == 0 or not row["best"]
+        assert row["bits dense"] == weights.size * 16
+        assert row["bits sparse"] >= (weights != 0).sum() * (16 + 1 + 1)  # one of two local columns, the end of a row
     by_form = {label: some[0].mapping.on_chip_bits for label, some in choice.schedules.items()}
     assert by_form["chosen"] == sum(choice.schedules[o][0].mapping.blocks[block].on_chip_bits
                                     for block, o in choice.operations.items()) < max(by_form.values())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from workbench import plots
+from workbench import plots, tables
 from workbench.array import PRESETS, map_layer, multiplied, schedule_layer
 from workbench.array.schedule import schedule_mapping
 from workbench.constrain import attach, compress, pack
@@ -118,6 +118,15 @@ def test_the_figure(study):
     assert [line.get_label() for line in left.lines] == ["input sent", "hidden sent", "valid accuracy"]
     assert [line.get_label() for line in right.lines] == ["lookahead 1", "lookahead 4"]
     assert list(right.lines[1].get_ydata()) == list(study.table.loc[study.table["lookahead"] == 4, "cycles mean"])
+
+
+def test_the_verdict_in_words(study):
+    text = tables.delta_verdict(study).data
+    row = study.table[(study.table["threshold"] == "0.9") & (study.table["lookahead"] == 4)].iloc[0]
+    assert text.startswith("**Threshold 0.9**, with a lookahead of 4: lstm.l0 sends")
+    assert f"{row['acceleration']:.2f} times as fast" in text and f"{study.test_accuracy['chosen']:.1f} %" in text
+    none = replace(study, chosen=0.0, table=study.table[study.table["threshold"] != "0"])
+    assert "No threshold" in tables.delta_verdict(none).data
 
 
 def test_bad_input_is_refused(trained, tiny_task, tiny_language_task):

@@ -36,7 +36,7 @@ _NAMES = {
         "study": "array_layers check_study check_tradeoff compare sensitivity_over_seeds tradeoff train_dense variants",
         "runs": "record run",
         "tables": "acceleration_parts_table acceleration_table acceleration_verdict accuracy_table assumption_table"
-        " count_table crossover_table device_table energy_note energy_table hardware_table layout_table"
+        " count_table crossover_table delta_verdict device_table energy_note energy_table hardware_table layout_table"
         " mixture_table omission_table operation_verdict overlap_table plan_table precision_published"
         " precision_table precision_verdict present price_table published_table ranking_table record_acceleration"
         " record_precision record_sensitivity record_study record_tradeoff refusal_note region_table"

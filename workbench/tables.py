@@ -664,6 +664,24 @@ def operation_verdict(table: pd.DataFrame, blocks: pd.DataFrame):
         f"{100 * rows['lost'].max():.1f} % of the cycles. Chosen with the shortest lookahead: {listed(chosen)}.")
 
 
+def delta_verdict(delta):
+    """The chosen delta threshold of a DeltaStudy, its test accuracy beside that without, and what it saves in each layer."""
+    from IPython.display import Markdown
+
+    table, label = delta.table, f"{delta.chosen:g}"
+    if not (table["threshold"] == label).any():
+        return Markdown("**No threshold** stays within the limit of the validation loss.")
+    saved = []
+    for layer, rows in table[table["lookahead"] == table["lookahead"].max()].groupby("layer", sort=False):
+        none, row = (rows[rows["threshold"] == name].iloc[0] for name in ("none", label))
+        saved.append(f"{layer} sends {100 * row['input sent']:.0f} % of its inputs and {100 * row['hidden sent']:.0f} % of its "
+                     f"hidden values and multiplies {row['macs per step'] / none['macs per step']:.2f} times as much; a step "
+                     f"takes {row['cycles mean']:.0f} cycles in the mean and {row['cycles p95']:.0f} in the 95th percentile, "
+                     f"{row['acceleration']:.2f} times as fast")
+    return Markdown(f"**Threshold {label}**, with a lookahead of {table['lookahead'].max()}: {'; '.join(saved)}. Test accuracy "
+                    f"{delta.test_accuracy['chosen']:.1f} %, without a threshold {delta.test_accuracy['without']:.1f} %.")
+
+
 def overlap_table(table: pd.DataFrame) -> pd.DataFrame:
     """overlap_study's rows for the eye, without those that were refused."""
     names = {"plan": "plan", "schedule": "schedule", "cycles": "cycles of all sequences", "per_step": "per step and sequence",

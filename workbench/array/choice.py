@@ -150,9 +150,9 @@ def compare_operations(layer: PackedLayer, spec: ArraySpec, sequences, layout: L
     integers each: all dense, all sparse, as chosen, and every block the other way with the others as chosen.
 
     A row a block: densities of its weights and of what it multiplies; predicted and scheduled cycles per step of its
-    multiplications, dense and sparse, and the cycles of all sequences either way; the choice; best: its sequences take no
-    more cycles than the other way; lost: the share of their cycles that the other way would save; best alone: so do its own
-    multiplications. Without a layout: one region.
+    multiplications, dense and sparse, and either way the cycles of all sequences and the bits on chip; the choice; best: its
+    sequences take no more cycles than the other way; lost: the share of their cycles that the other way would save; best
+    alone: so do its own multiplications. Without a layout: one region.
     """
     layout = layout or Layout((Region(0, 0, spec.rows, spec.cols),))
     inputs = [multiplied(layer, x) for x in sequences]
@@ -181,6 +181,7 @@ def compare_operations(layer: PackedLayer, spec: ArraySpec, sequences, layout: L
             **{f"predicted {other}": predicted[other][block] for other in OPERATIONS},
             **{f"scheduled {other}": cycles[other] for other in OPERATIONS},
             **{f"sequences {other}": total[other] for other in OPERATIONS},
+            **{f"bits {other}": some[0].mapping.blocks[block].on_chip_bits for other, some in found.items()},
             "best": total[operation] == min(total.values()), "lost": total[operation] / min(total.values()) - 1,
             "best alone": cycles[operation] == min(cycles.values())})
     return Choice(chosen, tuple(rows), schedules)

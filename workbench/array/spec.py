@@ -94,7 +94,8 @@ ASSUMPTIONS = (
     "With a lookahead above 1 a PE sees the columns of the words in its window and a flag for each input that it keeps (zero "
     "or not) beside its memories; neither is charged, and what it drops is read from neither memory.",
     "With a delta threshold the sender takes the difference from what it sent last and sends it, one bit wider, or 0 in its "
-    "place; that costs no cycle. The sums to which drained ones are added are kept at the edge (counted and charged).",
+    "place; neither cycles nor energy of that are counted. The sums to which drained ones are added are kept at the edge "
+    "(counted and charged).",
     "Alignment, bias and rounding belong to the latency of an activation; every activation unit owns a multiplier and keeps "
     "its part of c, or of a GRU's h. A sum that is rounded without a look-up (a GRU's W_hn h + b_hn, a projected h) takes as "
     "long as a look-up.",
