@@ -78,7 +78,7 @@ def test_bytes_are_a_ratio_and_a_loss_is_its_inverse(model, signals):
     loss = by_ratio.chosen["predicted_loss"].sum()
     by_loss = allocate(model, table, signals=signals, most_loss=loss)
     assert by_loss.chosen["predicted_loss"].sum() <= loss and by_loss.chosen["bytes"].sum() <= 168
-    less = allocate(model, table, signals=signals, target_bytes=int(by_loss.chosen["bytes"].sum()) - 1)
+    less = allocate(model, table, signals=signals, target_bytes=by_loss.chosen["bytes"].sum() - 1)
     assert less.chosen["predicted_loss"].sum() > loss  # nothing smaller does
 
 

@@ -38,7 +38,7 @@ def page(tmp_path_factory):
 
 
 def test_it_takes_less_than_thirty_lines():
-    _, workbench_code, _ = BLOCKS
+    workbench_code = BLOCKS[1]
     lines = [line for line in workbench_code.splitlines() if line.strip()]
     assert len(lines) < 30 and "wb." not in BLOCKS[0]
 
@@ -92,6 +92,18 @@ def test_the_other_cells(page):
     assert len(found) == 2
     for ratio, in_float, in_integers in (map(float, row) for row in found):
         assert ratio > 7 and in_integers == pytest.approx(in_float, rel=0.1) and in_float < 0.15
+
+
+def test_other_budgets_schedules_and_fewer_units(page):
+    names, printed, _ = page
+    classes, free, small, fast = (names[name].chosen for name in ("classes", "free", "small", "fast"))
+    assert set(classes.groupby(classes["block"].str.endswith(".g"))["method"].nunique()) == {1}
+    assert free["predicted_loss"].sum() <= classes["predicted_loss"].sum() and free["bytes"].sum() <= classes["bytes"].sum()
+    assert small["bytes"].sum() <= classes["bytes"].sum() and fast["cycles"].sum() <= 2000
+    assert names["schedule"].entered == 1 and names["hybrid"].cr_disk >= 18
+    # 16 features of 12 and units of 16 in two layers and directions; of 12 units 8 bits of 32.
+    before, after = (2 * 4 * h * (12 + h) + 2 * 4 * h * 3 * h for h in (16, 12))
+    assert names["plain"].cr_disk == 4 * before / after and "12 of 16 units" in printed
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Budget allocation: a method and a width for every block, by measured sensitivity, within bytes, a loss or cycles."""
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import numpy as np
@@ -160,7 +161,7 @@ def _budget(name, value, known, array) -> tuple[str, float]:
     if name == "target_cr_disk":
         check_target(value)
         return "bytes", int(4 * dense_weights(known) / value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"allocate needs a number as {name}, got {value!r}")
     if name == "most_cycles" and array is None:
         raise ValueError("allocate needs the array whose most_cycles are given")

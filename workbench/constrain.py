@@ -60,9 +60,11 @@ def _shown(rnn, name) -> dict[str, torch.Tensor]:
 def trained_factors(model: nn.Module, name: str, method) -> dict[str, torch.Tensor]:
     """What a method is told beside the weights of a block of a baked model: where it is a product, its factors as they were
     trained. A product does not give them back, and others would round to another product."""
+    if not isinstance(method, LowRank):
+        return {}
     block = get_block(model, name)
     factors = getattr(model.get_submodule(block.rnn), "factors", {}).get(f"{block.parameter}.{block.gate}")
-    return {"stored": factors} if factors is not None and isinstance(method, LowRank) else {}
+    return {} if factors is None else {"stored": factors}
 
 
 def bake(model: nn.Module) -> nn.Module:
