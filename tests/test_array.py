@@ -277,7 +277,7 @@ def test_one_gru_step_by_hand():
 def test_one_projected_step_by_hand():
     """8 units, 4 outputs: W_hh has one column per PE, W_hr one row and two columns."""
     schedule = schedule_layer(dense_layer(hidden=8, inputs=4, proj=4), SMALL, 1)
-    assert spans(schedule) == {
+    assert spans(schedule, -1) | spans(schedule) == spans(schedule, -1) | {  # W_ih x of i and f: ahead, in step -1
         "mac i ih": (4, 10), "mac f ih": (6, 12), "mac g ih": (8, 14), "mac o ih": (10, 16),
         "mac i hh": (12, 18), "mac f hh": (14, 20),  # 2 rows x 1 column
         "drain i ih+hh": (18, 23), "drain f ih+hh": (20, 25),
@@ -293,6 +293,28 @@ def test_one_projected_step_by_hand():
     # drain g 5, W_hh of g 2 + 4, drain i 5, W_hh of i 2 + 4, four W_ih of 2 each, x 4.
     assert schedule.split() == {
         "multiply": 14, "stall": 12, "drain": 14, "activation": 33, "multicast": 16, "load": 0, "config": 0}
+
+
+def test_a_projection_waits_while_the_next_inputs_are_multiplied():
+    """W_ih x of the next step's i and f, 8 of 8 + 4 parts of four gates, runs while m is computed and sent, from 31 to 70."""
+    schedule = schedule_layer(dense_layer(hidden=8, inputs=4, proj=4), SMALL, 2)
+    assert spans(schedule, -1) == {"configuration": (0, 0), "x to PEs": (0, 4), "mac i ih": (4, 10), "mac f ih": (6, 12)}
+    found = {(op.sequence_step, op.name): (op.start, op.end) for op in schedule.operations}
+    # i takes the bank of o, drained at 36 (five sums a step: p is the fifth); f that of g.
+    assert found[1, "mac i ih"] == (36, 42) and found[1, "mac f ih"] == (38, 44)
+    assert found[0, "mac p hr"] == (70, 76) and found[0, "drain p hr"] == (76, 80)
+    assert found[1, "mac g ih"] == (72, 78) and found[1, "mac o ih"] == (80, 86)  # o takes the bank of p
+    assert found[1, "mac i hh"] == (89, 95)  # h is in the PEs
+
+
+@pytest.mark.parametrize(("frac", "cycles", "idle_before"), [(7, 2382, 2555), (6, 2304, 2555)])
+def test_a_projected_step_is_hardly_longer_than_its_multiplications(frac, cycles, idle_before):
+    """512 units, 128 outputs, 128 inputs: 2304 multiply-accumulates a PE. Sums that are drained apart leave no bank waiting."""
+    layer, spec = dense_layer(512, 128, proj=128, hidden_frac=frac), PRESETS["array16x16"].with_(weight_words=8192)
+    schedule = schedule_layer(layer, spec, 20)
+    assert schedule.steady_state_cycles == cycles and schedule.mapping.macs.max() == 2304
+    in_order = map_layer(layer, spec, one_region(spec), ahead=False)
+    assert schedule_mapping(in_order, 20).steady_state_cycles == idle_before
 
 
 @pytest.mark.parametrize(("kind", "per_step"), [

@@ -3,6 +3,7 @@
 Nothing here knows a cycle; schedule.py says when, interpreter.py executes literally.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, pairwise, product, zip_longest
@@ -847,9 +848,11 @@ def words_taken(block: BlockMapping, spec: ArraySpec) -> int:
     return ceil_div(block.word_bits, spec.weight_word_bits)
 
 
-def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, *, batch: int = 1, parts=None) -> LayerMapping:
-    """Map a layer for `batch` sequences side by side; blocks: what map_blocks gave for this layout and these parts, if at hand.
-    What does not fit raises ValueError."""
+def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, *, batch: int = 1, parts=None,
+              ahead: bool = True) -> LayerMapping:
+    """Map a layer for `batch` sequences side by side; blocks: what map_blocks gave for this layout and these parts, if at hand;
+    ahead: whether PEs that wait for a projection's operands begin what needs only the next x. What does not fit raises
+    ValueError."""
     check_layer(layer, spec)
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"the array runs a whole number of sequences side by side (batch), at least 1, got {batch!r}")
@@ -863,7 +866,7 @@ def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, 
         beside = f" beside {constants} words of constants" * (constants > 0)
         raise ValueError(f"{layout} needs two buffers of {layout.stream_words} words per PE{beside}, the array has "
                          f"{spec.weight_words} (weight_words)")
-    builder = _ProgramBuilder(layer, spec, layout, blocks, batch)
+    builder = _ProgramBuilder(layer, spec, layout, blocks, batch, ahead)
     mapping = LayerMapping(layer, spec, layout, blocks, builder.program(), builder.resident, builder.streamed_bits, batch,
                            len(builder.passes))
     if mapping.data_words > spec.data_words:
@@ -1086,8 +1089,8 @@ def _phases(layer) -> list[list[Instruction]]:
 class _ProgramBuilder:
     """Builds the program of one step and notes what stays resident and what is streamed."""
 
-    def __init__(self, layer, spec, layout, blocks, batch):
-        self.layer, self.spec, self.layout, self.blocks, self.batch = layer, spec, layout, blocks, batch
+    def __init__(self, layer, spec, layout, blocks, batch, ahead):
+        self.layer, self.spec, self.layout, self.blocks, self.batch, self.ahead = layer, spec, layout, blocks, batch, ahead
         self.resident = np.zeros((spec.rows, spec.cols), dtype=np.int64)
         self.streamed_bits = 0
         self.chunks, self.drains = ([0] * len(layout.regions) for _ in range(2))  # so far in the program, per region
@@ -1104,18 +1107,24 @@ class _ProgramBuilder:
 
     def program(self) -> tuple[Instruction, ...]:
         """x of the next step first; then pass by pass the regions' sums in turn, and after each segment all that its drain
-        makes due; h back to the PEs at the end. A projection stands behind all gates: while its PEs wait for its operands,
-        they do not begin the next step's W_ih x."""
+        makes due; h back to the PEs at the end. A projection stands behind all gates, and before it what its PEs begin of the
+        next pass, after the last pass of the next step (_entries_ahead)."""
         x = Instruction("x to PEs", "multicast", "network", parts=("ih",), values=self.layer.input_size, lag=-1)
         parts = {part_of(part) for part, _ in self.blocks}
         steps = [replace(x, item=item) for item in range(self.batch) if "ih" in parts]
         entries = [list(self._entries(n)) for n in range(len(self.layout.regions))]
         resident = [self._resident_slices(n, entries[n]) for n in range(len(self.layout.regions))]
-        for items in self.passes:
-            regions = [self._region_segments(n, entries[n], resident[n], items) for n in range(len(self.layout.regions))]
-            segments = [segment for turn in zip_longest(*regions) for segment in turn if segment]
+        built = [[self._region_segments(n, entries[n], resident[n], number) for n in range(len(self.layout.regions))]
+                 for number in range(len(self.passes))]
+        for number, items in enumerate(self.passes):
+            segments = [segment for turn in zip_longest(*(rest for _, rest in built[number])) for segment in turn if segment]
             # Stable; the projection needs the gates of every region.
-            segments.sort(key=lambda segment: segment[-1].sum in ("hr.p", "p"))
+            segments.sort(key=lambda segment: segment[-1].sum in PROJECTION)
+            last = number + 1 == len(self.passes)
+            ahead = [replace(i, lag=i.lag - last) for some, _ in built[(number + 1) % len(self.passes)] for i in some]
+            if ahead:
+                place = next(n for n, segment in enumerate(segments) if segment[-1].sum in PROJECTION)
+                segments[place] = ahead + segments[place]
             last_drain = {(segment[-1].sum, segment[-1].item): n for n, segment in enumerate(segments)}
             waiting = {item: [[replace(i, item=item) for i in phase] for phase in _phases(self.layer) if "hh" in parts]
                        for item in items}
@@ -1129,7 +1138,7 @@ class _ProgramBuilder:
                         if phases[0]:
                             break
                         phases.pop(0)
-        return tuple(steps)
+        return _numbered(steps) if self.layer.projected else tuple(steps)
 
     def _entries(self, region):
         """In the order in which they are drained: first the sums of inputs alone, which may run before h is back."""
@@ -1142,34 +1151,67 @@ class _ProgramBuilder:
                 rows, size = int(block.local_rows.max()), self.spec.acc_depth // share // block.unit * block.unit
                 for low in range(0, rows, size):
                     entries.append(_Entry(name, some[0][1], tuple(part for part, _ in some), low, min(low + size, rows)))
-        return sorted(entries, key=lambda e: set(map(part_of, e.parts)) != {"ih"})  # stable
+        return sorted(entries, key=lambda e: not _needs_x_only(e))  # stable
 
-    def _region_segments(self, region, entries, resident, items):
-        """Lists of instructions, each ending with a drain; in each accumulation group the input parts come first, as they need
-        only x."""
-        segments, transformed = [], set()
+    def _region_segments(self, region, entries, resident, number):
+        """Of a pass what the PEs do ahead, before the projection of the pass before; and lists of instructions, each ending
+        with a drain. In each accumulation group the input parts come first, as they need only x."""
+        items, ahead, segments, transformed = self.passes[number], [], [], set()
         spectral = {part: [e for e in entries if is_transformed(e.parts[0]) and part_of(e.parts[0]) == part] for part in PARTS}
-        for group in _groups(entries, self.spec, self.drains[region], len(items)):
-            pending = [i for n, e in group for part in e.parts if part_of(part) == "ih"
-                       for i in self._products(region, n, e, part, resident, items, transformed)]
+        groups = _groups(entries, self.spec, self.drains[region], len(items))
+        left = self._entries_ahead(groups, len(items), len(self.passes[number - 1]))
+        for group in groups:
+            pending = []
+            for n, e in group:
+                products = [i for part in e.parts if part_of(part) == "ih"
+                            for i in self._products(region, n, e, part, resident, items, transformed)]
+                taken = ahead if left and products and not _needs_x_only(e) else pending
+                taken += products
+                left -= taken is ahead
             for n, e in group:
                 for part in e.parts:
                     if part_of(part) != "ih":
                         pending += self._products(region, n, e, part, resident, items, transformed)
-                kind = "gather" if is_transformed(e.parts[0]) else "drain"
+                kind, made = "gather" if is_transformed(e.parts[0]) else "drain", []
                 for place, item in enumerate(items):
                     pending.append(Instruction(f"{kind} {e.gate} {'+'.join(e.parts)}", kind, f"links {region}", e.gate,
                                                e.parts, region, (e.low, e.high), entry=n + place, sum=e.sum, item=item))
-                    segments.append(pending)
+                    made.append(pending)
                     pending = []
                     if e.sum in self.parts and e.high == int(self.blocks[e.parts[0], e.gate].local_rows.max()):
                         # What V gives goes back to the PEs once all of it is there.
-                        segments.append([Instruction(f"{e.sum} to PEs", "multicast", "network", parts=(e.sum,), sum=e.sum,
-                                                     values=self.blocks[e.parts[0], e.gate].shape[0], item=item)])
+                        made.append([Instruction(f"{e.sum} to PEs", "multicast", "network", parts=(e.sum,), sum=e.sum,
+                                                 values=self.blocks[e.parts[0], e.gate].shape[0], item=item)])
                 if kind == "gather" and e is spectral[part_of(e.parts[0])][-1]:
-                    segments += self._inverses(region, spectral[part_of(e.parts[0])], items)
+                    made += self._inverses(region, spectral[part_of(e.parts[0])], items)
+                if left and _needs_x_only(e):
+                    ahead += [i for segment in made for i in segment]
+                    left -= 1
+                else:
+                    segments += made
         self.drains[region] += len(entries) * len(items)
-        return segments
+        return ahead, segments
+
+    def _entries_ahead(self, groups, items, items_before) -> int:
+        """How many entries the PEs of a projection begin before it, as far as x alone lets them: those of inputs alone whole,
+        of the first accumulation group the input parts as far as the accumulators hold them beside the projection.
+
+        While they wait for m, and again while they wait for h, PEs have nothing else to do; m and h take about as long as they
+        have words. So the entries are shared out between the two waits as hidden_size to output_size."""
+        projection = [e for group in groups for _, e in group if e.sum in PROJECTION]
+        if not projection or not self.ahead or any(is_transformed(e.parts[0]) for group in groups for _, e in group):
+            return 0  # transforms stay in their place
+        alone = sum(_needs_x_only(e) for group in groups for _, e in group)
+        shared = [e for _, e in groups[alone] if "ih" in map(part_of, e.parts)]
+        count = (alone + len(shared)) * self.layer.hidden_size // (self.layer.hidden_size + self.layer.output_size)
+        first = len(projection) * items_before  # drains of the projection come before those of the group
+        while count > alone:
+            held = sum(_held(self.spec, first + n * items, items, e) for n, e in enumerate(shared[: count - alone]))
+            most = max((held + _held(self.spec, n * items_before, items_before, e)).max() for n, e in enumerate(projection))
+            if most <= self.spec.acc_depth:
+                break
+            count -= 1
+        return count
 
     def _products(self, region, number, entry, part, resident, items, transformed):
         """The multiplications of an entry; before the first that takes the spectra of a vector, the transform makes them."""
@@ -1245,13 +1287,42 @@ class _ProgramBuilder:
         return made
 
 
+PROJECTION = ("hr.p", "p")  # sums of a projection
+
+
+def _needs_x_only(entry) -> bool:
+    return set(map(part_of, entry.parts)) == {"ih"}
+
+
+def _numbered(program) -> tuple[Instruction, ...]:
+    """A program with its entries and chunks numbered as it drains and loads them."""
+    drains, loads, counts = {}, {}, Counter()
+    for i in program:
+        if i.kind in ("drain", "gather", "load"):
+            numbers, key = (loads, i.chunk) if i.kind == "load" else (drains, i.entry)
+            numbers[i.region, key] = counts[i.kind == "load", i.region], i.lag
+            counts[i.kind == "load", i.region] += 1
+    made = []
+    for i in program:
+        if i.entry >= 0:
+            number, lag = drains[i.region, i.entry]
+            i = replace(i, entry=number + (lag - i.lag) * counts[False, i.region])
+        made.append(replace(i, chunk=loads[i.region, i.chunk][0]) if i.chunk >= 0 else i)
+    return tuple(made)
+
+
+def _held(spec, number, items, entry):
+    """(acc_banks,) accumulators that an entry takes for so many items, from this number on."""
+    return np.bincount(np.arange(number, number + items) % spec.acc_banks, minlength=spec.acc_banks) * (entry.high - entry.low)
+
+
 def _groups(entries, spec, first, items):
     """Accumulation groups of (number, entry): consecutive entries that the accumulators hold together for all items of a pass,
     which the banks take in turn. first: number of the first item of the first entry. Entries of inputs alone and of a
     projection are drained at once, each a group of its own."""
     groups, held = [], np.zeros(spec.acc_banks, dtype=np.int64)
     for number, e in zip(range(first, first + len(entries) * items, items), entries, strict=True):
-        rows = np.bincount(np.arange(number, number + items) % spec.acc_banks, minlength=spec.acc_banks) * (e.high - e.low)
+        rows = _held(spec, number, items, e)
         recurrent = groups and all("hh" in map(part_of, some.parts) for some in (e, groups[-1][-1][1]))
         if not recurrent or (held + rows).max() > spec.acc_depth:
             groups.append([])

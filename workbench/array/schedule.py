@@ -257,16 +257,24 @@ def _needs(mapping):
         below = mapping.pipelined and i.layer and part == "ih"
         return since(i, named[(i.layer - 1, i.item, "h to PEs") if below else (i.layer, i.item, name)], steps)
 
+    def latest(number, apart, numbers):
+        """The last that has this number, counted from the first of the step on, or one a multiple of `apart` before; and of
+        those with another lag the last, too, as the first and last steps of a program lack some."""
+        lags = {program[m].lag for m in numbers}
+        for at in range(number, number - apart * len(numbers), -apart):
+            back, place = divmod(at, len(numbers))
+            if (lag := program[numbers[place]].lag) in lags:
+                lags.discard(lag)
+                yield -back, numbers[place]
+
     def needs(n, i):
         if i.kind == "mac":
             yield arrival(i, i.parts[0])
-            back, entry = divmod(drained_before[n], len(drains[i.region]))
-            yield -back, drains[i.region][entry]
+            yield from latest(drained_before[n], banks, drains[i.region])
             if i.chunk >= 0:
                 yield 0, loads[i.region, i.chunk]
         elif i.kind == "load":  # double buffer: the chunk before the last must be used up
-            back, chunk = divmod(i.chunk - 2, chunks[i.region])
-            yield -back, uses[i.region, chunk][-1]
+            yield from latest(i.chunk - 2, 2, [uses[i.region, chunk][-1] for chunk in range(chunks[i.region])])
         elif i.kind == "transform":
             yield arrival(i, part_of(i.parts[0]))
         elif i.kind == "inverse":

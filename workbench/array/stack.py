@@ -18,6 +18,7 @@ from workbench.array.mapping import (
     candidate_layouts,
     fitting_mappings,
     least_cycles,
+    map_layer,
     parts_of,
     programs_side_by_side,
     strips,
@@ -198,6 +199,9 @@ def side_by_side(layers: tuple[LayerMapping, ...], pipelined: bool, steps: int, 
     behind the one before; of PHASES such delays the one with the fewest steady-state cycles is taken. No order beats the
     slowest layer alone.
     """
+    if pipelined:  # the x of the layers above is not there ahead of its step
+        layers = (layers[0], *(replace(map_layer(m.layer, m.spec, m.layout, m.blocks, batch=m.batch, ahead=False), name=m.name)
+                               for m in layers[1:]))
     programs, best = programs_side_by_side(layers, pipelined), None
     alone = [schedule_mapping(mapping, SETTLED + 2) for mapping in layers]
     slowest = max(schedule.steady_state_cycles for schedule in alone)
