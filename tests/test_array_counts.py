@@ -22,7 +22,7 @@ from test_array import (
     sparse,
 )
 
-from workbench.array import ArraySpec, schedule_layer
+from workbench.array import ArraySpec, map_layer, schedule_layer
 from workbench.array.cost import resources
 from workbench.array.mapping import candidate_layouts, fitting_mappings
 from workbench.array.schedule import EVENTS, SPLIT, schedule_mapping
@@ -32,7 +32,6 @@ from workbench.methods import BankBalanced, BlockSparse, RowBalanced, Structured
 from workbench.packed import PARTS, PackedCirculant, PackedDense, PackedLowRank, PackedSparse
 
 pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")  # of a mapping, where a case fails
-
 
 
 def low_rank(shape, rng, frac):
@@ -247,6 +246,55 @@ def test_hoisting_moves_work_and_adds_none(make, kind):
         hoisted = schedule_hoisted(layer, SMALL, 4, window=window).counts()
         assert {event: hoisted[event] for event in moved} == {event: alone[event] for event in moved}
         assert hoisted["acc_reads"] == hoisted["acc_writes"] + hoisted["link_words"]
+
+
+# Real additions and multiply-accumulates of a transform, forward and back, by hand: 2 additions where a butterfly turns
+# nothing; 8 operations at the one that turns, for k = 8.
+TRANSFORMS = {2: ((2, 0), (2, 0)), 4: ((4 + 2, 0), (4 + 4, 0)), 8: ((8 + 4 + 2 + 4, 4), (8 + 8 + 4 + 4, 4))}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [{"ih": 4}, {"hh": 8}, {"ih": 8, "hh": 4}, {"ih": 4, "hh": 4}], ids=str)
+def test_the_fft_datapath(sizes, kind, batch):
+    """2k - 2 products a tile and k words read; one forward transform of each tile of a vector for each k, in all PE rows, and
+    one inverse per output tile. The tanh gate's blocks are half as large, so that there are two sizes."""
+    def block(part, gate, shape, rng):
+        if part not in sizes:
+            return dense(shape, rng)
+        k = sizes[part] // (1 + (gate in "gn"))
+        return replace(circulant(shape, rng, k), datapath="fft")
+
+    layer, spec = layer_of(block, 16, 6, **KINDS[kind]), SMALL.with_(word_bits=16)
+    mapping = map_layer(layer, spec, one_region(spec), batch=batch)
+    schedule, expected = schedule_mapping(mapping, 3), dict.fromkeys(("macs", "weight_reads", "transform_operations"), 0)
+    bits, transforms, links = 0, set(), [0, 0]  # links: at least, at most
+    for part, gate in layer.products:
+        packed = layer.block(part, gate)
+        rows, columns = packed.shape
+        if part not in sizes:
+            expected["macs"] += rows * columns
+            expected["weight_reads"] += rows * columns
+            bits += rows * columns * packed.fmt.bits
+            links = [n + rows * 4 for n in links]  # never one sum with an inverse
+            continue
+        k = packed.block
+        tiles = rows // k * ceil(columns / k)
+        expected["macs"] += tiles * (2 * k - 2)
+        expected["weight_reads"] += tiles * k
+        bits += tiles * k * (packed.fmt.bits + k.bit_length() - 1)
+        links = [links[0] + rows * (3 + 1), links[1] + rows * (3 + 4)]  # to the PE with the inverse, from there to the edge
+        transforms.add((part, k, 4 * ceil(columns / k), False))
+        transforms.add((part, k, rows // k, gate))
+    for _, k, number, gate in transforms:
+        adds, macs = TRANSFORMS[k][gate is not False]
+        expected["transform_operations"] += number * (adds + macs)
+        expected["weight_reads"] += number * macs
+    counts = schedule.counts()
+    assert {event: counts[event] for event in expected} == {event: 3 * batch * count for event, count in expected.items()}
+    assert 3 * batch * links[0] <= counts["link_words"] <= 3 * batch * links[1]
+    assert mapping.on_chip_bits == bits and sum(schedule.split().values()) == schedule.cycles
+    assert counts["multicast_words"] == 3 * batch * sum(values for values, _ in operands(layer, spec).values())
 
 
 # Cycles by hand from the rules: multiply-accumulates of the fullest PE + 4 of pipeline + rows of a PE row + hops of columns.
