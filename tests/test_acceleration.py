@@ -18,7 +18,7 @@ from workbench.acceleration import (
     stalls,
     train_points,
 )
-from workbench.array import Layout, Region, preset, schedule_hoisted, schedule_layer
+from workbench.array import Layout, Region, grid_points, preset, schedule_hoisted, schedule_layer, sweep_space
 from workbench.array.cost import BASELINE
 from workbench.constrain import pack
 from workbench.methods import BlockCirculant, Dense, Structured, TopK
@@ -170,6 +170,22 @@ def test_what_overlaps_is_scheduled(accelerated):
     assert "no strips of whole groups" in table.loc["two layers side by side", "refused"]  # one group only
     rows = tables.overlap_table(table.reset_index())
     assert "two layers in turn" in set(rows["schedule"]) and "two layers side by side" not in set(rows["schedule"])
+
+
+def test_smaller_arrays_suffice_after_compression(accelerated):
+    schedules = {label: accelerated.schedule(label, target) for label, target in ((BASELINE, 1.0), ("TopK", 6.0))}
+    table = tables.smallest_table(schedules, [1000.0, 1e-6])
+    assert list(table["plan"]) == [BASELINE, "TopK"] * 2 and list(table["at most (us)"]) == [1000.0, 1000.0, 1e-6, 1e-6]
+    assert list(table["met"]) == ["yes"] * 2 + ["no, this comes nearest"] * 2 and set(table["PEs"][:2]) == {"4 x 4"}
+    assert table["us a step"].tolist() == pytest.approx((table["cycles a step"] / SPEC.clock_mhz).tolist())
+
+
+def test_a_front_is_thinned(accelerated):
+    axes = grid_points(rows=[4, 8], cols=[4, 8], act_units=[1, 4], weight_bits=[4, 8])
+    space = tables.space_table(sweep_space(accelerated.schedule("TopK", 6.0).mapping.layer, axes, SPEC, 6))
+    table = tables.front_table(space, axes, most=2)
+    front = space[space["front"]]
+    assert table["step_us"].tolist() == [front["step_us"].min(), front["step_us"].max()] and {*axes} <= {*table}
 
 
 @pytest.mark.parametrize(("changes", "message"), [

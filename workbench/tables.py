@@ -8,7 +8,16 @@ import numpy as np
 import pandas as pd
 
 from workbench.acceleration import BY_FFT, STALLS, Acceleration, plan_name, stalls
-from workbench.array import ASSUMPTIONS, SYSTOLIC, ArraySpec, Schedule, crossover, last_cycle, layer_products
+from workbench.array import (
+    ASSUMPTIONS,
+    SYSTOLIC,
+    ArraySpec,
+    Schedule,
+    crossover,
+    last_cycle,
+    layer_products,
+    smallest_array,
+)
 from workbench.array.cost import DEVICES, ENERGY_NOTE, PJ_PER_EVENT, STATIC_POWER, compare, energy, resources
 from workbench.array.mapping import part_of
 from workbench.array.schedule import EVENTS, SPLIT
@@ -296,6 +305,29 @@ SPACE_FIGURES = ("step_us", "energy_high_nj", "bram36")  # latency, modelled ene
 def space_table(space: dict, figures=SPACE_FIGURES) -> pd.DataFrame:
     """The points of array.sweep_space, a row each, and whether no other is better in all of these figures (`front`)."""
     return pd.DataFrame(space).assign(front=pareto_points(space, figures))
+
+
+def front_table(space: pd.DataFrame, axes: dict, most: int = 15) -> pd.DataFrame:
+    """The Pareto front of a design space, fastest first, evenly thinned to `most` rows. space: of space_table; axes: the points
+    that were asked for."""
+    front = space[space["front"]].sort_values("step_us", kind="stable")
+    some = np.unique(np.linspace(0, len(front) - 1, min(most, len(front))).astype(int))
+    return front.iloc[some][[*axes, "step_us", "bram36", "dsp", "energy_low_nj", "energy_high_nj", "layout"]]
+
+
+def smallest_table(schedules: dict[str, Schedule], latencies: list[float]) -> pd.DataFrame:
+    """A row per latency of a step (microseconds) and plan: the smallest array that meets it (array.smallest_array, all else as
+    in the plans' own), or the one that comes nearest."""
+    rows, names = [], ["PEs", "cycles a step", "us a step", "dsp", "bram36", "layout"]
+    for latency in latencies:
+        for label, schedule in schedules.items():
+            mapping = schedule.mapping
+            (row,) = smallest_array({label: mapping.layer}, latency, spec=mapping.spec, steps=schedule.steps)
+            values = (f"{row['rows']} x {row['cols']}", row["steady_state_cycles"], row["step_us"], row["dsp"], row["bram36"],
+                      row["layout"])
+            rows.append({"at most (us)": latency, "plan": label, "met": "yes" if row["meets"] else "no, this comes nearest"}
+                        | dict(zip(names, values, strict=True)))
+    return pd.DataFrame(rows)
 
 
 def smallest_array_table(rows: list[dict]) -> pd.DataFrame:
