@@ -1,5 +1,7 @@
 """Low-rank blocks on the array as two products: hand numbers, the literal interpreter and the engine as oracles."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -206,3 +208,85 @@ def test_fft_in_any_part(kind, parts):
                     {"acc_depth": 8, "acc_banks": 1, "weight_word_bits": 8}):
         mapping = schedule_layer(layer, SMALL.with_(**changes), 1).mapping
         check_against_interpreter(mapping, 5, seed=2)
+
+
+def test_an_fft_step_by_hand():
+    """W_hh of 2 x 2 tiles of 8: two PE rows of tiles, two PE columns; the others of the 4 x 4 PEs have nothing to multiply."""
+    schedule = schedule_layer(spectral_layer(16, 8, {"hh": 8}), SMALL, 1)
+    found = spans(schedule)
+    took = {name: end - start for name, (start, end) in found.items()}
+    # Forward, 22 operations of a PE with one tile: 4 * 2 + 2 * 2 + (2 + 8); 4 cycles of pipeline. Products: 2 * 8 - 2.
+    assert (took["forward hh.fft8"], took["mac i hh.fft8"]) == (22 + 4, 14 + 4)
+    # Gathers: 8 rows, one a cycle, to the PE columns 0 to 3 in turn, from both ends: 3, 2, 2 and 3 hops.
+    assert [took[f"gather {gate} hh.fft8"] for gate in "ifgo"] == [11, 10, 10, 11]
+    # So each inverse has a PE of its own: 4 * 2 + 2 * 4 + (2 + 8 + 2) operations. What it gives: 8 rows, 3 hops to the edge.
+    assert (took["inverse hh"], took["send i hh"]) == (28 + 4, 8 + 3)
+    assert found["forward hh.fft8"][0] == 43  # behind W_ih o, whose 8 products begin at 35
+    assert found["inverse hh"][0] == found["gather o hh.fft8"][1] and found["act i"][0] == found["send i hh"][1]
+    # 16 PEs; two columns of four transform a tile each, of which 18 additions and 4 multiplications; 8 inverses of 24 and 4.
+    counts = schedule.counts()
+    assert counts["transform_operations"] == 8 * 22 + 8 * 28
+    assert counts["macs"] == 4 * 16 * 8 + 16 * 14
+    assert counts["weight_reads"] == 4 * 16 * 8 + 16 * 8 + 8 * 4 + 8 * 4  # constants, too
+    # An addition reads two words and writes one, a multiplication reads one, each second one writes; sums come, results leave.
+    assert counts["data_reads"] == counts["macs"] + 8 * (2 * 18 + 4) + 8 * (2 * 24 + 4) + 64
+    assert counts["data_writes"] == (8 + 16) * 4 + 8 * (18 + 2) + 64 + 8 * (24 + 2)
+    assert counts["link_words"] == 64 * 4 + 64 * 3 + 16 * (4 + 3 + 2 + 1)  # drains of W_ih, gathers, results
+    # W_ih: 4 runs on a row in each PE and gate; every product of spectra turns to another row; drains and gathers.
+    assert counts["acc_reads"] == 16 * 4 * 4 + 16 * 14 + 64 * 4 + 64 * 4 and counts["acc_writes"] == 16 * 4 * 4 + 16 * 14
+    mapping = schedule.mapping
+    assert mapping.on_chip_bits == 4 * 16 * 8 * 8 + 16 * 8 * 11  # spectra of 8 + 3 bits
+    assert mapping.memory_words.max() == 4 * 4 * 2 + 4 * 8 and mapping.resident_words.max() == mapping.memory_words.max() + 1
+    # Two of the 8 columns of x, twice; of h a tile, its spectrum and one inverse.
+    assert resources(mapping).data.depth == 2 * 2 + 8 + 8 + 8 and resources(mapping).data.bits == 27
+
+
+def test_one_transform_serves_all_gates_and_sizes_of_blocks_have_one_each():
+    layer = layer_of(lambda part, gate, shape, rng: spectral(shape, rng, 8 if gate in "if" else 4), 16, 8)
+    names = [i.name for i in schedule_layer(layer, SMALL, 1, one_region(SMALL)).mapping.program]
+    forward = [name for name in names if name.startswith("forward")]
+    assert sorted(forward) == [f"forward {part}.fft{k}" for part in ("hh", "ih") for k in (4, 8)]
+    assert [name for name in names if name.startswith("inverse")] == ["inverse ih", "inverse hh"]
+
+
+def test_what_x_gives_is_transformed_back_before_h_is_back():
+    schedule = schedule_layer(spectral_layer(32, 8), SMALL, 6)
+    h_is_back = max(op.end for op in schedule.operations if op.step == 4 and op.name == "h to PEs")
+    assert all(op.start < h_is_back for op in schedule.operations
+               if op.step == 5 and op.name in ("forward ih.fft8", "inverse ih"))
+
+
+def test_the_datapath_is_the_block_s_own():
+    """The scheduler may not switch it; of the same integers both run, and only their own engine agrees."""
+    fft = spectral_layer(32, 16, {"ih": 8, "hh": 16})
+    time = replace(fft, blocks={name: replace(b, datapath="time") for name, b in fft.blocks.items()})
+    x = np.random.default_rng(3).integers(-9000, 9000, (12, 2, 16))
+    outputs = []
+    for layer in (fft, time):
+        executed = execute_layer(layer, preset("array16x16"), x)
+        np.testing.assert_array_equal(executed.output, run_layer(layer, x).output)
+        assert any(i.kind == "inverse" for i in executed.schedule.mapping.program) == (layer is fft)
+        outputs.append(executed.output)
+    assert (outputs[0] != outputs[1]).any()
+
+
+@pytest.mark.parametrize(("hidden", "block", "faster"), [(128, 8, True), (128, 16, False), (512, 16, True)])
+def test_where_the_fft_wins(hidden, block, faster):
+    """On 16 x 16 PEs, 40 inputs: a transform takes the time of one PE, so that few large tiles leave most PEs idle."""
+    fft = spectral_layer(hidden, 40, {"ih": block, "hh": block})
+    time = replace(fft, blocks={name: replace(b, datapath="time") for name, b in fft.blocks.items()})
+    cycles = {name: schedule_layer(layer, preset("array16x16"), 20).steady_state_cycles
+              for name, layer in (("fft", fft), ("time", time))}
+    assert (cycles["fft"] < cycles["time"]) == faster
+    assert hidden == 128 or cycles["time"] > 3 * cycles["fft"]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"acc_depth": 4}, r"a tile of the fft datapath needs 8 accumulators of one PE, the array has 4 \(acc_depth\)"),
+    ({"lookahead": 2}, r"skips no zeros \(lookahead 2\) in layers on the datapath fft, got rnn.weight_ih_l0.i,"),
+    # Of x a tile twice, of h one; a spectrum of each, and the sums and results of an inverse of each.
+    ({"data_words": 20}, r"a PE needs 56 data words \(x twice, h once, spectra and inverse transforms\), the array has 20"),
+])
+def test_what_the_fft_datapath_does_not_fit_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        schedule_layer(spectral_layer(16, 8), SMALL.with_(**changes), 2)

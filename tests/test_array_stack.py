@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_array import KINDS, SMALL, dense_layer, hybrid_layer
-from test_array_forms import low_rank_layer
+from test_array_forms import low_rank_layer, spectral_layer
 
 from workbench.array import (
     ArraySpec,
@@ -31,7 +31,8 @@ from workbench.array.stack import side_by_side
 from workbench.engine import StackEngine, run_layer
 
 WIDE = SMALL.with_(cols=8)  # two strips of 4 x 4
-MAKES = (dense_layer, hybrid_layer, partial(low_rank_layer, ranks={"ih": 1, "hh": 2}))
+MAKES = (dense_layer, hybrid_layer, partial(low_rank_layer, ranks={"ih": 1, "hh": 2}),
+         partial(spectral_layer, blocks={"ih": 2, "hh": 4}))
 
 
 def stack_of(kind="LSTM", hidden=8, inputs=4, layers=2, directions=1, make=dense_layer):
@@ -264,6 +265,8 @@ def tiny_hoisted(draw):
         h_words_per_cycle=choose(1, 3), act_units=choose(1, 3, 4), weight_words=choose(2048, 24, 12),
         data_words=choose(512, 20), load_bits_per_cycle=choose(7, 64), config_cycles=choose(0, 5))
     make, kind, seed = choose(*MAKES), choose(*KINDS), draw(st.integers(0, 9))
+    if make is MAKES[-1]:  # spectra and inverse transforms take more
+        spec = spec.with_(data_words=512)
     layer = make(choose(4, 8), choose(1, 3, 9), seed=seed, **KINDS[kind])
     return layer, spec, choose(1, 2, 5), choose(1, 1, 2), choose(0, 0, 1, 2, 3), draw(st.integers(0, 1000))
 

@@ -870,7 +870,8 @@ def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, 
     mapping = LayerMapping(layer, spec, layout, blocks, builder.program(), builder.resident, builder.streamed_bits, batch,
                            len(builder.passes))
     if mapping.data_words > spec.data_words:
-        kept = "x twice, h once" + ", o * tanh(c) once" * layer.projected + f", for each of {batch} items" * (batch > 1)
+        kept = "x twice, h once" + ", o * tanh(c) once" * layer.projected
+        kept += ", spectra and inverse transforms" * bool(layer.spectral_blocks) + f", for each of {batch} items" * (batch > 1)
         raise ValueError(f"a PE needs {mapping.data_words} data words ({kept}), the array has {spec.data_words} (data_words)")
     return mapping
 

@@ -6,10 +6,11 @@ Sums lie in accumulator banks, which entries (see Instruction) take in turn. A b
 both in one cycle, and changes over in program order: each waits for the end of all earlier ones of the other kind.
 A PE keeps the sum of the row it works on in its DSP: it reads an accumulator when it turns to a row (the first time, too)
 and writes it back when it turns to the next, or at the end of the operation.
-Assumed: a barrier per region between operations (the fullest PE counts); a drain takes one row per cycle from every PE
-row, each PE column adding its sum on the way; alignment, bias and rounding belong to the activation latency; every
-activation unit owns a multiplier and keeps its part of c, or of a GRU's h; a sum that is rounded without a look-up passes
-the activation units as a look-up does; resident weights and the first h are in place at the start.
+Assumed: a barrier per region between operations (the fullest PE counts); a drain takes one row per cycle from every PE row,
+each PE column adding its sum on the way; a gather (fft datapath) does so from both ends to one PE column, and what is sent
+from there leaves so late that no two words meet on a link; alignment, bias and rounding belong to the activation latency;
+every activation unit owns a multiplier and keeps its part of c, or of a GRU's h; a sum that is rounded without a look-up
+passes the activation units as a look-up does; resident weights and the first h are in place at the start.
 """
 
 import json

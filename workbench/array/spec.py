@@ -91,6 +91,14 @@ ASSUMPTIONS = (
     "A barrier per region lies between operations: the fullest PE counts.",
     "A PE reads one memory word of its weights per cycle, not ahead: a stored word that takes several holds its PE longer. "
     "Streamed words are written through a second port.",
+    "What V of a low-rank block gives, up to 27 bits, crosses the edge and goes back over the multicast as several words of "
+    "word_bits; a data memory is as wide as the widest operand (counted in its resources) and gives one in a cycle.",
+    "Datapath fft: every PE transforms the tiles of its own PE column, so that the spectra never leave it and the PE rows "
+    "repeat the work (counted); a transform is not shared between PEs. Sums of spectrum products meet from both ends of a "
+    "PE row in the PE that has the tile's inverse, in turn over the PE columns; what that gives leaves over the links as a "
+    "drain does. One inverse per block and output tile, none shared by W_ih and W_hh, so that that of W_ih runs before h is "
+    "back. The half-up shift of a sum belongs to its arrival; a turned sign and a result that is used within mac_latency "
+    "cost nothing.",
     "With a lookahead above 1 a PE sees the columns of the words in its window and a flag for each input that it keeps (zero "
     "or not) beside its memories; neither is charged, and what it drops is read from neither memory.",
     "With a delta threshold the sender takes the difference from what it sent last and sends it, one bit wider, or 0 in its "
