@@ -290,6 +290,10 @@ def test_the_fft_datapath(sizes, kind, batch):
         adds, macs = TRANSFORMS[k][gate is not False]
         expected["transform_operations"] += number * (adds + macs)
         expected["weight_reads"] += number * macs
+    # Every PE has the cosines of the largest transform beside its weights: k/4 - 1 of them.
+    constants = 16 * max(k // 4 - 1 for _, k, *_ in transforms)
+    words = expected["weight_reads"] - sum(number * TRANSFORMS[k][gate is not False][1] for _, k, number, gate in transforms)
+    assert mapping.resident_words.sum() == words + max(constants, 0)
     counts = schedule.counts()
     assert {event: counts[event] for event in expected} == {event: 3 * batch * count for event, count in expected.items()}
     assert 3 * batch * links[0] <= counts["link_words"] <= 3 * batch * links[1]
