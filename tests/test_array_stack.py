@@ -29,6 +29,7 @@ from workbench.array.interpreter import interpret, interpret_hoisted
 from workbench.array.mapping import candidate_layouts, fitting_mappings, strips
 from workbench.array.stack import side_by_side
 from workbench.engine import StackEngine, run_layer
+from workbench.plots import gantt_figure
 
 WIDE = SMALL.with_(cols=8)  # two strips of 4 x 4
 MAKES = (dense_layer, hybrid_layer, partial(low_rank_layer, ranks={"ih": 1, "hh": 2}),
@@ -94,7 +95,7 @@ def test_layers_side_by_side_equal_the_literal_interpreter(case):
 
 def pipeline(kind="LSTM", steps=2, batch=1, **changes):
     """Two layers, each on 4 x 4 PEs of 4 x 8."""
-    mappings = (map_layer(layer, WIDE.with_(**changes), Layout((Region(0, 4 * n, 4, 4),)), batch=batch)
+    mappings = (replace(map_layer(layer, WIDE.with_(**changes), Layout((Region(0, 4 * n, 4, 4),)), batch=batch), name=f"l{n}")
                 for n, (layer,) in enumerate(stack_of(kind)))
     return side_by_side(tuple(mappings), True, steps)
 
@@ -223,6 +224,34 @@ def test_json_rebuilds_the_table():
         assert layouts == [mapping.layout for mapping in schedule.mapping.layers]
         assert (read["steps"], read["cycles"]) == (schedule.steps, schedule.cycles)
         assert read["counts"] == schedule.counts() and read["split"] == schedule.split()
+
+
+def bars_and_rows(figure):
+    axis = figure.axes[0]
+    return axis.patches, [label.get_text() for label in axis.get_yticklabels()], {text.get_text() for text in axis.texts}
+
+
+def test_gantt_names_layers_and_hatches_every_second_item():
+    schedule = pipeline(batch=2, steps=4)
+    bars, rows, texts = bars_and_rows(gantt_figure(schedule, 2))
+    assert rows == ["l0 PEs 0", "l0 links 0", "l1 PEs 1", "l1 links 1", "network", "activation"]
+    assert len(bars) == len(schedule.table(2)) and sum(bool(bar.get_hatch()) for bar in bars) == len(bars) // 2
+    starts = {op["start"] for op in schedule.table(2)}
+    assert min(starts) + max(bar.get_x() for bar in bars) == max(starts)
+    assert "f hh" in texts and all(text.startswith(("l0 ", "l1 ")) for text in texts if "act" in text or "to PEs" in text)
+    assert "l1 h" in bars_and_rows(gantt_figure(pipeline(steps=4), 2))[2]  # what is shared says whose
+
+
+def test_gantt_draws_one_stage_and_every_kind_of_operation():
+    schedule = schedule_hoisted(dense_layer(), SMALL, 3)
+    for stage, rows in enumerate((["network", "PEs 0", "links 0"], ["PEs 0", "links 0", "activation", "network"])):
+        bars, found, _ = bars_and_rows(gantt_figure(schedule, 1, stage))
+        assert found == rows and len(bars) == sum(op["stage"] == stage for op in schedule.table(1))
+    with pytest.raises(ValueError, match="no operations in step 7 of stage 0; the schedule has 3 steps"):
+        gantt_figure(schedule, 7)
+    fft = schedule_layer(spectral_layer(), preset("array16x16"), 3)
+    assert {"transform", "inverse", "gather", "send"} <= {op.kind for op in fft.operations}
+    assert len(bars_and_rows(gantt_figure(fft, 1))[0]) == len(fft.table(1))
 
 
 def test_what_is_no_stack_or_has_no_place_is_refused():

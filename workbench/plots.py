@@ -10,8 +10,9 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito 2008); kinds also differ by their row and label.
 COLOURS = {"mac": "#0072B2", "drain": "#56B4E9", "activation": "#E69F00", "elementwise": "#D55E00", "multicast": "#009E73",
-           "load": "#CC79A7", "config": "#999999"}
-PALE = ("drain", "activation")  # kinds whose bars need dark letters
+           "load": "#CC79A7", "config": "#999999", "transform": "#332288", "inverse": "#882255", "gather": "#88CCEE",
+           "send": "#DDCC77"}
+PALE = ("drain", "activation", "gather", "send")  # kinds whose bars need dark letters
 GATE_COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7")  # in the model's order
 MATRIX_LINES = ("--", "-", ":", "-.")  # of the weight matrices, in the model's order
 LINEAR_NATS = 0.01  # losses are drawn on a logarithmic scale down to this, and linearly below
@@ -173,19 +174,32 @@ def accuracy_figure(results: pd.DataFrame) -> Figure:
     return figure
 
 
-def gantt_figure(schedule, step: int) -> Figure:
-    """What runs when in one time step: a row a resource, a bar an operation, cycles from the step's first start."""
-    operations = schedule.table(step)
-    resources = list(dict.fromkeys(op["resource"] for op in operations))
+def gantt_figure(schedule, step: int, stage: int = 0) -> Figure:
+    """What runs when in one step of a schedule's program: a row a resource, a bar an operation, cycles from the step's first
+    start. Of stages in turn one is drawn. Every second item of a batch is hatched; of layers side by side each names its PEs
+    and links, and its bars on what they share. In a pipeline a layer is a step of the sequence behind the one below."""
+    operations = [op for op in schedule.table(step) if op["stage"] == stage]
+    if not operations:
+        raise ValueError(f"gantt_figure finds no operations in step {step} of stage {stage}; the schedule has {schedule.steps} "
+                         "steps")
+    layers = {}  # resource -> the layers that it serves
+    for op in operations:
+        layers.setdefault(op["resource"], {})[op["layer"]] = None
+    resources, many = list(layers), len({op["layer"] for op in operations}) > 1
+    if many:  # what layers share below
+        resources.sort(key=lambda resource: (len(layers[resource]) > 1, next(iter(layers[resource]))))
     first = min(op["start"] for op in operations)
     figure = Figure(figsize=(10, 0.55 * len(resources) + 1.4), layout="constrained")
     axis = figure.subplots()
     for op in operations:
         row, width = resources.index(op["resource"]), op["end"] - op["start"]
-        axis.barh(row, width, 0.7, left=op["start"] - first, color=COLOURS[op["kind"]], edgecolor="white", linewidth=0.6)
+        axis.barh(row, width, 0.7, left=op["start"] - first, color=COLOURS[op["kind"]], edgecolor="white", linewidth=0.6,
+                  hatch="///" * (op["item"] % 2))
     last = max(op["end"] for op in operations) - first
     for op in operations:
         label = op["name"].removeprefix(f"{op['kind']} ")
+        if many and len(layers[op["resource"]]) > 1:
+            label = f"{op['layer']} {label}"
         # Pipelined operations of one resource overlap: the label gets the room up to the next one's start.
         later = [other["start"] for other in operations
                  if other["resource"] == op["resource"] and other["start"] > op["start"]]
@@ -196,7 +210,8 @@ def gantt_figure(schedule, step: int) -> Figure:
     kinds = list(dict.fromkeys(op["kind"] for op in operations))
     axis.legend(handles=[Patch(color=COLOURS[kind], label=kind) for kind in kinds], ncols=len(kinds), fontsize="small",
                 loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    axis.set_yticks(range(len(resources)), resources)
+    axis.set_yticks(range(len(resources)), [f"{next(iter(layers[resource]))} {resource}" if many and len(layers[resource]) == 1
+                                            else resource for resource in resources])
     axis.invert_yaxis()
     axis.set(xlabel=f"cycles from the first start of step {step}", xlim=(0, last))
     return figure
