@@ -176,5 +176,7 @@ def test_bad_operations_are_refused():
         with_operations(layer, {("hh", "i"): "tiles"})
     with pytest.raises(ValueError, match="none of part 'hr', gate 'p'"):
         with_operations(layer, {("hr", "p"): "dense"})
+    with pytest.raises(ValueError, match=r"crossover needs densities from 0 to 1, got \[0.5\] of weights and \[1.5\]"):
+        crossover(SMALL, [0.5], [1.5], [1])
     assert set(compare_operations(layer, SMALL, sequences(layer, 1, 2, 0.5)).operations) == {
         (part, gate) for part in ("ih", "hh") for gate in "if"}  # circulant blocks have no choice

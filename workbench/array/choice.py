@@ -193,6 +193,9 @@ def crossover(spec: ArraySpec, weight_densities, input_densities, lookaheads, sh
     random supports and random inputs of `steps` steps, one block on the whole grid. A row a point; lost: share of cycles that
     the predicted choice takes beyond the better one; of its input density ideal border: as the function `border` has it, and
     border: the weight density at which the predictions cross, NaN where they do not."""
+    if not all(0 <= density <= 1 for density in (*weight_densities, *input_densities)):
+        raise ValueError(f"crossover needs densities from 0 to 1, got {weight_densities} of weights and {input_densities} of "
+                         "inputs")
     rng, rows = np.random.default_rng(seed), []
     uniform, order = rng.random((steps, shape[1])), rng.random(shape)
     fmt = QFormat(bits, 0)
