@@ -15,7 +15,7 @@ import torch
 from workbench import study
 from workbench.array import ArraySpec, Schedule, schedule_hoisted, schedule_layer, schedule_stack
 from workbench.array.cost import BASELINE, compare
-from workbench.array.mapping import words_taken
+from workbench.array.mapping import constants_kept, words_taken
 from workbench.array.schedule import COUNTED_AS, schedule_mapping
 from workbench.array.spec import ceil_div
 from workbench.array.stack import FORMS as FORMS_OF_STACK
@@ -240,7 +240,8 @@ def _figures(layer, spec, steps):
         resident = schedule_layer(layer, spec.with_(weight_words=int(mapping.memory_words.max())), steps,
                                   replace(mapping.layout, stream_words=0))
     widest = max(words_taken(block, spec) for block in mapping.blocks.values())
-    streamed = schedule_layer(layer, spec.with_(weight_words=2 * widest), steps, replace(mapping.layout, stream_words=widest))
+    words = 2 * widest + constants_kept(spec, mapping.layout, mapping.blocks)
+    streamed = schedule_layer(layer, spec.with_(weight_words=words), steps, replace(mapping.layout, stream_words=widest))
     return schedule, resident.steady_state_cycles, streamed.steady_state_cycles
 
 

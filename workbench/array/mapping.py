@@ -862,7 +862,7 @@ def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, 
     if used.max() > 1 or used.sum() != sum(region.rows * region.cols for region in layout.regions):
         raise ValueError(f"{layout} needs regions that do not overlap, inside {spec.rows} x {spec.cols} PEs")
     blocks = map_blocks(layer, spec, layout, parts) if blocks is None else blocks
-    if 2 * layout.stream_words + (constants := _constants(spec, layout, blocks)) > spec.weight_words:
+    if 2 * layout.stream_words + (constants := constants_kept(spec, layout, blocks)) > spec.weight_words:
         beside = f" beside {constants} words of constants" * (constants > 0)
         raise ValueError(f"{layout} needs two buffers of {layout.stream_words} words per PE{beside}, the array has "
                          f"{spec.weight_words} (weight_words)")
@@ -928,7 +928,7 @@ def sized_layouts(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks) -
     if _fits(layer, spec, layout, blocks):
         return [layout]
     widest = max(words_taken(block, spec) for block in blocks.values())
-    room = spec.weight_words - _constants(spec, layout, blocks)
+    room = spec.weight_words - constants_kept(spec, layout, blocks)
     sizes = [room // n for n in STREAM_SHARES if room // n >= widest] or [0]
     return [replace(layout, stream_words=size) for size in sizes]
 
@@ -1012,7 +1012,7 @@ def _constant_words(spec, layout, blocks, region) -> int:
     return max(largest // 4 - 1, 0) * constant_taken(spec)
 
 
-def _constants(spec, layout, blocks) -> int:
+def constants_kept(spec, layout, blocks) -> int:
     """Of the region that needs the most."""
     return max(_constant_words(spec, layout, blocks, n) for n in range(len(layout.regions)))
 
