@@ -703,6 +703,10 @@ def spectral_layer(block, delta=None, **arguments):
     return layer if delta is None else replace(layer, delta=delta)
 
 
+def test_transforms_fit_at_the_very_bound():
+    spectral_layer(2, signals={"hidden": QFormat(25, 15)})  # sums of two values up to 2**24
+
+
 @pytest.mark.parametrize("cell", GATES)
 def test_the_spectra_are_not_on_disk(cell, tmp_path):
     """The same bytes as for the time domain, and the datapath comes back."""
@@ -772,6 +776,7 @@ def test_sums_of_low_rank_fit_at_the_very_bound():
          "PackedCirculant needs values of at most 18 bits for the fft datapath, got QFormat(bits=18, frac=0, signed=False)"),
         (lambda: spectral_layer(8, signals={"hidden": QFormat(25, 15)}),
          "lstm.weight_hh_l0.i needs transforms of at most 27 bits (DSP48E2), but with block 8 and QFormat(bits=25"),
+        (lambda: spectral_layer(2, signals={"hidden": QFormat(26, 15)}), "they could reach 67108864 (28 bits)"),
         (lambda: spectral_layer(8, acc_bits=24),
          "needs an accumulator under 24 bits, but a sum of spectrum products could reach"),
         (lambda: spectral_layer(8, delta={"hidden": 3}),

@@ -9,7 +9,7 @@ from torch import nn
 from workbench.constrain import pack
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, layers, weight
-from workbench.methods import BlockCirculant, Dense, TopK
+from workbench.methods import BlockCirculant, Dense, LowRank, TopK
 from workbench.packed import signals_of
 from workbench.plan import ACTIVATIONS, BlockPlan, Plan, pack_block, plan_block, uniform
 from workbench.quantise import calibrate
@@ -191,6 +191,10 @@ def test_the_format_is_chosen_for_the_values_that_are_stored():
     w = torch.tensor([[1.9, -1.6], [1.0, -1.9]])  # means of the diagonals: 0 and -0.3
     assert plan_block(w, Dense(), 8).format.frac == 6
     assert plan_block(w, BlockCirculant(2), 8).format.frac == 8
+    w = torch.tensor([[0.0, 9.0], [0.0, 0.0]])  # of rank 1: 3 times 3; 9 itself would have 3 fraction bits
+    assert (plan_block(w, LowRank(1), 8).format.frac, plan_block(w, Dense(), 8).format.frac) == (5, 3)
+    tiny = plan_block(w / 1e9, LowRank(1), 8).format
+    assert tiny.frac == 7  # a product then has 14
 
 
 def test_pack_block_projects_then_quantises():

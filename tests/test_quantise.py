@@ -86,6 +86,13 @@ def test_zeros_of_a_sparse_block_have_no_say():
     assert weight_format(torch.zeros(3, 3), 16) == QFormat(16, MAX_WEIGHT_FRAC)
 
 
+def test_the_fractions_of_factors_add_up():
+    """A weight that is the product of two stored values has their fraction bits together, which the bias must hold."""
+    assert weight_format(torch.tensor([1e-9]), 8, factors=2) == QFormat(8, MAX_WEIGHT_FRAC // 2)
+    assert weight_format(torch.zeros(3, 3), 16, factors=2) == QFormat(16, MAX_WEIGHT_FRAC // 2)
+    assert weight_format(torch.tensor([3.0]), 8, factors=2) == weight_format(torch.tensor([3.0]), 8) == QFormat(8, 5)
+
+
 def test_weight_format_refuses_a_width_that_no_format_has():
     with pytest.raises(ValueError, match="needs 2 to 32 bits when signed"):
         weight_format(torch.ones(3, 3), 33)

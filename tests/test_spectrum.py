@@ -246,6 +246,15 @@ def test_the_shift_is_the_least_that_keeps_every_word_an_operand():
     assert block.sum_frac(QFormat(12, 11)) == 7 + 11 + 4 - shifts[12]
 
 
+@pytest.mark.parametrize(("weight", "shift"), [(-1024, 1), (-1023, 0)])
+def test_the_shift_at_the_very_bound(weight, shift):
+    """(a, 0) has the spectrum (a, a), inputs up to 2**14 one up to 2**15, so that an inverse could reach 2 * 2**15 |a|: at
+    |a| = 1024 just beyond 27 bits."""
+    block = PackedCirculant((2, 2), QFormat(12, 0), 2, np.array([[[weight, 0]]]), "fft")
+    product = block.multiplication(1 << 14)
+    assert product.shift == shift and product.row_bounds == [(-weight << 16) >> shift] * 2
+
+
 def test_results_are_those_of_the_time_domain_up_to_rounding():
     rng, signal = np.random.default_rng(1), QFormat(12, 11)
     block = spectral_block(rng, 16, 4, 8, 123)
