@@ -84,7 +84,7 @@ def tiny_stacks(draw):
     return mappings, pipelined, choose(1, 2, 4), draw(st.integers(0, 1000))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(tiny_stacks())
 def test_layers_side_by_side_equal_the_literal_interpreter(case):
     check_side_by_side(*case)
@@ -300,7 +300,7 @@ def tiny_hoisted(draw):
     return layer, spec, choose(1, 2, 5), choose(1, 1, 2), choose(0, 0, 1, 2, 3), draw(st.integers(0, 1000))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(tiny_hoisted())
 def test_hoisted_layers_equal_the_literal_interpreter(case):
     check_hoisted(*case)

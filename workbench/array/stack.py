@@ -197,7 +197,7 @@ def side_by_side(layers: tuple[LayerMapping, ...], pipelined: bool, steps: int, 
 
     Shared resources serve their instructions in the order in which these would start if each layer ran alone, each some cycles
     behind the one before; of PHASES such delays the one with the fewest steady-state cycles is taken. No order beats the
-    slowest layer alone.
+    slowest layer alone, or the loader.
     """
     if pipelined:  # the x of the layers above is not there ahead of its step
         layers = (layers[0], *(replace(map_layer(m.layer, m.spec, m.layout, m.blocks, batch=m.batch, ahead=False), name=m.name)
@@ -220,7 +220,7 @@ def side_by_side(layers: tuple[LayerMapping, ...], pipelined: bool, steps: int, 
                                     inputs and [inputs[mapping.name] for mapping in layers])
         if best is None or schedule.steady_state_cycles < best.steady_state_cycles:
             best = schedule
-        if inputs is None and best.steady_state_cycles <= slowest:
+        if inputs is None and best.steady_state_cycles <= max(slowest, _load_cycles(layers)):
             break
     return best
 
@@ -240,10 +240,10 @@ def schedule_stack(stack, spec: ArraySpec, steps: int, batch: int = 1, form: str
 
     form: "side by side": layers of one direction in a pipeline, or both directions of each layer, on strips of the array;
     "in turn": each on the whole array; else that of the two which takes fewer cycles for the sequence. Strips are whole columns
-    or rows of groups; of all widths the fewest steady-state cycles win (one whose multiplications alone take as many as the
-    best so far is not scheduled). Within a strip each layer takes the layout whose multiplications bound it least. hoist: True,
-    or so many steps at a time: schedule_hoisted for every layer and direction, in turn. What the array cannot hold raises
-    ValueError with the numbers.
+    or rows of groups; of all widths the fewest steady-state cycles win (one whose multiplications or loads alone take as many
+    as the best so far is not scheduled). Within a strip each layer takes the layout whose multiplications bound it least.
+    hoist: True, or so many steps at a time: schedule_hoisted for every layer and direction, in turn. What the array cannot hold
+    raises ValueError with the numbers.
     """
     rows = []
     named = [{layer_name(index, reverse): layer for reverse, layer in enumerate(directions)}
@@ -311,14 +311,19 @@ def _best_side_by_side(layers, pipelined, spec, steps, batch, inputs, rows):
         try:
             fitting = [[replace(mapping, name=name) for mapping in fitting_mappings(layer, spec, layout, batch)]
                        for (name, layer), layout in zip(layers.items(), layouts, strict=True)]
-            sizes = range(max(map(len, fitting)))  # of streaming buffers
-            schedules = [side_by_side(tuple(some[min(n, len(some) - 1)] for some in fitting), pipelined, steps, inputs)
-                         for n in sizes]
+            sized = [[some[min(n, len(some) - 1)] for some in fitting] for n in range(max(map(len, fitting)))]
+            for mappings in sorted(sized, key=_load_cycles):  # sizes of streaming buffers, what streams less first
+                if best is not None and _load_cycles(mappings) >= best.steady_state_cycles:
+                    break
+                schedule = side_by_side(tuple(mappings), pipelined, steps, inputs)
+                row["steady_state_cycles"] = min(schedule.steady_state_cycles, row.get("steady_state_cycles", float("inf")))
+                if best is None or schedule.steady_state_cycles < best.steady_state_cycles:
+                    best = schedule
         except ValueError as error:
             row["refused"] = str(error)
-            continue
-        for schedule in schedules:
-            row["steady_state_cycles"] = min(schedule.steady_state_cycles, row.get("steady_state_cycles", float("inf")))
-            if best is None or schedule.steady_state_cycles < best.steady_state_cycles:
-                best = schedule
     return best
+
+
+def _load_cycles(mappings) -> int:
+    """Cycles that the loader, which they share, is busy in every step, at least."""
+    return ceil_div(sum(mapping.streamed_bits for mapping in mappings), mappings[0].spec.load_bits_per_cycle)
