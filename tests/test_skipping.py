@@ -173,6 +173,8 @@ def test_kept_sums_are_counted_and_charged():
     used = [resources(schedule_layer(layer, spec, 1).mapping) for layer in (plain, both, one)]
     assert [u.edge for u in used] == [(), (Memory(8, 48), Memory(1, 16), Memory(2, 16)), (Memory(8, 48), Memory(2, 16))]
     assert [u.data.bits for u in used] == [16, 17, 17]
+    twice = resources(map_layer(both, spec, one_region(spec), batch=2))
+    assert twice.edge == (Memory(16, 48), Memory(2, 16), Memory(4, 16))  # a batch of two
     # Four activation units have each a LUT RAM of each memory; high: written while it is read. The PEs' data are a bit wider.
     assert [u.lut[0] - used[0].lut[0] for u in used[1:]] == [4 * (48 + 16 + 16) + 16, 4 * (48 + 16) + 16]
     assert [u.lut[1] - used[0].lut[1] for u in used[1:]] == [8 * (48 + 16 + 16) + 32, 8 * (48 + 16) + 32]
