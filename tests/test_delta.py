@@ -1,5 +1,6 @@
 """The delta threshold: literal accumulators as oracle, threshold 0 = no delta, plan, file and messages."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -156,6 +157,7 @@ def test_stacks_with_delta(label, directions, lengths):
 # From the plan to the file and the attached model.
 
 
+@functools.cache
 def trained(make=nn.LSTM, **options):
     torch.manual_seed(0)
     model, x = make(6, 8, num_layers=2, bidirectional=True, **options), torch.randn(9, 4, 6).cumsum(0) / 3

@@ -55,13 +55,13 @@ def skipping_cases(draw, cases):
     return mapping, sequence(layer, steps, draw(st.sampled_from([0, 0.2, 0.6, 1])), seed, mapping.batch)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(skipping_cases(tiny_cases()))
 def test_skipping_equals_the_literal_interpreter(case):
     check(*case)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(skipping_cases(low_rank_cases("lowrank")))
 def test_low_rank_blocks_with_skipping_equal_the_literal_interpreter(case):
     """What V makes of differences goes on to U; only what U gives is added to what is kept."""

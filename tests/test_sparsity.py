@@ -33,7 +33,7 @@ def trained(tiny_task):
 
 @pytest.fixture(scope="module")
 def study(trained, tiny_task):
-    return delta_study(*trained, tiny_task, SPEC, [0.2, 0, 1e-4, 0.9], [1, 4], 5, 100.0)
+    return delta_study(*trained, tiny_task, SPEC, [0.2, 0, 1e-4, 0.9], [1, 4], 3, 100.0)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"cell": "GRU", "num_layers": 2}],
@@ -83,7 +83,7 @@ def test_figures_of_a_row_are_those_of_the_schedules(study, trained, tiny_task):
     plain = pack(model, plan).layers[name]
     spec = SPEC.with_(word_bits=17, lookahead=4)
     layout = schedule_layer(plain, spec, 1).mapping.layout
-    xs = layer_sequences(model, packed, tiny_task, "valid", 5)[name]
+    xs = layer_sequences(model, packed, tiny_task, "valid", 3)[name]
     schedules = [schedule_mapping(map_layer(layer, spec, layout), len(x), multiplied(layer, x)) for x in xs]
     steps = np.concatenate([schedule.step_cycles[1:] for schedule in schedules])
     assert (row["cycles mean"], row["cycles max"]) == (steps.mean(), steps.max())

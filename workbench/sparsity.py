@@ -10,7 +10,7 @@ import torch
 from workbench.array import ArraySpec, Choice, compare_operations, map_layer, multiplied, schedule_layer
 from workbench.array.schedule import schedule_mapping
 from workbench.constrain import attach, pack
-from workbench.engine import reversed_steps, run_layer
+from workbench.engine import LayerEngine, reversed_steps
 from workbench.packed import PackedModel
 from workbench.plan import Plan
 from workbench.quantise import recurrent_calls
@@ -29,7 +29,7 @@ def layer_sequences(model: torch.nn.Module, packed: PackedModel, task: Task, spl
     data = task.splits[split]
     batches = ((torch.from_numpy(data.x[n : n + 1, : data.lengths[n]]), torch.from_numpy(data.lengths[n : n + 1]))
                for n in range(min(count, len(data.lengths))))
-    found = {name: [] for name in packed.layers}
+    found, engines = {name: [] for name in packed.layers}, {name: LayerEngine(layer) for name, layer in packed.layers.items()}
     for path, (x, _, _) in recurrent_calls(model, batches):
         stack = packed.stack(path)
         names = {id(layer): name for name, layer in packed.layers.items()}
@@ -39,7 +39,7 @@ def layer_sequences(model: torch.nn.Module, packed: PackedModel, task: Task, spl
             for reverse, layer in enumerate(directions):
                 mine = reversed_steps(x, None) if reverse else x
                 found[names[id(layer)]].append(mine)
-                output = run_layer(layer, mine).output
+                output = engines[names[id(layer)]].run(mine).output
                 outputs.append(reversed_steps(output, None) if reverse else output)
             x = np.concatenate(outputs, axis=-1)
     return found
@@ -72,7 +72,8 @@ def delta_study(model: torch.nn.Module, plan: Plan, task: Task, spec: ArraySpec,
         validation[threshold] = evaluate(attach(model, packed), task, "valid")
         found = layer_sequences(model, packed, task, "valid", sequences)
         for name, layer in packed.layers.items():
-            inputs = [multiplied(layer, x) for x in found[name]]
+            engine = LayerEngine(layer)
+            inputs = [multiplied(layer, x, engine) for x in found[name]]
             # A difference is a bit wider than its signal; the words of the array are made as wide for all.
             array = spec.with_(word_bits=max(spec.word_bits, *(layer.signals[s].bits + 1 for s in ("input", "hidden"))))
             if threshold is None:

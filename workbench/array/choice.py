@@ -17,6 +17,7 @@ from workbench.array.mapping import BlockMapping, LayerMapping, Layout, Region, 
 from workbench.array.schedule import ABSENT, Schedule, schedule_mapping
 from workbench.array.skipping import multiplied, work_of
 from workbench.array.spec import ArraySpec
+from workbench.engine import LayerEngine
 from workbench.fixedpoint import QFormat
 from workbench.packed import PackedDense, PackedLayer, PackedSparse
 
@@ -155,7 +156,8 @@ def compare_operations(layer: PackedLayer, spec: ArraySpec, sequences, layout: L
     alone: so do its own multiplications. Without a layout: one region.
     """
     layout = layout or Layout((Region(0, 0, spec.rows, spec.cols),))
-    inputs = [multiplied(layer, x) for x in sequences]
+    engine = LayerEngine(layer)
+    inputs = [multiplied(layer, x, engine) for x in sequences]
     joined = {part: np.concatenate([found[part][:, 0] for found in inputs]) for part in inputs[0]}
     chosen, predicted = choose_operations(layer, spec, joined, layout)
 

@@ -23,12 +23,12 @@ from workbench.packed import PARTS, PackedLayer, PackedLowRank
 CHUNK = 1 << 21  # inputs that are looked at together
 
 
-def multiplied(layer: PackedLayer, x) -> dict[str, np.ndarray]:
+def multiplied(layer: PackedLayer, x, engine: LayerEngine | None = None) -> dict[str, np.ndarray]:
     """Part -> (T, B, width) integers that its weights multiply in each step: x, the h of the step before, what a projection
     takes; of a signal with a delta threshold what it moved by since it was last sent, or 0; for U of a low-rank block (part
-    "ih.i" and so on) what V makes of these. x: (T, B, input_size)."""
+    "ih.i" and so on) what V makes of these. x: (T, B, input_size); engine: that of the layer, if at hand."""
     traced = {"hidden": [], "unprojected": []}
-    LayerEngine(layer).run(x, trace=lambda t, name, values: traced[name].append(values) if name in traced else None)
+    (engine or LayerEngine(layer)).run(x, trace=lambda t, name, values: traced[name].append(values) if name in traced else None)
     h = np.array(traced["hidden"])  # (T, B, output_size)
     found = {"ih": np.asarray(x, dtype=np.int64), "hh": np.concatenate([np.zeros_like(h[:1]), h[:-1]])}
     if layer.projected:
