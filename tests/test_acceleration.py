@@ -259,6 +259,14 @@ def test_stalls_sum_up_over_two_regions_and_streams():
     assert sum(found.values()) == pytest.approx(streamed.steady_state_cycles) and found["load"] > 0
 
 
+def test_stalls_of_a_period_of_two_steps_are_those_of_their_mean():
+    spec = SPEC.with_(rows=8, acc_banks=3, acc_depth=8, link_cycles=30, weight_words=20, act_latency=0, h_words_per_cycle=4,
+                      act_units=1)
+    schedule = schedule_layer(random_layer(BlockCirculant(4), 16, 8), spec, 4)
+    assert schedule.period == (2, 496)
+    assert sum(stalls(schedule).values()) == 248
+
+
 # Speed-up curves.
 
 

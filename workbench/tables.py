@@ -717,7 +717,7 @@ def delta_verdict(delta):
 def overlap_table(table: pd.DataFrame) -> pd.DataFrame:
     """overlap_study's rows for the eye, without those that were refused."""
     names = {"plan": "plan", "schedule": "schedule", "cycles": "cycles of all sequences", "per_step": "per step and sequence",
-             "first_step": "until the first h", "layout": "layout"}
+             "first_step": "until the first h"}
     return table.loc[table["refused"].isna(), list(names)].rename(columns=names)
 
 
