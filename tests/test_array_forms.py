@@ -239,6 +239,14 @@ def test_an_fft_step_by_hand():
     assert mapping.memory_words.max() == 4 * 4 * 2 + 4 * 8 and mapping.resident_words.max() == mapping.memory_words.max() + 1
     # Two of the 8 columns of x, twice; of h a tile, its spectrum and one inverse.
     assert resources(mapping).data.depth == 2 * 2 + 8 + 8 + 8 and resources(mapping).data.bits == 27
+    assert resources(mapping).lut[0] == 220 + 16 * (2 * 27 + 96 + 48)  # data twice, accumulators, a link's adder
+
+
+def test_data_that_additions_of_transforms_read_are_kept_twice():
+    """An addition takes two data words in a cycle, of a memory with one port to read and one to write."""
+    used = resources(schedule_layer(spectral_layer(64, 64, {"ih": 16, "hh": 16}), SMALL, 1).mapping)
+    assert used.data.depth > 64 and used.data.bits == 27 and used.data.ramb18 == 2  # 18 and 9 bits wide
+    assert used.bram36 == (16 * (used.weights.ramb18 + 2 * 2) + 4 * 1) // 2  # tables of 4 units
 
 
 def test_one_transform_serves_all_gates_and_sizes_of_blocks_have_one_each():

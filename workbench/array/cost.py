@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from workbench.array.mapping import LayerMapping, kept_at_edge, operand_bits, parts_of
+from workbench.array.mapping import LayerMapping, is_transformed, kept_at_edge, operand_bits, parts_of
 from workbench.array.schedule import EVENTS, Schedule
 from workbench.array.spec import ArraySpec, ceil_div
 from workbench.fixedpoint import FUNCTIONS, KNOT_BITS, ExactTable, LinearTable
@@ -154,18 +154,21 @@ def resources(mapping: LayerMapping) -> Resources:
     LUT RAM; the adder (a LUT a bit) and the registers of the link that a drain goes over, acc_bits wide; weights and data
     where they are small enough for LUT RAM. High end of lut: LUT RAMs that are written while they are read (accumulators,
     data, streamed weights, those of the edge) take DUAL_PORT times as much. Every bank is a memory of its own. Every activation
-    unit has the tables: of "linear" the start and the slope of each segment, in one memory; of "exact" all codes. Not counted:
-    logic of the activation units, multicast, loader, edge buffer, control."""
+    unit has the tables: of "linear" the start and the slope of each segment, in one memory; of "exact" all codes. A transform's
+    addition reads two data words in a cycle, so that where there are transforms every PE keeps its data twice. Not counted:
+    logic of the activation units, what they keep of c, of a GRU's h and of gates until these are used, multicast, loader, edge
+    buffer, control."""
     spec, edge = mapping.spec, tuple(memory for m in mapping.layers for memory in _edge_memories(m))
     if mapping.edge_words:
         edge += (Memory(mapping.edge_words, spec.acc_bits),)
     weights = Memory(mapping.weight_depth,
                      min(max(block.word_bits for m in mapping.layers for block in m.blocks.values()), spec.weight_word_bits))
     data = Memory(mapping.data_words, max(operand_bits(m.layer, part) for m in mapping.layers for part in parts_of(m.layer)))
+    copies = 1 + any(is_transformed(part) for m in mapping.layers for part in parts_of(m.layer))
     # Layers share a table where it is the same.
     tables = {(name, *(array.tobytes() for array in table.arrays.values())): table
               for m in mapping.layers for name, table in m.layer.tables.items()}
-    return _resources(spec, weights, data, mapping.streamed_bits > 0, _table_memories(tables), edge)
+    return _resources(spec, weights, data, mapping.streamed_bits > 0, _table_memories(tables), edge, copies)
 
 
 def _table_memories(tables) -> tuple[Memory, ...]:
@@ -192,13 +195,14 @@ def full_resources(spec: ArraySpec) -> Resources:
                       _table_memories({name: LinearTable.build(name) for name in FUNCTIONS}))
 
 
-def _resources(spec, weights, data, streamed, tables, edge=()):
+def _resources(spec, weights, data, streamed, tables, edge=(), data_copies=1):
     pes = spec.rows * spec.cols
     table_luts, edge_luts = (spec.act_units * sum(memory.luts for memory in some) for some in (tables, edge))
-    ramb18 = pes * (weights.ramb18 + data.ramb18) + spec.act_units * sum(memory.ramb18 for memory in (*tables, *edge))
+    data_ramb18, data_luts = data_copies * data.ramb18, data_copies * data.luts
+    ramb18 = pes * (weights.ramb18 + data_ramb18) + spec.act_units * sum(memory.ramb18 for memory in (*tables, *edge))
     accumulators = spec.acc_bits * spec.acc_banks * ceil_div(spec.acc_depth, LUT_RAM_DEPTH)  # LUTs, as all below
-    written_while_read = accumulators + data.luts + (weights.luts if streamed else 0)
-    low = accumulators + data.luts + weights.luts + spec.acc_bits
+    written_while_read = accumulators + data_luts + (weights.luts if streamed else 0)
+    low = accumulators + data_luts + weights.luts + spec.acc_bits
     high = low + (DUAL_PORT - 1) * written_while_read
     return Resources(
         dsp=pes + spec.act_units, weights=weights, data=data, bram36=ceil_div(ramb18, 2),
