@@ -80,12 +80,14 @@ ASSUMPTIONS = (
     "Drained sums reach the activation units through an edge buffer that any unit can read; neither its cycles nor its memory "
     "is charged. It is needed where gates are placed differently: sparse rows, split tiles, two regions.",
     "Each region drains at an edge of its own, also where two regions share PE rows.",
-    "The multicast delivers h_words_per_cycle to all regions at once, whatever their size.",
+    "The multicast delivers h_words_per_cycle to all regions at once, whatever their size. A PE's data memory takes all words "
+    "of a cycle that are its own: of circulant tiles and transforms up to h_words_per_cycle at once, where its columns follow "
+    "one another; of a transform also a result beside a word that arrives.",
     "A PE that comes back to a row within mac_latency cycles (circulant pieces of 4 rows or fewer at a latency of 4) forwards "
     "the sum that is not written back yet; forwarding costs no cycle.",
     "x comes to the PEs over the multicast; loading it from outside is not counted, nor is what passes between layers in turn.",
     "Input products hoisted ahead of the recurrence wait in memories of the activation units (counted and charged); any unit's "
-    "memory takes what a drain brings, and reading it costs no cycle.",
+    "memory takes what a drain brings, also several words in a cycle, and reading it costs no cycle.",
     "Each item of a batch has x, h and c of its own; every resource serves the items in turn.",
     "Resident weights and the first h are in place at the start; the first load is reported apart (initial_load_cycles).",
     "A barrier per region lies between operations: the fullest PE counts.",
@@ -103,10 +105,10 @@ ASSUMPTIONS = (
     "or not) beside its memories; neither is charged, and what it drops is read from neither memory.",
     "With a delta threshold the sender takes the difference from what it sent last and sends it, one bit wider, or 0 in its "
     "place; neither cycles nor energy of that are counted. The sums to which drained ones are added are kept at the edge "
-    "(counted and charged).",
+    "(counted and charged), where any unit's memory reads and writes as many in a cycle as a drain brings.",
     "Alignment, bias and rounding belong to the latency of an activation; every activation unit owns a multiplier and keeps "
-    "its part of c, or of a GRU's h. A sum that is rounded without a look-up (a GRU's W_hn h + b_hn, a projected h) takes as "
-    "long as a look-up.",
+    "its part of c, or of a GRU's h, and of gates until they are used, in memories that are not charged. A sum that is rounded "
+    "without a look-up (a GRU's W_hn h + b_hn, a projected h) takes as long as a look-up.",
 )
 
 MAY_BE_ZERO = ("mac_latency", "act_latency", "config_cycles")
