@@ -174,6 +174,12 @@ def test_a_sweep_refuses(points, message):
         sweep_space(dense_layer(), points)
 
 
+def test_a_sweep_needs_steps():
+    for steps in (0, 2.0, True):
+        with pytest.raises(ValueError, match=f"sweep_space needs a whole number of steps, at least 1, got {steps}"):
+            sweep_space(dense_layer(), {"rows": [4]}, steps=steps)
+
+
 def test_the_pareto_front_of_three_figures_by_hand():
     table = {"a": [1, 2, 2, 3, 1, 9], "b": [5, 4, 4, 4, 5, np.nan], "c": [3, 3, 3, 1, 4, 0]}
     # 2 and 3 are equal; 4 is beaten in a only; 5 by 1, in c; 6 has no b.
@@ -212,6 +218,9 @@ def test_the_smallest_array_by_exhaustion():
 def test_the_smallest_array_refuses():
     with pytest.raises(ValueError, match="smallest_array knows the figures steady_state_cycles, .*, got 'speed'"):
         smallest_array({"dense": dense_layer()}, 1, "speed")
+    for limit in (0, float("nan")):
+        with pytest.raises(ValueError, match=f"smallest_array needs a limit above 0 for step_us, got {limit}"):
+            smallest_array({"dense": dense_layer()}, limit)
     with pytest.raises(ValueError, match=r"dense fits none of 2 arrays: a PE needs 4 data words .*, the array has 3"):
         smallest_array({"dense": dense_layer()}, 1, points={"rows": [4, 8], "cols": [4, 4]}, spec=SMALL.with_(data_words=3))
 

@@ -257,6 +257,8 @@ def test_gantt_draws_one_stage_and_every_kind_of_operation():
 def test_what_is_no_stack_or_has_no_place_is_refused():
     with pytest.raises(TypeError, match="schedule_stack needs layers of PackedLayers"):
         schedule_stack([], SMALL, 3)
+    with pytest.raises(ValueError, match="layers that fit: layer 1 takes 5 inputs, layer 0 gives 8"):
+        schedule_stack([(dense_layer(8, 4),), (dense_layer(8, 5),)], SMALL, 3)
     with pytest.raises(ValueError, match="schedule_stack knows the forms in turn, side by side, got 'pipeline'"):
         schedule_stack(stack_of(), SMALL, 3, form="pipeline")
     with pytest.raises(ValueError, match="4 x 4 PEs have no strips of whole groups that hold l0, l1 side by side: too few"):

@@ -86,6 +86,8 @@ def sweep_space(layer: PackedLayer, points: dict, spec: ArraySpec | None = None,
     step_us: steady-state cycles over the clock). A point at which the layer does not fit has NaN figures and its reason.
     """
     spec, points = ArraySpec() if spec is None else spec, _checked(points)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"sweep_space needs a whole number of steps, at least 1, got {steps!r}")
     number = len(next(iter(points.values())))
     found = {name: np.full(number, np.nan) for name in FIGURES}
     found |= {name: np.full(number, "", dtype=object) for name in ("layout", "reason")}
@@ -123,6 +125,8 @@ def smallest_array(layers: dict[str, PackedLayer], at_most: float, figure: str =
     spec = ArraySpec() if spec is None else spec
     if figure not in (*FIGURES, "step_us"):
         raise ValueError(f"smallest_array knows the figures {', '.join((*FIGURES, 'step_us'))}, got {figure!r}")
+    if not at_most > 0:
+        raise ValueError(f"smallest_array needs a limit above 0 for {figure}, got {at_most}")
     sides = (points.get("rows", spec.rows), points.get("cols", spec.cols))
     pes = np.broadcast_to(np.multiply(*sides), next(iter(points.values())).shape)
     return [{"label": label} | _smallest(label, layer, at_most, figure, points, pes, spec, steps)

@@ -7,6 +7,7 @@ such layers run in turn, the two directions side by side on regions of their own
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -250,6 +251,11 @@ def schedule_stack(stack, spec: ArraySpec, steps: int, batch: int = 1, form: str
              for index, directions in enumerate(stack)]
     if not named or not all(isinstance(layer, PackedLayer) for layers in named for layer in layers.values()):
         raise TypeError("schedule_stack needs layers of PackedLayers, as PackedModel.stack gives them")
+    for n, (below, layers) in enumerate(pairwise(stack), start=1):
+        width = sum(layer.output_size for layer in below)
+        if wrong := [layer.input_size for layer in layers if layer.input_size != width]:
+            raise ValueError(f"schedule_stack needs layers that fit: layer {n} takes {wrong[0]} inputs, "
+                             f"layer {n - 1} gives {width}")
     if form not in ("", *FORMS):
         raise ValueError(f"schedule_stack knows the forms {', '.join(FORMS)}, got {form!r}")
     if hoist:
