@@ -137,6 +137,8 @@ def test_tables_and_verdict_say_what_the_figures_say(accelerated):
     hybrid = accelerated.summary.set_index(["label", "target_cr_disk"]).loc[HYBRID, 6.0]
     assert f"{hybrid['acceleration']:.2f} times as fast as dense 16-bit" in text
     assert f"is {'reached' if hybrid['acceleration'] >= 1.41 else 'missed'}" in text
+    small = accelerated.summary.set_index(["label", "target_cr_disk"]).loc[SMALL, 6.0]
+    assert f"small dense network of that ratio: {small['acceleration']:.2f}x, for {small['loss (points)']:.2f} points" in text
     nothing = tables.acceleration_verdict(accelerated, 6.0, -np.inf).data
     assert "none of the uniform plans; none of the hybrid plans" in nothing and "So the hybrid plan" not in nothing
     table = tables.acceleration_table(accelerated, -np.inf)

@@ -581,6 +581,8 @@ def acceleration_verdict(acceleration: Acceleration, target: float, loss_limit: 
     mine = summary[(summary["target_cr_disk"] == target) & summary["acceleration"].notna()]
     hybrids = mine[mine["method"] == HYBRID].set_index("label")
     uniform = mine[~mine["method"].isin([HYBRID, SMALL])].sort_values("acceleration", ascending=False, kind="stable")
+    small = [f"The small dense network of that ratio: {row['acceleration']:.2f}x, for {row['loss (points)']:.2f} points"
+             f"{_bounded(row)}." for row in mine[mine["method"] == SMALL].to_dict("records")]
     wu = next(p for p in PUBLISHED if p.acceleration)
     paragraphs = []
     for label, row in hybrids.iterrows():
@@ -597,6 +599,7 @@ def acceleration_verdict(acceleration: Acceleration, target: float, loss_limit: 
             f"{_bounded(row)}. The published {wu.acceleration} ({wu.work}, whose baseline is not stated) is "
             f"{'reached' if row['acceleration'] >= wu.acceleration else 'missed'}. {verdict} at the same ratio"
             f"{': ' + '; '.join(than) if than else ''}.")
+    paragraphs += small
     within = acceleration.fastest(loss_limit, hybrid=False), acceleration.fastest(loss_limit, hybrid=True)
     texts = [f"none of the {kind} plans" if row is None else
              f"the fastest {kind} plan is {plan_name(row['label'], row['target_cr_disk'])} with "
