@@ -284,14 +284,14 @@ def _needs(mapping):
             yield since(i, named[i.layer, i.item, f"inverse {part_of(i.parts[0])}"])
         elif i.kind in ("drain", "gather"):
             yield 0, last_mac[n]  # of its bank: all earlier ones end before
-        elif i.name == "x to PEs":  # its place in the double buffer is free once the former h has passed on the same network
+        elif i.name == "x to PEs":
+            # Its place in the double buffer (or that of an h that is the x of the layer above) is free once the h made of what
+            # lay there has passed on the same network; where no h is made:
             if mapping.layers[i.layer].fills_edge:
                 yield from (since(i, m, COPIES["ih"]) for m in readers[i.layer, i.item].values())
         else:
             yield from (since(i, m) for m in (sum_drains[i.layer, i.item, i.sum] if i.sum else ()))
             yield from (since(i, named[i.layer, i.item, name]) for name in i.takes)
-            if i.kind == "multicast" and _taken_above(mapping, i):  # the place of two steps before in the double buffer
-                yield from (since(i, m, COPIES["ih"]) for m in readers[i.layer + 1, i.item].values())
 
     return [tuple(needs(n, i)) for n, i in enumerate(program)]
 
