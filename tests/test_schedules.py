@@ -47,9 +47,9 @@ def methods_of(plan, gate):
 
 SCHEDULES = {
     "one-shot": lambda model, plan: wb.one_shot(model, plan),
-    "gradual": lambda model, plan: wb.gradual(model, plan, stages=4),
-    "iterative": lambda model, plan: wb.iterative(model, plan, [["r", "z"], ["n"]]),
-    "ADMM": lambda model, plan: wb.admm(model, plan, rho=0.1, updates=3),
+    "gradual": lambda model, plan: wb.gradual(model, plan, stages=4, until=0.5),
+    "iterative": lambda model, plan: wb.iterative(model, plan, [["r", "z"], ["n"]], until=0.5),
+    "ADMM": lambda model, plan: wb.admm(model, plan, rho=0.1, updates=3, until=0.5),
 }
 every = pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from workbench.budget import kept_share, strongest_member
 from workbench.constrain import compress, constrain_weights, make_plain
@@ -68,7 +67,8 @@ class RetrainingSchedule:
         if stage <= self.entered:
             return False
         old = _parameters(self.model)
-        if optimizer is not None and not {id(p) for ps in old.values() for p in ps} & _held(optimizer):
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
+        if optimizer is not None and not any(id(p) in held for p in old):
             raise ValueError("a retraining schedule needs an optimizer of its model's parameters, got one that holds none of "
                              "the recurrent weights: make it from schedule.model.parameters()")
         make_plain(self.model)
@@ -92,32 +92,18 @@ class RetrainingSchedule:
         RetrainingSchedule.step(self, progress, optimizer)
 
 
-def _parameters(model) -> dict[tuple[str, str], list[nn.Parameter]]:
-    """(module path, weight) -> the parameters that are trained for it."""
-    found = {}
-    for path, rnn in rnns(model).items():
-        for name in parameters_of(rnn):
-            constrained = parametrize.is_parametrized(rnn, name)
-            found[path, name] = list(rnn.parametrizations[name].parameters()) if constrained else [getattr(rnn, name)]
-    return found
-
-
-def _held(optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _parameters(model) -> list[nn.Parameter]:
+    """The parameters that are trained for the recurrent weights, one a block, always in the same order."""
+    return [p for rnn in rnns(model).values() for name in parameters_of(rnn) for p in rnn.parametrizations[name].parameters()]
 
 
 def _exchange(optimizer, old, new) -> None:
-    """New parameters in the place of the old ones of the same weight, in the group of the first of them."""
-    weight_of = {id(p): key for key, parameters in old.items() for p in parameters}
-    new = dict(new)
+    """Each new parameter in the place of its old one."""
+    new_of = {id(p): q for p, q in zip(old, new, strict=True)}
+    for p in old:
+        optimizer.state.pop(p, None)
     for group in optimizer.param_groups:
-        exchanged = []
-        for p in group["params"]:
-            exchanged += new.pop(weight_of[id(p)], []) if id(p) in weight_of else [p]
-        group["params"] = exchanged
-    for parameters in old.values():
-        for p in parameters:
-            optimizer.state.pop(p, None)
+        group["params"] = [new_of.get(id(p), p) for p in group["params"]]
 
 
 def one_shot(model: nn.Module, plan) -> RetrainingSchedule:
@@ -125,7 +111,7 @@ def one_shot(model: nn.Module, plan) -> RetrainingSchedule:
     return RetrainingSchedule(model, [(0.0, Plan.read(plan))])
 
 
-def gradual(model: nn.Module, plan, *, stages: int = 8, until: float = 0.5) -> RetrainingSchedule:
+def gradual(model: nn.Module, plan, *, stages: int = 8, until: float = 0.25) -> RetrainingSchedule:
     """Strengths rise in that many stages at equal distances, from every weight kept at 0 to the plan's at `until`.
 
     The cubic schedule of Zhu and Gupta 2017 (arXiv 1710.01878): at stage n of N the share that is not kept is
@@ -151,7 +137,7 @@ def gradual(model: nn.Module, plan, *, stages: int = 8, until: float = 0.5) -> R
     return RetrainingSchedule(model, [*found, (until, plan)])
 
 
-def iterative(model: nn.Module, plan, groups: list[list[str]], *, until: float = 0.5) -> RetrainingSchedule:
+def iterative(model: nn.Module, plan, groups: list[list[str]], *, until: float = 0.25) -> RetrainingSchedule:
     """Some gates, retrain, the next ones (HIC, DOI 10.1109/TCSI.2021.3091318): the first group of gates is compressed at 0,
     the last one at `until`, the others in equal distances between; until then a block is dense in 16 bits."""
     plan = Plan.read(plan)
@@ -171,7 +157,7 @@ def iterative(model: nn.Module, plan, groups: list[list[str]], *, until: float =
     return RetrainingSchedule(model, found)
 
 
-def admm(model: nn.Module, plan, *, rho: float = 1e-3, updates: int = 10, until: float = 0.5) -> RetrainingSchedule:
+def admm(model: nn.Module, plan, *, rho: float = 1e-2, updates: int = 10, until: float = 0.25) -> RetrainingSchedule:
     """The weights W are free until `until` and drawn towards the plan's set by the alternating direction method of
     multipliers, then projected onto it and retrained there (E-RNN, arXiv 1812.07106).
 
