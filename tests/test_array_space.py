@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_array import COARSE, SIGNALS, SMALL, circulant, dense, dense_layer, hybrid_layer, layer_of, pruned, sparse
+from test_array import COARSE, SIGNALS, SMALL, circulant, dense, dense_layer, hybrid_layer, layer_of, pruned, sparse, tiny_cases
+from test_array_forms import low_rank
 
 from workbench.array import (
     ArraySpec,
     Layout,
     Region,
     grid_points,
+    map_block,
     scaled_points,
     schedule_layer,
     smallest_array,
@@ -21,6 +23,8 @@ from workbench.array import (
     with_weight_bits,
 )
 from workbench.array.cost import energy, resources
+from workbench.array.mapping import candidate_layouts, least_cycles, least_loaded_bits, map_blocks
+from workbench.array.schedule import schedule_mapping
 from workbench.array.space import FIGURES
 from workbench.methods import BlockCirculant, TopK
 from workbench.pareto import pareto_points
@@ -60,7 +64,8 @@ def check(layer, space, numbers, steps, spec):
 
 
 def of_forms(forms, hidden, inputs, seed, **kind):
-    makers = {"dense": dense, "sparse": sparse, "circulant": circulant}
+    makers = {"dense": dense, "sparse": sparse, "circulant": circulant,
+              "low rank": lambda shape, rng: low_rank(shape, rng, min(2, *shape))}
     return layer_of(lambda part, gate, shape, rng: makers[forms[gate]](shape, rng), hidden, inputs, seed, **kind)
 
 
@@ -72,7 +77,7 @@ def tiny_spaces(draw):
         return np.array(draw(st.lists(st.sampled_from(values), min_size=number, max_size=number)))
 
     number = draw(st.integers(1, 6))
-    forms = {gate: draw(st.sampled_from(["dense", "sparse", "circulant"])) for gate in "ifgorznp"}
+    forms = {gate: draw(st.sampled_from(["dense", "sparse", "circulant", "low rank"])) for gate in "ifgorznp"}
     layer = of_forms(forms, draw(st.sampled_from([8, 16])), draw(st.sampled_from([1, 3, 8])), draw(st.integers(0, 99)),
                      signals=draw(st.sampled_from([SIGNALS, COARSE])),
                      **draw(st.sampled_from([{}, {"proj": 4}, {"cell": "GRU"}])))
@@ -86,7 +91,7 @@ def tiny_spaces(draw):
     return layer, {name: points[name] for name in names}, draw(st.sampled_from([1, 2, 5, 30]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(tiny_spaces())
 def test_a_sweep_equals_the_scheduler(case):
     layer, points, steps = case
@@ -238,3 +243,60 @@ def test_the_picture_of_a_design_space():
     assert len(others.get_offsets()) == space["fits"].sum() - space["front"].sum()
     assert f"{(~space['fits']).sum()} cannot hold the layer" in axis.get_title()
     figure.canvas.draw()
+
+
+def test_the_depth_of_the_accumulators_decides_the_places():
+    layer = layer_of(lambda part, gate, shape, rng: sparse(shape, rng), 64, 12)
+    points = {"acc_depth": [64, 4, 2, 16]}
+    space = sweep_space(layer, points, SMALL, 3)
+    assert check(layer, space, range(4), 3, SMALL)["resident"] == 4 and len(set(space["cycles"])) == 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(tiny_cases())
+def test_bounds_are_never_beaten(case):
+    mapping, steps, _ = case
+    schedule = schedule_mapping(mapping, steps)
+    loaded = least_loaded_bits(mapping.layer, mapping.spec, mapping.layout, mapping.blocks)
+    assert loaded <= mapping.streamed_bits and (loaded > 0) <= (mapping.streamed_bits > 0)
+    least = max(mapping.load_cycles, mapping.batch * least_cycles(mapping.layer, mapping.spec, mapping.layout))
+    assert least <= schedule.steady_state_cycles
+
+
+def test_blocks_known_from_other_layouts_are_those_of_the_layout():
+    layer, spec, known = hybrid_layer(64, 12, 16), ArraySpec(rows=8, cols=8), {}
+    for layout in candidate_layouts(layer, spec):
+        shared, own = map_blocks(layer, spec, layout, known=known), map_blocks(layer, spec, layout)
+        assert shared.keys() == own.keys()
+        for product, block in own.items():
+            assert (shared[product].unit, shared[product].pe_rows, shared[product].pe_cols) == (
+                block.unit, block.pe_rows, block.pe_cols)
+            np.testing.assert_array_equal(shared[product].pe_row_of_row, block.pe_row_of_row)
+            np.testing.assert_array_equal(shared[product].local_of_row, block.local_of_row)
+    assert {block.unit for blocks in known.values() for block in blocks.values()} == {1, 2, 4, 8, 16}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_slices_of_the_lists_are_counted_as_the_words_lie(data):
+    """In closed form, or by sums along the lists: against the words themselves."""
+
+    def some(*values):
+        return data.draw(st.sampled_from(values))
+
+    shape, rng = (some(8, 16, 24), some(1, 3, 5, 8, 13)), np.random.default_rng(some(*range(20)))
+    form, unit = some(("dense", 1), ("sparse", 1), ("circulant", 1), ("circulant", 2), ("circulant", 4))
+    packed = {"dense": dense, "sparse": sparse, "circulant": circulant}[form](shape, rng)
+    block = map_block(packed, some(4, 8), some(4, 8), unit)
+    low = some(0, 1, 2) * unit
+    high, first = low + some(1, 2, 3) * unit, np.array([0, 1, 2, 5])
+    end = first + np.array([some(0, 1, 2, 3, 9) for _ in first])
+    words, macs, padding, runs = block.slice_counts(low, high, first, end)
+    for n, chosen in enumerate(zip(first, end, strict=True)):
+        pads = turns = 0
+        for pe in range(block.pe_rows * block.pe_cols):
+            mine = np.flatnonzero((block.pe == pe) & (block.local_row >= low) & (block.local_row < high))[slice(*chosen)]
+            rows = block.rows[mine][block.used[mine]]
+            assert (words[n, pe], macs[n, pe]) == (mine.size, rows.size)
+            pads, turns = pads + block.padding[mine].sum(), turns + (rows.size > 0) + (np.diff(rows) != 0).sum()
+        assert (padding[n], runs[n]) == (pads, turns)
