@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_array import COARSE, SIGNALS, SMALL, circulant, dense, dense_layer, hybrid_layer, layer_of, pruned, sparse, tiny_cases
-from test_array_forms import low_rank
+from test_array_forms import low_rank, spectral
 
 from workbench.array import (
     ArraySpec,
@@ -36,9 +36,10 @@ def expected(layer, space, n, steps, spec):
     """Figures and layout of one point as the scheduler gives them, or the message with which it refuses."""
     changes = {f.name: int(space[f.name][n]) for f in fields(ArraySpec) if f.name in space}
     try:
+        spec = spec.with_(**changes)
         if "weight_bits" in space:
             layer = with_weight_bits(layer, int(space["weight_bits"][n]))
-        schedule = schedule_layer(layer, spec.with_(**changes), steps)
+        schedule = schedule_layer(layer, spec, steps)
     except ValueError as error:
         return str(error)
     used, spent = resources(schedule.mapping), energy(schedule.counts())
@@ -65,7 +66,8 @@ def check(layer, space, numbers, steps, spec):
 
 def of_forms(forms, hidden, inputs, seed, **kind):
     makers = {"dense": dense, "sparse": sparse, "circulant": circulant,
-              "low rank": lambda shape, rng: low_rank(shape, rng, min(2, *shape))}
+              "low rank": lambda shape, rng: low_rank(shape, rng, min(2, *shape)),
+              "fft": lambda shape, rng: spectral(shape, rng, 4, 7)}
     return layer_of(lambda part, gate, shape, rng: makers[forms[gate]](shape, rng), hidden, inputs, seed, **kind)
 
 
@@ -77,7 +79,7 @@ def tiny_spaces(draw):
         return np.array(draw(st.lists(st.sampled_from(values), min_size=number, max_size=number)))
 
     number = draw(st.integers(1, 6))
-    forms = {gate: draw(st.sampled_from(["dense", "sparse", "circulant", "low rank"])) for gate in "ifgorznp"}
+    forms = {gate: draw(st.sampled_from(["dense", "sparse", "circulant", "low rank", "fft"])) for gate in "ifgorznp"}
     layer = of_forms(forms, draw(st.sampled_from([8, 16])), draw(st.sampled_from([1, 3, 8])), draw(st.integers(0, 99)),
                      signals=draw(st.sampled_from([SIGNALS, COARSE])),
                      **draw(st.sampled_from([{}, {"proj": 4}, {"cell": "GRU"}])))
