@@ -187,6 +187,7 @@ def test_a_front_is_thinned(accelerated):
     space = tables.space_table(sweep_space(accelerated.schedule("TopK", 6.0).mapping.layer, axes, SPEC, 6))
     table = tables.front_table(space, axes, most=2)
     front = space[space["front"]]
+    assert len(tables.front_table(space, axes)) == len(front[["step_us", "energy_high_nj", "bram36"]].drop_duplicates())
     assert table["step_us"].tolist() == [front["step_us"].min(), front["step_us"].max()] and {*axes} <= {*table}
 
 

@@ -583,7 +583,7 @@ def region_figure(schedules: dict) -> Figure:
     for axis in pairs[len(schedules):].flat:
         axis.remove()
     outer = pairs[1 : len(schedules) : 2, 1] if len(schedules) > 1 else pairs[:1, 1]
-    figure.colorbar(image, ax=list(outer), label="multiplying (% of a step)", shrink=0.9)
+    figure.colorbar(image, ax=list(outer), label="multiplying weights (% of a step)", shrink=0.9)
     return figure
 
 
@@ -621,7 +621,7 @@ def speed_up_figure(curves: pd.DataFrame, published) -> Figure:
             scale.set_major_formatter(StrMethodFormatter("{x:g}"))
         for axis in (upper, lower):
             axis.grid(alpha=0.3)
-    near = 100 * shares[shares > 0.5].min(initial=0.9)  # what is far below is seen above
+    near = 100 * shares[shares > 0.9].min(initial=0.98)  # what is far below is seen above
     axes[1, 0].set_ylim(near - 2, 100 * max(1, shares.max()) + 2)
     axes[0, 0].set_ylabel("times as fast as the dense model")
     axes[1, 0].set_ylabel("share of the ideal (%)")

@@ -308,11 +308,11 @@ def space_table(space: dict, figures=SPACE_FIGURES) -> pd.DataFrame:
 
 
 def front_table(space: pd.DataFrame, axes: dict, most: int = 15) -> pd.DataFrame:
-    """The Pareto front of a design space, fastest first, evenly thinned to `most` rows. space: of space_table; axes: the points
-    that were asked for."""
-    front = space[space["front"]].sort_values("step_us", kind="stable")
+    """The Pareto front of a design space, fastest first, of equals the first, evenly thinned to `most` rows. space: of
+    space_table; axes: the points that were asked for."""
+    front = space[space["front"]].sort_values("step_us", kind="stable").drop_duplicates(list(SPACE_FIGURES))
     some = np.unique(np.linspace(0, len(front) - 1, min(most, len(front))).astype(int))
-    return front.iloc[some][[*axes, "step_us", "bram36", "dsp", "energy_low_nj", "energy_high_nj", "layout"]]
+    return front.iloc[some][[*axes, "step_us", "bram36", "dsp", "energy_low_nj", "energy_high_nj"]]
 
 
 def smallest_table(schedules: dict[str, Schedule], latencies: list[float]) -> pd.DataFrame:
