@@ -120,6 +120,14 @@ def test_low_rank_in_any_part(kind, parts):
         check_against_interpreter(mapping, 6, seed=2)
 
 
+def test_what_v_gives_is_sent_once_all_its_passes_are_drained():
+    """Rank 5 on four PE rows with one accumulator each: two passes, one way back."""
+    mapping = schedule_layer(low_rank_layer(8, 6, {"hh": 5}), SMALL.with_(acc_depth=1), 1).mapping
+    names = [i.name for i in mapping.program if i.gate == "i" or i.sum == "hh.i"]
+    assert names[4:9] == ["mac i hh", "drain i hh", "mac i hh", "drain i hh", "hh.i to PEs"]
+    check_against_interpreter(mapping, 3, seed=0)
+
+
 @pytest.mark.parametrize("name", ["group4x4", "array16x16"])
 def test_low_rank_execution_equals_the_engine(name):
     layer = low_rank_layer(32, 12, dict.fromkeys(("ih", "hh"), 5))
@@ -236,6 +244,7 @@ def test_an_fft_step_by_hand():
     assert counts["acc_reads"] == 16 * 4 * 4 + 16 * 14 + 64 * 4 + 64 * 4 and counts["acc_writes"] == 16 * 4 * 4 + 16 * 14
     mapping = schedule.mapping
     assert mapping.on_chip_bits == 4 * 16 * 8 * 8 + 16 * 8 * 11  # spectra of 8 + 3 bits
+    assert least_cycles(mapping.layer, SMALL, one_region(SMALL)) == 4 * 4 * 2 + 4 * 14
     assert mapping.memory_words.max() == 4 * 4 * 2 + 4 * 8 and mapping.resident_words.max() == mapping.memory_words.max() + 1
     # Two of the 8 columns of x, twice; of h a tile, its spectrum and one inverse.
     assert resources(mapping).data.depth == 2 * 2 + 8 + 8 + 8 and resources(mapping).data.bits == 27
@@ -298,3 +307,22 @@ def test_where_the_fft_wins(hidden, block, faster):
 def test_what_the_fft_datapath_does_not_fit_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         schedule_layer(spectral_layer(16, 8), SMALL.with_(**changes), 2)
+
+
+def test_an_inverse_waits_for_every_gather():
+    """Slow links and short tiles: the sums of i, which meet in the first of 8 PE columns, come after those of o."""
+    spec = SMALL.with_(cols=8, link_cycles=3, acc_banks=4, mac_latency=0)
+    mapping = schedule_layer(spectral_layer(8, 4, {"hh": 2}), spec, 1).mapping
+    found = spans(schedule_layer(mapping.layer, spec, 1))
+    assert found["gather i hh.fft2"][1] > found["gather o hh.fft2"][1]
+    assert found["inverse hh"][0] == found["gather i hh.fft2"][1]
+    check_against_interpreter(mapping, 3, seed=0)
+
+
+def test_two_inverses_never_share_a_sum():
+    """Although W_ih and W_hh have the same fraction and tiles of one size: each inverse rounds what is its own."""
+    layer = spectral_layer(4, 4, {"ih": 4, "hh": 4})
+    assert [layer.alignment(gate)[1:] for gate in "ifgo"].count((0, 0)) > 0
+    mapping = schedule_layer(layer, SMALL, 1).mapping
+    assert all(len(i.parts) == 1 for i in mapping.program if i.kind in ("gather", "send"))
+    check_against_interpreter(mapping, 3, seed=0)
