@@ -307,6 +307,16 @@ def test_a_projection_waits_while_the_next_inputs_are_multiplied():
     assert found[1, "mac i hh"] == (89, 95)  # h is in the PEs
 
 
+def test_nothing_begins_ahead_that_the_accumulators_do_not_hold():
+    """8 rows of each gate in passes of 5 and 3, 7 of the projection in two of 5 and 2: then i is summed in the bank of p."""
+    layer, ahead = dense_layer(hidden=32, inputs=4, proj=28), []
+    for depth in (5, 10):
+        mapping = map_layer(layer, SMALL.with_(acc_depth=depth), one_region(SMALL))
+        ahead.append([i.name for i in mapping.program if i.kind == "mac" and i.lag < 0])
+        check_against_interpreter(mapping, 2, seed=0)
+    assert ahead == [[], ["mac i ih"]]
+
+
 @pytest.mark.parametrize(("frac", "cycles", "idle_before"), [(7, 2382, 2555), (6, 2304, 2555)])
 def test_a_projected_step_is_hardly_longer_than_its_multiplications(frac, cycles, idle_before):
     """512 units, 128 outputs, 128 inputs: 2304 multiply-accumulates a PE. Sums that are drained apart leave no bank waiting."""
@@ -498,6 +508,7 @@ def test_streamed_chunks_serve_as_many_items_as_the_accumulators_hold(acc_depth,
     assert four.counts()["loaded_bits"] == 3 * loads * unique == 3 * four.mapping.streamed_bits > 0
     assert four.initial_load_cycles == -(-8 * four.mapping.resident_words.sum() // spec.load_bits_per_cycle)
     assert four.counts()["macs"] == 4 * one.counts()["macs"]
+    check_against_interpreter(four.mapping, 3, seed=0)
 
 
 def test_a_batch_shares_the_loader_and_hides_the_activations():
