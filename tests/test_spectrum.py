@@ -211,7 +211,7 @@ def test_operations_are_counted(k):
     assert sum(spectrum.real_operations(8, True)) == 4 * 2 + 2 * (2 + 2) + (2 + 8 + 2)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([2, 4, 8, 16, 32]), st.integers(2, 16), st.integers(2, 17))
 def test_bounds_hold_for_the_worst_inputs(seed, k, bits, weight_bits):
     """Inputs of the signs that drive one row, or one bin of the spectrum, furthest."""

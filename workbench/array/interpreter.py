@@ -17,6 +17,7 @@ from workbench.array.mapping import (
     LayerMapping,
     SideBySide,
     array_sums,
+    block_of,
     columns_kept,
     inverse_columns,
     is_spectral,
@@ -172,11 +173,6 @@ def interpret_hoisted(stages, x) -> list[Interpretation]:
 def _sent(i):
     """The value that a multicast sends; for an inner part what V of the low-rank block gives."""
     return SENT.get(i.parts[0], f"sum {i.parts[0]}")
-
-
-def block_of(part: str) -> int:
-    """k of the spectra "ih.fft8"."""
-    return int(part.split(".fft")[1])
 
 
 def _bins(words):
@@ -697,11 +693,12 @@ class _Machine:
                 if last:
                     known[name] = (known[name] + (1 << (TWIDDLE_FRAC - 1))) >> TWIDDLE_FRAC
                     self.counts["data_writes"] += 1
-            effect = lambda: None  # noqa: E731
             if finish:
-                values = [sign * (known[where] if where in known else read(where)) for sign, where in finish[0]]
-                effect = lambda store=finish[1], values=values: store(values)  # noqa: E731
-            self._fly(a, self.spec.mac_latency, effect)
+                results, store = finish
+                values = [sign * known[where] for sign, where in results]
+                self._fly(a, self.spec.mac_latency, lambda store=store, values=values: store(values))
+            else:
+                self._fly(a, self.spec.mac_latency, lambda: None)
         a.todo = {pe: slots for pe, slots in a.todo.items() if slots}
 
     def _work_gather(self, a):

@@ -488,6 +488,11 @@ def is_transformed(part: str) -> bool:
     return ".fft" in part
 
 
+def block_of(part: str) -> int:
+    """k of the spectra "ih.fft8"."""
+    return int(part.split(".fft")[1])
+
+
 def array_blocks(layer: PackedLayer, parts=None) -> dict[tuple[str, str], object]:
     """(part, gate) -> what the array stores and multiplies: the layer's blocks, of all its parts or some, those of the fft
     datapath under the inner part of their spectra; of a low-rank block V, and under an inner part of its own U."""

@@ -25,6 +25,7 @@ from workbench.array.mapping import (
     LayerMapping,
     Layout,
     SideBySide,
+    block_of,
     candidate_layouts,
     check_layer,
     columns_kept,
@@ -140,7 +141,7 @@ def time_program(mapping) -> tuple[Timed, ...]:
                 tiles = inverse_tiles(layer.layout, layer.blocks, i.parts[0]).items()
                 counted_tiles = [(k, number) for (k, _), number in tiles]
             else:
-                k = int(i.parts[0].split(".fft")[1])
+                k = block_of(i.parts[0])
                 kept = columns_kept(layer.layer, layer.layout, layer.blocks, i.parts[0], len(layer.layout.regions) - 1)
                 counted_tiles = [(k, np.tile(kept.sum(axis=1) // k, (region.rows, 1)))]
             operations = np.array([real_operations(k, back) for k, _ in counted_tiles])
