@@ -88,7 +88,11 @@ ASSUMPTIONS = (
     "x comes to the PEs over the multicast; loading it from outside is not counted, nor is what passes between layers in turn.",
     "Input products hoisted ahead of the recurrence wait in memories of the activation units (counted and charged); any unit's "
     "memory takes what a drain brings, also several words in a cycle, and reading it costs no cycle.",
-    "Each item of a batch has x, h and c of its own; every resource serves the items in turn.",
+    "Each item of a batch has x, h and c of its own; every resource serves the items in turn. What the activation units keep "
+    "of c, or of a GRU's h, is not charged.",
+    "Layers side by side share activation units, multicast and loader, which serve them in an order that the program fixes. "
+    "Stages in turn begin when the one before has ended, each with a configuration and, where the weights of all do not fit "
+    "together, with the load of its own.",
     "Resident weights and the first h are in place at the start; the first load is reported apart (initial_load_cycles).",
     "A barrier per region lies between operations: the fullest PE counts.",
     "A PE reads one memory word of its weights per cycle, not ahead: a stored word that takes several holds its PE longer. "
