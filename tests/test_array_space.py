@@ -23,7 +23,7 @@ from workbench.array import (
     with_weight_bits,
 )
 from workbench.array.cost import energy, resources
-from workbench.array.mapping import candidate_layouts, least_cycles, least_loaded_bits, map_blocks
+from workbench.array.mapping import candidate_layouts, least_cycles, least_loaded_bits, map_blocks, takes_multicast
 from workbench.array.schedule import schedule_mapping
 from workbench.array.space import FIGURES
 from workbench.methods import BlockCirculant, TopK
@@ -179,6 +179,20 @@ def test_weight_bits_keep_the_support_and_the_range():
 def test_a_sweep_refuses(points, message):
     with pytest.raises(ValueError, match=message):
         sweep_space(dense_layer(), points)
+
+
+def test_no_region_is_narrower_than_the_multicast():
+    """A PE writes a word per cycle, so that 4 PE columns cannot take 8 words of a cycle, but the whole array is as it is."""
+    assert takes_multicast((Region(0, 0, 4, 4),), 8) and takes_multicast((Region(0, 0, 4, 8), Region(0, 8, 4, 8)), 8)
+    assert not takes_multicast((Region(0, 0, 4, 4), Region(0, 4, 4, 12)), 8)
+    layer, spec = hybrid_layer(32, 6, 8), ArraySpec(rows=8, cols=16)
+    words = [1, 4, 5, 8, 9]
+    space = sweep_space(layer, {"h_words_per_cycle": words}, spec, 5)
+    for n, each in enumerate(words):
+        schedule = schedule_layer(layer, spec.with_(h_words_per_cycle=each), 5)
+        assert (space["cycles"][n], space["layout"][n]) == (schedule.cycles, schedule.mapping.layout.name)
+        narrow = [row for row in schedule.candidates if "16x4" in row["layout"] or "8x4" in row["layout"]]
+        assert bool(narrow) == (each <= 4)
 
 
 def test_a_sweep_needs_steps():

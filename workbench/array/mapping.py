@@ -894,6 +894,12 @@ def candidate_layouts(layer: PackedLayer, spec: ArraySpec, within: Region | None
             for regions, split in product(arrangements, (False, True) if cut else (False,))]
 
 
+def takes_multicast(regions, words):
+    """Whether regions side by side are so wide that the words of the multicast in a cycle, one a PE column, find as many
+    memories. words: per cycle, a number or an array (points,). The whole array is as it is."""
+    return (len(regions) == 1) | (min(region.cols for region in regions) >= words)
+
+
 def strips(place: Region, count: int) -> list[tuple[Region, ...]]:
     """Every way to cut a region into so many strips of whole groups: side by side first, then one below the other."""
     cuts = []

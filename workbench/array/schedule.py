@@ -41,6 +41,7 @@ from workbench.array.mapping import (
     network_words,
     part_of,
     sized_layouts,
+    takes_multicast,
     transform_cycles,
     units_of,
     words_taken,
@@ -620,7 +621,8 @@ def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layo
     """Schedule one layer over `steps` time steps of `batch` sequences side by side; inputs: as schedule_mapping; parts: those
     whose blocks are multiplied, if not all (schedule_hoisted).
 
-    Without a layout the candidate with the fewest steady-state cycles is taken, of equal ones the first; one whose
+    Without a layout the candidate with the fewest steady-state cycles is taken, of equal ones the first; one with a region
+    narrower than the multicast is none, one whose
     multiplications (unless zeros are skipped) or loads alone take too long to win is not scheduled, one that the array cannot
     hold is passed over. What no candidate holds or maps raises ValueError with the numbers.
     """
@@ -628,7 +630,9 @@ def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layo
         raise TypeError("schedule_layer needs a PackedLayer and an ArraySpec, got "
                         f"{type(layer).__name__} and {type(spec).__name__}")
     layouts = [layout] if layout is not None else sorted(
-        candidate_layouts(layer, spec), key=lambda candidate: least_cycles(layer, spec, candidate, parts))
+        (candidate for candidate in candidate_layouts(layer, spec)
+         if takes_multicast(candidate.regions, spec.h_words_per_cycle)),
+        key=lambda candidate: least_cycles(layer, spec, candidate, parts))
     check_layer(layer, spec)
     best, fewest, best_place, rows, refusals = None, float("inf"), (), [], []
     skips, tried, known = inputs is not None and spec.lookahead > 1, set(), {}

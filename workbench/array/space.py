@@ -20,6 +20,7 @@ from workbench.array.mapping import (
     map_blocks,
     map_layer,
     sized_layouts,
+    takes_multicast,
     units_of,
 )
 from workbench.array.schedule import beats, events, run_points, time_program
@@ -200,9 +201,11 @@ def _sweep_group(layer, spec, points, mapped, timing, steps, found):
     """Points whose specifications differ in TIMING fields alone. mapped: layout -> blocks, in the order of schedule_layer."""
     candidates = [(sized, blocks) for layout, blocks in mapped.items()
                   for sized in sized_layouts(layer, spec, layout, blocks)]
-    bandwidth = timing.at("load_bits_per_cycle", points)
-    bounds = np.array([np.maximum(least_cycles(layer, spec, layout), ceil_div(least_loaded_bits(layer, spec, layout, blocks),
-                                                                              bandwidth)) for layout, blocks in candidates])
+    bandwidth, words = (timing.at(name, points) for name in ("load_bits_per_cycle", "h_words_per_cycle"))
+    bounds = np.array([np.where(
+        takes_multicast(layout.regions, words + 0 * bandwidth),
+        np.maximum(least_cycles(layer, spec, layout), ceil_div(least_loaded_bits(layer, spec, layout, blocks), bandwidth)),
+        np.inf) for layout, blocks in candidates])
     fewest, rank, refusals, mappings = np.full(points.size, np.inf), np.full(points.size, -1), {}, {}
     for n in np.argsort(bounds.reshape(len(candidates), -1).mean(axis=1), kind="stable").tolist():
         some = np.flatnonzero(beats(bounds[n], fewest, n < rank))

@@ -81,8 +81,9 @@ ASSUMPTIONS = (
     "is charged. It is needed where gates are placed differently: sparse rows, split tiles, two regions.",
     "Each region drains at an edge of its own, also where two regions share PE rows.",
     "The multicast delivers h_words_per_cycle to all regions at once, whatever their size. A PE's data memory takes all words "
-    "of a cycle that are its own: of circulant tiles and transforms up to h_words_per_cycle at once, where its columns follow "
-    "one another; of a transform also a result beside a word that arrives.",
+    "of a cycle that are its own: several at once of circulant tiles and transforms, whose columns follow one another; of a "
+    "transform also a result beside a word that arrives. Regions of fewer PE columns than h_words_per_cycle are no candidates: "
+    "their memories could not write what arrives.",
     "A PE that comes back to a row within mac_latency cycles (circulant pieces of 4 rows or fewer at a latency of 4) forwards "
     "the sum that is not written back yet; forwarding costs no cycle.",
     "x comes to the PEs over the multicast; loading it from outside is not counted, nor is what passes between layers in turn.",

@@ -23,6 +23,7 @@ from workbench.array.mapping import (
     parts_of,
     programs_side_by_side,
     strips,
+    takes_multicast,
 )
 from workbench.array.schedule import Operation, Readings, Schedule, schedule_layer, schedule_mapping
 from workbench.array.spec import ArraySpec, ceil_div
@@ -276,7 +277,7 @@ def schedule_stack(stack, spec: ArraySpec, steps: int, batch: int = 1, form: str
             best = _best_side_by_side(layers, pipelined, spec, steps, batch, inputs, rows)
             found |= {"side by side": [best]} if best else {}
         if not found:
-            why = rows[-1]["refused"] if rows else "too few groups"
+            why = rows[-1]["refused"] if rows else "too few groups, or none as wide as h_words_per_cycle"
             raise ValueError(f"{spec.rows} x {spec.cols} PEs have no strips of whole groups that hold {', '.join(layers)} side "
                              f"by side: {why}")
         found = {form: StagedSchedule(tuple(stages), steps) for form, stages in found.items()}
@@ -303,8 +304,11 @@ def _best_side_by_side(layers, pipelined, spec, steps, batch, inputs, rows):
     """The schedule with the fewest steady-state cycles over all strips, or None where no strips hold the layers."""
     options = []
     for regions in strips(Region(0, 0, spec.rows, spec.cols), len(layers)):
+        if not takes_multicast(regions, spec.h_words_per_cycle):
+            continue
         bounds, layouts = zip(*(
-            min(((least_cycles(layer, spec, layout), layout) for layout in candidate_layouts(layer, spec, region)),
+            min(((least_cycles(layer, spec, layout), layout) for layout in candidate_layouts(layer, spec, region)
+                 if takes_multicast(layout.regions, spec.h_words_per_cycle)),
                 key=lambda option: option[0]) for layer, region in zip(layers.values(), regions, strict=True)), strict=True)
         options.append((batch * max(bounds) * (inputs is None), layouts))
     best = None
