@@ -154,9 +154,10 @@ def time_program(mapping) -> tuple[Timed, ...]:
         if i.kind == "gather":
             block, (low, high) = layer.blocks[i.parts[0], i.gate], i.rows
             columns, rows = inverse_columns(layer.blocks, i.parts[0], i.gate), block.rows_between(low, high)
-            way = np.maximum(columns, block.pe_cols - 1 - columns) * spec.link_cycles
             inside = (block.local_of_row >= low) & (block.local_of_row < high)
-            last = int((block.local_of_row - low + way)[inside].max())
+            hops = np.maximum(columns, block.pe_cols - 1 - columns)[inside]
+            last = (block.local_of_row[inside] - low + np.multiply.outer(spec.link_cycles, hops)).max(axis=-1)  # points or none
+            last = last if last.ndim else int(last)
             return Timed(high - low, last + 1 - (high - low), needs, {
                 "acc_reads": rows * block.pe_cols, "link_words": rows * (block.pe_cols - 1), "data_writes": rows})
         if i.kind == "send":
