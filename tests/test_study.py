@@ -12,7 +12,7 @@ from workbench.array.cost import BASELINE
 from workbench.constrain import attach, bake
 from workbench.methods import BlockCirculant, TopK, method_label
 from workbench.sensitivity import Strength, classify
-from workbench.train import evaluate, paired_interval
+from workbench.train import evaluate, fit, paired_interval
 
 TARGET = 10.0
 STRENGTH = Strength(block=4, circulant_bits=6, topk_bits=6)
@@ -411,7 +411,8 @@ def test_the_allocation_and_the_hidden_units_of_a_tradeoff(tiny_task, dense, in_
     searched = []
     monkeypatch.setattr(study, "choices_to_measure", lambda model, families: [m for m in (TopK(0.25), BlockCirculant(4))
                                                                               if type(m) in families])
-    monkeypatch.setattr(study, "search_allocation", lambda *a, **k: searched.append(search_allocation(*a, **k)) or searched[-1])
+    monkeypatch.setattr(study, "search_allocation",
+                        lambda *a, **k: searched.append((a[0], search_allocation(*a, **k))) or searched[-1][1])
     tradeoff = study.tradeoff(tiny_task, dense, SEARCHED, [6.0, 400.0], **ARGUMENTS | {"schedule": "gradual"})
     reached = tradeoff.results.set_index(["method", "seed"])
     assert sorted(reached.index) == [(method, seed) for method in sorted(SEARCHED) for seed in (0, 1)]
@@ -420,7 +421,8 @@ def test_the_allocation_and_the_hidden_units_of_a_tradeoff(tiny_task, dense, in_
     assert units["strength"].tolist() == ["Dense", "Dense"] and (units["bits"] == 8).all()
     allocated = reached.loc[study.ALLOCATION]
     assert (allocated["hidden_size"] == 16).all() and (allocated["cr_disk"] >= 6).all()
-    (found,) = searched  # with the first seed, for all of them
+    ((model, found),) = searched  # with the first seed, for all of them
+    assert model is dense[0]
     labels = {method_label(entry.method) for entry in found["plan"].iloc[0].blocks.values()}
     assert all(set(strength.split(", ")) == labels for strength in allocated["strength"])
     reasons = tradeoff.unreachable.set_index("method")["reason"]
@@ -428,13 +430,18 @@ def test_the_allocation_and_the_hidden_units_of_a_tradeoff(tiny_task, dense, in_
     assert "no allocation meets cr_disk 400.0: allocate cannot reach" in reasons[study.ALLOCATION].iloc[0]
 
 
-@pytest.mark.parametrize("schedule", study.SCHEDULES)
-def test_a_schedule_of_retraining_is_loaded_where_it_is_finished(tiny_task, dense, tmp_path, in_process, schedule):
+@pytest.mark.parametrize(("schedule", "stages"), [("one-shot", 1), ("gradual", 4), ("ADMM", 2)])  # dense, blocks of 2, 4 and 8
+def test_a_schedule_of_retraining_is_loaded_where_it_is_finished(tiny_task, dense, tmp_path, in_process, schedule, stages,
+                                                                 monkeypatch):
+    followed = []
+    monkeypatch.setattr(study, "fit", lambda *a, **k: followed.append(k.get("retraining")) or fit(*a, **k))
+
     def run():
         arguments = ARGUMENTS | {"epochs": 2, "checkpoints": tmp_path, "schedule": schedule}
-        return study.tradeoff(tiny_task, {0: dense[0]}, ["BlockCirculant"], [12.0], **arguments)
+        return study.tradeoff(tiny_task, {0: dense[0]}, ["BlockCirculant"], [40.0], **arguments)
 
     first, files = run(), sorted(tmp_path.iterdir())
+    assert [len(way.stages) for way in followed if way] == [stages]  # the dense control follows none
     assert len(files) == 2 and run().results.equals(first.results) and sorted(tmp_path.iterdir()) == files
 
 
