@@ -322,3 +322,10 @@ def test_slices_of_the_lists_are_counted_as_the_words_lie(data):
             assert (words[n, pe], macs[n, pe]) == (mine.size, rows.size)
             pads, turns = pads + block.padding[mine].sum(), turns + (rows.size > 0) + (np.diff(rows) != 0).sum()
         assert (padding[n], runs[n]) == (pads, turns)
+
+
+def test_as_many_points_as_rows_are_not_taken_for_rows():
+    layer = of_forms(dict.fromkeys("ifgo", "fft"), 16, 8, 0)
+    for number in (4, 16):
+        space = sweep_space(layer, {"link_cycles": range(1, number + 1)}, SMALL, 3)
+        assert check(layer, space, range(number), 3, SMALL)["resident"] == number
