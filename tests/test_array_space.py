@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,7 +24,14 @@ from workbench.array import (
     with_weight_bits,
 )
 from workbench.array.cost import energy, resources
-from workbench.array.mapping import candidate_layouts, least_cycles, least_loaded_bits, map_blocks, takes_multicast
+from workbench.array.mapping import (
+    candidate_layouts,
+    fitting_mappings,
+    least_cycles,
+    least_loaded_bits,
+    map_blocks,
+    takes_multicast,
+)
 from workbench.array.schedule import schedule_mapping
 from workbench.array.space import FIGURES
 from workbench.methods import BlockCirculant, TopK
@@ -286,7 +294,10 @@ def test_bounds_are_never_beaten(case):
 
 
 def test_blocks_known_from_other_layouts_are_those_of_the_layout():
-    layer, spec, known = hybrid_layer(64, 12, 16), ArraySpec(rows=8, cols=8), {}
+    makers = {"i": sparse, "f": sparse}  # W_ih and W_hh have accumulators of their own, for whole and for split tiles
+    layer = layer_of(lambda part, gate, shape, rng: makers.get(gate, partial(circulant, block=16))(
+        shape, rng, frac=6 if part == "hh" else 7), 64, 12)
+    spec, known = ArraySpec(rows=8, cols=8), {}
     for layout in candidate_layouts(layer, spec):
         shared, own = map_blocks(layer, spec, layout, known=known), map_blocks(layer, spec, layout)
         assert shared.keys() == own.keys()
@@ -329,3 +340,13 @@ def test_as_many_points_as_rows_are_not_taken_for_rows():
     for number in (4, 16):
         space = sweep_space(layer, {"link_cycles": range(1, number + 1)}, SMALL, 3)
         assert check(layer, space, range(number), 3, SMALL)["resident"] == number
+
+
+@pytest.mark.parametrize("words", [32, 48, 64, 96])
+@pytest.mark.parametrize("bandwidth", [64, 256])
+def test_the_first_of_equally_good_candidates_wins(words, bandwidth):
+    layer, spec = hybrid_layer(32, 8, 8), SMALL.with_(weight_words=words, load_bits_per_cycle=bandwidth)
+    layouts = sorted(candidate_layouts(layer, spec), key=lambda layout: least_cycles(layer, spec, layout))
+    every = [schedule_mapping(mapping, 2) for layout in layouts for mapping in fitting_mappings(layer, spec, layout)]
+    best = min(every, key=lambda schedule: schedule.steady_state_cycles)  # the first of equal ones
+    assert schedule_layer(layer, spec, 2).mapping.layout == best.mapping.layout
