@@ -202,12 +202,13 @@ def test_a_front_is_thinned(accelerated):
     ({"fractions": [0.3]}, r"a speed-up curve needs fractions 1/2, 1/4, 1/8 and so on, at least one, got \[0.3\]"),
     ({"fractions": []}, r"a speed-up curve needs fractions 1/2, 1/4, 1/8 and so on, at least one, got \[\]"),
     ({"fractions": [1.0]}, "a speed-up curve needs fractions"),
+    ({"curve_spec": SPEC.with_(data_words=11)}, "a speed-up curve needs an array that takes 16 dense units: a PE needs"),
     ({"target_cr_disks": [0.5]}, "target cr_disk"),
 ], ids=str)  # fmt: skip
 def test_bad_values_are_refused(tiny_task, changes, message):
     good = {"hidden_size": 8, "methods": [HYBRID, "TopK"], "target_cr_disks": [6.0], "bits": 6, "seeds": [0], "epochs": 1,
             "retrain_epochs": 1, "search_epochs": 0, "loss_limit": 0.0, "steps": 1, "curve_units": 16, "curve_bits": 8,
-            "fractions": [0.5], "workers": 1}
+            "curve_spec": SPEC, "fractions": [0.5], "workers": 1}
     check_acceleration(tiny_task, **good)
     with pytest.raises(ValueError, match=message):
         check_acceleration(tiny_task, **good | changes)

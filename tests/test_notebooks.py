@@ -29,7 +29,7 @@ SMALL = {  # notebook -> (small parameters, metrics that it must hand over, figu
          "seeds": [0], "epochs": 1, "retrain_epochs": 1, "search_epochs": 0, "array": "group4x4", "steps": 3, "batches": [2],
          "windows": [0], "sequences": 2, "thresholds": [0.1], "lookaheads": [1, 4], "crossover_units": 32,
          "weight_densities": [0.2, 0.6], "input_densities": [0.5], "latencies": [1.0], "space_sides": [4, 8],
-         "space_bandwidths": [64], "space_memories": [256], "space_bits": [4, 8], "curve_units": 32,
+         "space_bandwidths": [64], "space_memories": [256], "space_bits": [4, 8], "curve_array": "group4x4", "curve_units": 32,
          "fractions": [0.25], "looked_at": 0.25},
         {"results", "summary", "unreachable", "curves"},
         9,

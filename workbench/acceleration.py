@@ -78,7 +78,7 @@ class TrainedPoints:
 
 def check_acceleration(task: Task, *, hidden_size: int, methods: list[str], target_cr_disks: list[float], bits: int,
                        seeds: list[int], epochs: int, retrain_epochs: int, search_epochs: int, loss_limit: float, steps: int,
-                       curve_units: int, curve_bits: int, fractions: list[float], workers: int) -> None:
+                       curve_units: int, curve_bits: int, curve_spec: ArraySpec, fractions: list[float], workers: int) -> None:
     """Refuse the bad values of an acceleration study before any training."""
     study.check_tradeoff(task, hidden_size=hidden_size, methods=methods, target_cr_disks=target_cr_disks, bits=bits,
                          seeds=seeds, epochs=epochs, retrain_epochs=retrain_epochs, search_epochs=search_epochs,
@@ -90,7 +90,7 @@ def check_acceleration(task: Task, *, hidden_size: int, methods: list[str], targ
         raise ValueError(f"an acceleration study needs a loss_limit of at least 0 nats, got {loss_limit}")
     if steps < 1:
         raise ValueError(f"an acceleration study needs at least 1 step, got {steps}")
-    _check_curve(curve_units, curve_bits, fractions)
+    _check_curve(curve_units, curve_spec, fractions, curve_bits)
 
 
 def train_points(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], target_cr_disks: list[float], *, bits: int,
@@ -357,7 +357,7 @@ def speed_up(units: int, spec: ArraySpec, fractions: list[float], bits: int, wor
     ones; efficiency_: the speed-up as a share of it; and the parts of stalls. What the array refuses has the reason instead.
     units: rounded up where a circulant block does not divide them.
     """
-    _check_curve(units, bits, fractions)
+    _check_curve(units, spec, fractions, bits)
     jobs = [(units, spec, bits, "Dense", 1.0)]
     jobs += [(units, spec, bits, form, fraction) for fraction in sorted(fractions) for form in FORMS]
     table = pd.DataFrame(study.parallel(_speed_up, jobs[::-1], workers, "random matrices")[::-1])  # the slow ones first
@@ -383,7 +383,7 @@ STALLS = ("multiply", "transform", "padding", "further words", "imbalance", "pip
           "load", "other region")  # fmt: skip
 
 
-def _check_curve(units, bits, fractions):
+def _check_curve(units, spec, fractions, bits):
     if units < 16 or units % 4:
         raise ValueError(f"a speed-up curve needs units of at least 16, a multiple of 4, got {units}")
     if bits not in range(2, 17):
@@ -391,6 +391,8 @@ def _check_curve(units, bits, fractions):
     if not fractions or any(not 0 < fraction < 1 or 1 / fraction != 1 << round(1 / fraction).bit_length() - 1
                             for fraction in fractions):
         raise ValueError(f"a speed-up curve needs fractions 1/2, 1/4, 1/8 and so on, at least one, got {fractions}")
+    if refused := _speed_up(units, spec, bits, "Dense", 1.0)["refused"]:
+        raise ValueError(f"a speed-up curve needs an array that takes {units} dense units: {refused}")
 
 
 def _speed_up(units, spec, bits, form, fraction) -> dict:
