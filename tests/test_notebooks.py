@@ -27,14 +27,15 @@ SMALL = {  # notebook -> (small parameters, metrics that it must hand over, figu
     "hardware_mapping": (
         {"hidden_size": 16, "methods": ["hybrid", "TopK", "BlockCirculant", "small dense"], "target_cr_disks": [8.0],
          "seeds": [0], "epochs": 1, "retrain_epochs": 1, "search_epochs": 0, "array": "group4x4", "steps": 3, "batches": [2],
-         "windows": [0], "sequences": 2, "thresholds": [0.1], "lookaheads": [1, 4], "crossover_units": 32,
+         "windows": [0], "sequences": 2, "thresholds": [0.1], "lookaheads": [1, 4], "delta_loss": 100.0, "crossover_units": 32,
          "weight_densities": [0.2, 0.6], "input_densities": [0.5], "latencies": [1.0], "space_sides": [4, 8],
          "space_bandwidths": [64], "space_memories": [256], "space_bits": [4, 8], "curve_array": "group4x4", "curve_units": 32,
          "fractions": [0.25], "looked_at": 0.25},
         {"results", "summary", "unreachable", "curves"},
         9,
         ("dense 16-bit", "Within the same loss limit", "multiplications alone", "modelled", "Structured", "imbalance",
-         "integer", "Wang S. 2019", "hoisted", "delta threshold", "CN113537465A", "k26"),
+         "integer", "Wang S. 2019", "hoisted", "delta threshold", "Test accuracy", "CN113537465A",
+         "k26"),
     ),
     "sensitivity": (
         {"hidden_size": 16, "seeds": [0, 1], "epochs": 1, "sensitivity_epochs": 1, "bits": [4],
