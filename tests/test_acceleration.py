@@ -27,6 +27,7 @@ from workbench.plan import uniform
 from workbench.quantise import calibrate
 from workbench.sensitivity import calibration_batches
 from workbench.study import HYBRID, SMALL
+from workbench.train import paired_interval
 
 SPEC, METHODS, TARGETS = preset("group4x4"), [HYBRID, "TopK", "BlockCirculant", "Dense", SMALL], [6.0, 17.0]
 
@@ -126,6 +127,49 @@ def test_the_fastest_plan_meets_the_limit(accelerated):
     assert accelerated.fastest(np.inf, hybrid=False, target=6.0)["target_cr_disk"] == 6.0
 
 
+def test_a_plan_that_is_refused_for_one_seed_has_no_figures(points, monkeypatch):
+    figures, refused = acceleration._figures, acceleration._layer(points.packed["TopK", 6.0][1])
+
+    def refuse_one(layer, spec, steps):
+        if layer is refused:
+            raise ValueError("the array has no room for it")
+        return figures(layer, spec, steps)
+
+    monkeypatch.setattr(acceleration, "_figures", refuse_one)
+    found = accelerate(points, SPEC, 6)
+    row = found.summary.set_index(["label", "target_cr_disk"]).loc["TopK", 6.0]
+    assert row["refused"] == "the array has no room for it" and row[["layout", "bound"]].isna().all()
+    assert row[acceleration.ARRAY_MEANS].isna().all() and (row["seeds"], row["accuracy %"] > 0) == (2, True)
+    assert found.results["refused"].notna().sum() == 1 and found.summary["refused"].notna().sum() == 1
+    assert found.fastest(np.inf, hybrid=False, target=6.0)["label"] != "TopK"
+    assert "- TopK, 6x: the array has no room for it" in tables.refusal_note(
+        found, acceleration.overlap_study({}, [], []).assign(refused=[]), found.results[:0]).data
+
+
+def test_a_mean_over_fewer_seeds_is_not_the_fastest(accelerated):
+    best = accelerated.fastest(np.inf, hybrid=False)
+    summary = accelerated.summary.copy()
+    summary.loc[best.name, "seeds"] = 1
+    assert replace(accelerated, summary=summary).fastest(np.inf, hybrid=False).name != best.name
+
+
+def test_the_loss_between_two_plans_is_paired(accelerated, points):
+    summary = accelerated.summary.set_index(["label", "target_cr_disk"], drop=False)
+    hybrid, rival = summary.loc[HYBRID, 6.0], summary.loc["TopK", 17.0]
+    lost = accelerated.accuracy_lost(hybrid, rival)
+    right = [np.array(list(points.correct[key].values())) for key in (("TopK", 17.0), (HYBRID, 6.0))]
+    assert tuple(lost.values()) == (lambda i: (i.mean, i.low, i.high))(paired_interval(*right, seed=0))
+    assert lost["loss (points)"] == pytest.approx(rival["accuracy %"] - hybrid["accuracy %"])
+    assert set(accelerated.accuracy_lost(hybrid, hybrid).values()) == {0.0}
+    limit = accelerated.summary["valid_loss_above"].max()
+    mine, other = accelerated.fastest(limit, hybrid=True), accelerated.fastest(limit, hybrid=False)
+    lost, text = accelerated.accuracy_lost(mine, other), tables.acceleration_verdict(accelerated, 6.0, limit).data
+    assert f"In accuracy it loses {lost['loss (points)']:.2f} points ({lost['low']:.2f} to {lost['high']:.2f}) to" in text
+    assert ("not told apart" in text) == (lost["low"] <= 0 <= lost["high"])
+    tried = accelerated.summary[~accelerated.summary["label"].isin([BASELINE, SMALL])]
+    assert f"of {sum(tried['method'] != HYBRID)} uniform and {sum(tried['method'] == HYBRID)} hybrid plans" in text
+
+
 def test_tables_and_verdict_say_what_the_figures_say(accelerated):
     schedules = headline_schedules(accelerated, 6.0, np.inf)
     assert list(schedules)[:2] == [BASELINE, "hybrid, 6x"] and "small dense, 6x" in schedules
@@ -141,7 +185,10 @@ def test_tables_and_verdict_say_what_the_figures_say(accelerated):
     assert f"small dense network of that ratio: {small['acceleration']:.2f}x, for {small['loss (points)']:.2f} points" in text
     nothing = tables.acceleration_verdict(accelerated, 6.0, -np.inf).data
     assert "none of the uniform plans; none of the hybrid plans" in nothing and "So the hybrid plan" not in nothing
+    assert "In cycles it **" in text
     table = tables.acceleration_table(accelerated, -np.inf)
+    above = accelerated.results.groupby(["label", "target_cr_disk"], sort=False)["valid_loss_above"]
+    assert table["std above"].tolist() == pytest.approx(above.std().tolist()) and set(table["seeds"]) == {2}
     assert set(table["within the limit"]) == {"no"}
     assert len(table) == len(accelerated.summary)
     assert len(tables.acceleration_parts_table(accelerated)) == accelerated.summary["refused"].isna().sum()
@@ -313,6 +360,10 @@ def test_curves_in_words(curves):
     assert "**Structured**: 4.00 times as fast in the matrix-vector phase (100.0 % of the ideal 4.00)" in text
     assert "Multiplications for each stored weight: 4.00" in text.split("**BlockCirculant**")[1].splitlines()[0]
     assert len(tables.speed_up_table(curves)) == curves["refused"].isna().sum()
+    # 7.82 is a rounded figure: 7.8195 of 8 is as much, 7.81 is not.
+    near = curves.assign(efficiency_step=np.where(curves["form"] == "TopK", 7.8195, 7.81) / 8)
+    text = tables.speed_up_verdict(near, 0.25).data
+    assert "that share or more in the whole step: TopK. (" in text and "one random draw" in text
 
 
 def test_what_was_refused_is_said_once(accelerated, curves):

@@ -169,7 +169,8 @@ def by_fft(plan: Plan) -> Plan | None:
 @dataclass(frozen=True)
 class Acceleration:
     """Trained models on one array. results: a row per label, target and seed; summary: a row per label and target, means over
-    the seeds, accuracy loss in points with its 95 % interval (paired by seed and test item; none of a single seed).
+    the seeds, accuracy loss in points with its 95 % interval (paired by seed and test item; none of a single seed). A plan that
+    the array refuses for one seed has no figures of the array, and the reasons under "refused".
 
     acceleration: dense 16-bit cycles of a step / its own, all overhead included; _sequence: of all steps; _multiply and _load:
     of the multiplications of the fullest PE alone, and of the loader alone if it brought all weights every step; _resident
@@ -188,11 +189,17 @@ class Acceleration:
 
     def fastest(self, loss_limit: float, hybrid: bool, target: float | None = None):
         """The row of the summary with the fewest cycles a step among the hybrid plans, or among the uniform ones, of any target
-        or of one: only rows with a validation loss at most loss_limit above the dense control's. None where there is none."""
+        or of one: only rows of all seeds with a validation loss at most loss_limit above the dense control's. None where there
+        is none."""
         rows = self.summary[self.summary["steady_state_cycles"].notna() & ~self.summary["method"].isin([BASELINE, SMALL])]
+        rows = rows[rows["seeds"] == len(self.points.reference)]  # a mean over fewer is another mean
         rows = rows[((rows["method"] == HYBRID) == hybrid) & (rows["valid_loss_above"] <= loss_limit)]
         rows = rows if target is None else rows[rows["target_cr_disk"] == target]
         return rows.loc[rows["steady_state_cycles"].idxmin()] if len(rows) else None
+
+    def accuracy_lost(self, row, rival) -> dict:
+        """Accuracy of the rival's row of the summary minus the row's: "loss (points)" with its 95 % interval "low", "high"."""
+        return _lost(*(self.points.correct[plan["label"], plan["target_cr_disk"]] for plan in (rival, row)))
 
 
 def headline_schedules(acceleration: Acceleration, target: float, loss_limit: float) -> dict[str, Schedule]:
@@ -256,21 +263,29 @@ def _against(base, mine) -> dict:
 
 
 def _summary(points, results):
-    rows, control = [], points.reference
+    rows = []
     for (label, target), group in results.groupby(["label", "target_cr_disk"], sort=False):
-        seeds = list(group["seed"])
-        low, mean, high = paired_interval(np.array([control[seed] for seed in seeds]),
-                                          np.array([points.correct[label, target][seed] for seed in seeds]), seed=0)
-        several = len(seeds) > 1  # one seed says nothing of the spread over seeds
-        first = group.iloc[0]
+        first, reasons = group.iloc[0], group["refused"].dropna() if "refused" in group else []
         rows.append({
             "label": label, "method": first["method"], "target_cr_disk": target, "strength": first["strength"],
-            "bits": group["bits"].mean(), "cr_disk": group["cr_disk"].mean(), "loss (points)": mean,
-            "low": low if several else np.nan, "high": high if several else np.nan, "seeds": len(seeds),
+            "bits": group["bits"].mean(), "cr_disk": group["cr_disk"].mean(), "seeds": len(group),
             "accuracy %": group["test_accuracy"].mean(), "valid_loss_above": group["valid_loss_above"].mean(),
-            "layout": first.get("layout"), "bound": first.get("bound"), "refused": first.get("refused"),
-        } | {name: group[name].mean() for name in ARRAY_MEANS})
+            "valid_loss_above_std": group["valid_loss_above"].std(ddof=1),
+            "layout": first.get("layout"), "bound": first.get("bound"), "refused": None,
+        } | _lost(points.reference, points.correct[label, target])
+            | ({"layout": None, "bound": None, "refused": "; ".join(dict.fromkeys(reasons))} if len(reasons) else {})
+            | {name: group[name].mean(skipna=False) for name in ARRAY_MEANS})
     return pd.DataFrame(rows)
+
+
+def _lost(reference, correct) -> dict:
+    """Accuracy of the reference minus that of `correct`, both seed -> which test items are right, in points, with its 95 %
+    interval, paired by seed and test item on the seeds that both have."""
+    seeds = [seed for seed in correct if seed in reference]
+    low, mean, high = paired_interval(*(np.array([right[seed] for seed in seeds]) for right in (reference, correct)), seed=0)
+    if len(seeds) == 1:  # one seed says nothing of the spread over seeds
+        low = high = np.nan
+    return {"loss (points)": mean, "low": low, "high": high}
 
 
 def overlap_study(schedules: dict[str, Schedule], batches: list[int], windows: list[int]) -> pd.DataFrame:

@@ -78,7 +78,8 @@ def delta_study(model: torch.nn.Module, plan: Plan, task: Task, spec: ArraySpec,
             array = spec.with_(word_bits=max(spec.word_bits, *(layer.signals[s].bits + 1 for s in ("input", "hidden"))))
             if threshold is None:
                 layouts[name] = schedule_layer(layer, array, 1).mapping.layout
-            sent = {part: np.mean([np.count_nonzero(mine[part]) / mine[part].size for mine in inputs]) for part in ("ih", "hh")}
+            sent = {part: sum(np.count_nonzero(mine[part]) for mine in inputs) / sum(mine[part].size for mine in inputs)
+                    for part in ("ih", "hh")}
             for lookahead in lookaheads:
                 mapping = map_layer(layer, array.with_(lookahead=lookahead), layouts[name])
                 schedules = [schedule_mapping(mapping, len(x), mine) for x, mine in zip(found[name], inputs, strict=True)]
