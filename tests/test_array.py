@@ -571,7 +571,7 @@ def tiny_cases(draw):
     layer = layer_of(block, hidden, inputs, seed, signals=choose(SIGNALS, COARSE), tables=choose(*TABLES), **kind)
     spec = ArraySpec(
         rows=choose(4, 8), cols=choose(4, 8), mac_latency=choose(0, 1, 4), mac_ii=choose(1, 2), acc_depth=choose(4, 6, 64),
-        acc_banks=choose(1, 2, 3), link_cycles=choose(1, 2, 3), h_words_per_cycle=choose(1, 3), act_units=choose(1, 3, 4),
+        acc_banks=choose(1, 2, 3), link_cycles=choose(1, 2, 3), h_words_per_cycle=choose(1, 3, 8), act_units=choose(1, 3, 4),
         act_latency=choose(0, 2), act_ii=choose(1, 2), weight_words=choose(2048, 24, 12), weight_word_bits=choose(18, 8),
         load_bits_per_cycle=choose(7, 64), config_cycles=choose(0, 5))
     layout = draw(st.sampled_from(candidate_layouts(layer, spec)))

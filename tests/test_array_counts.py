@@ -24,7 +24,16 @@ from test_array import (
 
 from workbench.array import ArraySpec, map_layer, schedule_layer
 from workbench.array.cost import resources
-from workbench.array.mapping import candidate_layouts, fitting_mappings
+from workbench.array.interpreter import interpret
+from workbench.array.mapping import (
+    candidate_layouts,
+    fitting_mappings,
+    memories_of,
+    multicast_cycles,
+    multicast_groups,
+    network_words,
+    takers,
+)
 from workbench.array.schedule import EVENTS, SPLIT, schedule_mapping
 from workbench.array.stack import schedule_hoisted
 from workbench.fixedpoint import QFormat
@@ -61,7 +70,7 @@ def mappings(draw):
     layer = replace(layer, delta=choose({}, {}, {"input": 9}, {"input": 9, "hidden": 5}))
     spec = ArraySpec(rows=choose(4, 8), cols=choose(4, 8), word_bits=17, acc_depth=choose(4, 64), acc_banks=choose(1, 2),
                      weight_words=choose(2048, 40, 16), weight_word_bits=choose(18, 8), load_bits_per_cycle=choose(7, 64),
-                     h_words_per_cycle=choose(1, 3), act_units=choose(1, 4))
+                     h_words_per_cycle=choose(1, 3, 8), act_units=choose(1, 4))
     layout = draw(st.sampled_from(candidate_layouts(layer, spec)))
     return draw(st.sampled_from(fitting_mappings(layer, spec, layout, choose(1, 1, 3))))
 
@@ -336,6 +345,71 @@ def test_units_and_multicast_that_do_not_divide_the_values():
     found = spans(schedule_layer(dense_layer(), SMALL.with_(h_words_per_cycle=3, act_units=3, act_ii=2), 1))
     assert found["h to PEs"][1] - found["h to PEs"][0] == 3
     assert found["act i"][1] - found["act i"][0] == 3 * 2 + 4
+
+
+def multicasts(layer, spec):
+    """Part -> cycles of its multicast, in the whole array and whole tiles."""
+    schedule = schedule_mapping(map_layer(layer, spec, one_region(spec)), 3)
+    return {i.parts[0]: took.busy for i, took in zip(schedule.mapping.program, schedule.timed, strict=True)
+            if i.kind == "multicast"}
+
+
+def whole_tiles(hidden, inputs, k):
+    return layer_of(lambda part, gate, shape, rng: circulant(shape, rng, k), hidden, inputs)
+
+
+def test_one_word_a_cycle_into_a_memory():
+    """Of a tile of 8 all words are for the PEs of one column, of which each takes one in a cycle."""
+    assert multicasts(whole_tiles(8, 8, 8), ArraySpec(rows=4, cols=4, h_words_per_cycle=4)) == {"ih": 8, "hh": 8}
+    # 12 values of x in one memory of 8 and one of 4: as the memory needs, or the network: 12 / 1.
+    assert multicasts(whole_tiles(16, 12, 8), ArraySpec(rows=4, cols=4, h_words_per_cycle=4)) == {"ih": 8, "hh": 8}
+    assert multicasts(whole_tiles(16, 12, 8), ArraySpec(rows=4, cols=4, h_words_per_cycle=1)) == {"ih": 12, "hh": 16}
+    # 5 tiles of 4 go round 4 PE columns, so that one memory takes 8 words, three take 4: 20 words, 3 in a cycle, take 7 cycles
+    # and end together only if the memory of 8 is served in every cycle: 8.
+    assert multicasts(whole_tiles(20, 4, 4), ArraySpec(rows=4, cols=4, h_words_per_cycle=3)) == {"ih": 4, "hh": 8}
+    # Dense columns go round: 8 values, 4 a cycle; on 4 PE columns 8 a cycle find but 4 memories.
+    for each in (4, 8):
+        assert multicasts(dense_layer(), ArraySpec(rows=4, cols=4, h_words_per_cycle=each)) == {"ih": 1, "hh": 2}
+    assert multicasts(dense_layer(), ArraySpec(rows=4, cols=8, h_words_per_cycle=8)) == {"ih": 1, "hh": 1}
+
+
+def test_the_order_of_a_multicast_by_hand():
+    """Words 0 to 3 are for one memory, 4 and 5 for another, 6 for none: two of the first's before the second's first."""
+    memories = np.array([[1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 0]], dtype=bool)
+    assert multicast_groups(memories, 2) == [[0, 4], [1, 5], [2, 6], [3]]
+    assert multicast_groups(memories, 1) == [[0], [1], [2], [3], [4], [5], [6]]  # as they come
+    memories = np.array([[1, 0, 1, 0], [0, 1, 1, 0]], dtype=bool)  # the third for both
+    assert multicast_groups(memories, 3) == [[0, 1, 3], [2]]
+    assert multicast_cycles(memories, np.array([3, 1, 2])).tolist() == [2, 4, 2]
+
+
+@settings(max_examples=100, deadline=None)
+@given(mappings(), st.sampled_from([1, 2, 3, 5, 9]))
+def test_multicasts_keep_to_network_and_memories(mapping, each):
+    """Every word once, at most `each` in a cycle and one into a memory; where each has one memory, in the fewest cycles."""
+    for i in (i for i in mapping.program if i.kind == "multicast"):
+        memories, width = memories_of(mapping, i), network_words(mapping.layer, mapping.spec, i.parts[0])
+        assert (memories == np.hstack([np.vstack([kept for _, kept in takers(mapping, i)])] * width)).all()
+        assert memories.shape[1] == width * i.values
+        groups = multicast_groups(memories, each)
+        assert sorted(word for group in groups for word in group) == list(range(memories.shape[1]))
+        assert max(map(len, groups)) <= each
+        assert max(memories[:, group].sum(axis=1).max() for group in groups) <= 1
+        assert multicast_cycles(memories, each) == multicast_cycles(memories, np.array([1, each]))[1] == len(groups)
+        least = max(ceil(memories.shape[1] / each), memories.sum(axis=1).max())
+        assert least == len(groups) or (least < len(groups) and memories.sum(axis=0).max() > 1)
+
+
+@pytest.mark.parametrize(("groups", "message"), [
+    (lambda memories, each: [[0], [1, 2], *([n] for n in range(3, memories.shape[1]))], r"PE \(0, 0, 0\) two words in cycle"),
+    (lambda memories, each: [list(range(memories.shape[1]))], "brings 8 words in cycle")])
+def test_interpreter_sees_two_words_that_enter_a_memory(monkeypatch, groups, message):
+    spec = ArraySpec(rows=4, cols=4, h_words_per_cycle=2)
+    mapping, x = map_layer(whole_tiles(8, 8, 8), spec, one_region(spec)), np.zeros((2, 8), dtype=int)
+    interpret(mapping, x)
+    monkeypatch.setattr("workbench.array.interpreter.multicast_groups", groups)
+    with pytest.raises(RuntimeError, match=f"hazard: x to PEs of step 0 {'brings the ' * ('PE' in message)}{message}"):
+        interpret(mapping, x)
 
 
 @pytest.mark.parametrize(("cell", "cycles"), [

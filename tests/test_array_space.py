@@ -94,7 +94,7 @@ def tiny_spaces(draw):
     points = {
         "rows": some(4, 8, 12, 6), "cols": some(4, 8, 12), "clock_mhz": some(100, 200), "mac_latency": some(0, 1, 4),
         "mac_ii": some(1, 2), "acc_depth": some(4, 6, 64), "acc_banks": some(1, 2, 3), "link_cycles": some(1, 2, 3),
-        "h_words_per_cycle": some(1, 3), "act_units": some(1, 3, 4), "act_latency": some(0, 2), "act_ii": some(1, 2),
+        "h_words_per_cycle": some(1, 3, 8), "act_units": some(1, 3, 4), "act_latency": some(0, 2), "act_ii": some(1, 2),
         "weight_words": some(2048, 24, 12, 2), "weight_word_bits": some(18, 8), "data_words": some(512, 9, 5),
         "load_bits_per_cycle": some(7, 64), "config_cycles": some(0, 5), "weight_bits": some(4, 8, 10, 17)}
     names = draw(st.lists(st.sampled_from(sorted(points)), min_size=1, unique=True))

@@ -70,7 +70,7 @@ def tiny_stacks(draw):
     count, kind, pipelined = choose(2, 2, 3), choose(*KINDS), choose(True, True, False)
     spec = ArraySpec(
         rows=choose(4, 8), cols=12, mac_latency=choose(0, 4), acc_depth=choose(4, 64), acc_banks=choose(1, 2, 3),
-        link_cycles=choose(1, 2), h_words_per_cycle=choose(1, 3), act_units=choose(1, 4), act_latency=choose(0, 2),
+        link_cycles=choose(1, 2), h_words_per_cycle=choose(1, 3, 8), act_units=choose(1, 4), act_latency=choose(0, 2),
         weight_words=choose(2048, 24), load_bits_per_cycle=choose(7, 64), config_cycles=choose(0, 5))
     width = KINDS[kind].get("proj")
     layers, inputs = [], choose(1, 3, 5)
@@ -293,7 +293,7 @@ def tiny_hoisted(draw):
 
     spec = ArraySpec(
         rows=choose(4, 8), cols=choose(4, 8), mac_latency=choose(0, 4), acc_depth=choose(4, 64), acc_banks=choose(1, 2, 3),
-        h_words_per_cycle=choose(1, 3), act_units=choose(1, 3, 4), weight_words=choose(2048, 24, 12),
+        h_words_per_cycle=choose(1, 3, 8), act_units=choose(1, 3, 4), weight_words=choose(2048, 24, 12),
         data_words=choose(512, 20), load_bits_per_cycle=choose(7, 64), config_cycles=choose(0, 5))
     make, kind, seed = choose(*MAKES), choose(*KINDS), draw(st.integers(0, 9))
     if make is MAKES[-1]:  # spectra and inverse transforms take more

@@ -22,6 +22,8 @@ from workbench.array.mapping import (
     inverse_columns,
     is_spectral,
     is_transformed,
+    memories_of,
+    multicast_groups,
     network_words,
     part_of,
     parts_of,
@@ -347,6 +349,7 @@ class _Machine:
         self.retired = Counter()  # the same keys with the step of the sequence in front
         # PE memories: (region, pe row, pe col) -> address -> (step, value); a wrong step is a hazard.
         self.data = defaultdict(dict)
+        self.arrived_at = {}  # (region, pe row, pe col) -> cycle in which the last word of the network was written there
         self.acc = defaultdict(Counter)  # (region, bank, pe row, pe col) -> (entry since the first step, row) -> sum
         self.bank_users = [place for place in self.order if self.program[place[1]].kind in BANK_USERS]  # not retired
         self.bank_written = {}  # (region, bank) -> cycle of the last write that is on its way
@@ -492,7 +495,8 @@ class _Machine:
         elif i.kind == "multicast":
             values = self.x[i.layer][t][i.item] if i.parts == ("ih",) else item.listed(t, _sent(i))
             width = network_words(item.layer, self.spec, i.parts[0])  # a value is there with its last word
-            todo = [(column, value, word == width - 1) for column, value in enumerate(values) for word in range(width)]
+            todo = [[(word % len(values), values[word % len(values)], word // len(values) == width - 1) for word in group]
+                    for group in multicast_groups(memories_of(self.mapping, i), self.spec.h_words_per_cycle)]
         else:
             todo = [(j, task) for task in item.tasks[i.name] for j in range(item.size(task.value))]
         self.issuing[resource] = _Active(step, t, n, i, self.now, todo)
@@ -785,11 +789,21 @@ class _Machine:
 
     def _work_multicast(self, a):
         i, t = a.instruction, a.t
-        for column, value, last in a.todo[: self.spec.h_words_per_cycle]:
+        group = a.todo.pop(0)
+        if len(group) > self.spec.h_words_per_cycle:
+            raise RuntimeError(f"hazard: {i.name} of step {t} brings {len(group)} words in cycle {self.now}")
+        for column, value, last in group:
             self.counts["multicast_words"] += 1
-            self._fly(a, 0, lambda column=column, value=value, last=last:
-                      self._store(i, t, column, value) if last else None)
-        del a.todo[: self.spec.h_words_per_cycle]
+            self._fly(a, 0, lambda column=column, value=value, last=last: self._arrive(i, t, column, value, last))
+
+    def _arrive(self, i, t, column, value, last):
+        """A word of the network enters the data memories that keep it; the last of a value's words completes it."""
+        for pe in (pe for layer, part in self._takers(i) for pe in self.keepers[layer, part, column]):
+            if self.arrived_at.get(pe) == self.now:
+                raise RuntimeError(f"hazard: {i.name} of step {t} brings the PE {pe} two words in cycle {self.now}")
+            self.arrived_at[pe] = self.now
+        if last:
+            self._store(i, t, column, value)
 
     def _store(self, i, t, column, value):
         for layer, part in self._takers(i):

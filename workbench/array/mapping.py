@@ -896,7 +896,7 @@ def candidate_layouts(layer: PackedLayer, spec: ArraySpec, within: Region | None
 
 def takes_multicast(regions, words):
     """Whether regions side by side are so wide that the words of the multicast in a cycle, one a PE column, find as many
-    memories. words: per cycle, a number or an array (points,). The whole array is as it is."""
+    memories. words: per cycle, a number or an array (points,). The whole array is as it is: its multicast takes longer."""
     return (len(regions) == 1) | (min(region.cols for region in regions) >= words)
 
 
@@ -1000,6 +1000,64 @@ def columns_kept(layer, layout, blocks, part: str, region: int) -> np.ndarray:
     for m in mine:
         kept[:, : m.shape[1]] |= m
     return kept
+
+
+def takers(mapping, i) -> list[tuple[Region, np.ndarray]]:
+    """Per region that a multicast reaches, (pe_cols, values) bool: which PE columns keep each of its values. h of a pipelined
+    layer is the x of the next, too."""
+    above = mapping.pipelined and i.parts == ("hh",)
+    found = []
+    for m, part in zip(mapping.layers[i.layer : i.layer + 1 + above], (i.parts[0], "ih"), strict=False):
+        for n, region in enumerate(m.layout.regions):
+            kept = columns_kept(m.layer, m.layout, m.blocks, part, n)[:, : i.values]
+            found.append((region, np.pad(kept, ((0, 0), (0, i.values - kept.shape[1])))))
+    return found
+
+
+def memories_of(mapping, i) -> np.ndarray:
+    """(PE columns of all its regions, words) bool: whose data memories write each word of a multicast, those of a PE column
+    alike. The words are the first ones of all values, then the second ones of values that take several (network_words)."""
+    words = network_words(mapping.layers[i.layer].layer, mapping.spec, i.parts[0])
+    return np.tile(np.vstack([kept for _, kept in takers(mapping, i)]), words)
+
+
+def multicast_groups(memories, each: int) -> list[list[int]]:
+    """The words (memories_of) that a multicast brings in each of its cycles: at most `each`, and one into any memory.
+
+    As they come where that leaves no memory two of a cycle. Else those before which most others of one memory still wait go
+    first, each in the first cycle with room: where each word has one memory, no order takes fewer cycles (multicast_cycles;
+    Hu's rule for chains of unit jobs), where words have several it is a greedy order.
+    """
+    words = memories.shape[1]
+    firsts = range(0, words, each)
+    if np.add.reduceat(memories, firsts, axis=1, dtype=np.int64).max() <= 1:
+        return [list(range(first, min(first + each, words))) for first in firsts]
+    wait = (memories[:, ::-1].cumsum(axis=1)[:, ::-1] * memories).max(axis=0)  # words of one memory from this one on
+    groups, full, busy = [], 0, [0] * len(memories)  # bit n: cycle n has all its words, or one for this memory
+    for word in np.argsort(-wait, kind="stable").tolist():
+        mine, taken = np.flatnonzero(memories[:, word]).tolist(), full
+        for memory in mine:
+            taken |= busy[memory]
+        cycle = (~taken & (taken + 1)).bit_length() - 1  # the lowest bit that is 0
+        if cycle == len(groups):
+            groups.append([])
+        groups[cycle].append(word)
+        full |= (len(groups[cycle]) == each) << cycle
+        for memory in mine:
+            busy[memory] |= 1 << cycle
+    return groups
+
+
+def multicast_cycles(memories, each):
+    """Number of multicast_groups; each: a number or an array (points,). Where no word has two memories: the most words of one
+    memory, or as many as the network needs for all of them."""
+    if memories.sum(axis=0).max() <= 1:
+        most, least = int(memories.sum(axis=1).max()), ceil_div(memories.shape[1], each)
+        return np.maximum(most, least) if isinstance(each, np.ndarray) else max(most, least)
+    if isinstance(each, np.ndarray):
+        some, place = np.unique(each, return_inverse=True)
+        return np.array([multicast_cycles(memories, one) for one in some.tolist()])[place]
+    return len(multicast_groups(memories, each))
 
 
 def _fits(layer, spec, layout, blocks) -> bool:

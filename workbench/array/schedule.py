@@ -16,7 +16,7 @@ passes the activation units as a look-up does; resident weights and the first h 
 import json
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -38,9 +38,12 @@ from workbench.array.mapping import (
     least_loaded_bits,
     map_blocks,
     map_layer,
+    memories_of,
+    multicast_cycles,
     network_words,
     part_of,
     sized_layouts,
+    takers,
     takes_multicast,
     transform_cycles,
     units_of,
@@ -109,10 +112,11 @@ def time_program(mapping) -> tuple[Timed, ...]:
     spec = mapping.spec
     needs, counted = _needs(mapping), _slice_counts(mapping)
 
-    def data_writes(layer, part, words):
-        kept = (columns_kept(layer.layer, layer.layout, layer.blocks, part, n)[:, :words].sum()
-                for n in range(len(layer.layout.regions)))
-        return sum(int(columns) * r.rows for columns, r in zip(kept, layer.layout.regions, strict=True))
+    @cache
+    def multicast(i):
+        """Cycles and data words written of a multicast, the same for all items."""
+        return (multicast_cycles(memories_of(mapping, i), spec.h_words_per_cycle),
+                sum(int(kept.sum()) * region.rows for region, kept in takers(mapping, i)))
 
     def timed(n, i, needs):
         layer = mapping.layers[i.layer]
@@ -166,11 +170,9 @@ def time_program(mapping) -> tuple[Timed, ...]:
             return Timed(i.rows[1], (block.pe_cols - 1) * spec.link_cycles, needs, {
                 "data_reads": block.shape[0], "link_words": words, "acc_writes": block.shape[0] * layer.fills_edge})
         if i.kind == "multicast":
-            writes = data_writes(layer, i.parts[0], i.values)
-            if _taken_above(mapping, i):
-                writes += data_writes(mapping.layers[i.layer + 1], "ih", i.values)
+            cycles, writes = multicast(replace(i, item=0))
             words = i.values * network_words(layer.layer, spec, i.parts[0])
-            return Timed(ceil_div(words, spec.h_words_per_cycle), 0, needs, {"multicast_words": words, "data_writes": writes})
+            return Timed(cycles, 0, needs, {"multicast_words": words, "data_writes": writes})
         counts = {i.event: i.values}
         if layer.hoisted_words and i.sum in layer.layer.gates:  # the input's part is read at the edge
             counts["acc_reads"] = i.values
@@ -211,11 +213,6 @@ def _slice_counts(mapping):
         columns = (words.sum(axis=1), macs.sum(axis=1), padding, runs, fullest)
         counted |= dict(zip(numbers, zip(*(column.tolist() for column in columns), strict=True), strict=True))
     return counted
-
-
-def _taken_above(mapping, i) -> bool:
-    """Whether a multicast brings h to the layer above, too."""
-    return mapping.pipelined and i.parts == ("hh",) and i.layer + 1 < len(mapping.layers)
 
 
 def _needs(mapping):

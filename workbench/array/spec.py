@@ -20,7 +20,7 @@ class ArraySpec:
     acc_depth: accumulators per bank and PE; acc_banks: banks, each a memory that multiplications or a drain use, never both
     in one cycle: with one bank, drains and multiplications of a region alternate; with two, one sum is drained while the
     next one, in the other bank, is multiplied.
-    link_cycles: cycles per hop. h_words_per_cycle: words that the multicast network delivers per cycle.
+    link_cycles: cycles per hop. h_words_per_cycle: words that the multicast network delivers per cycle, at most one to a PE.
     act_units, act_latency (cycles), act_ii (cycles per value and unit): activation units.
     weight_words: words of weight_word_bits per PE; data_words: words per PE of what weights multiply (inputs, hidden values,
     what a projection takes). edge_words: sums of hoisted input products, acc_bits wide, per activation unit.
@@ -80,10 +80,11 @@ ASSUMPTIONS = (
     "Drained sums reach the activation units through an edge buffer that any unit can read; neither its cycles nor its memory "
     "is charged. It is needed where gates are placed differently: sparse rows, split tiles, two regions.",
     "Each region drains at an edge of its own, also where two regions share PE rows.",
-    "The multicast delivers h_words_per_cycle to all regions at once, whatever their size. A PE's data memory takes all words "
-    "of a cycle that are its own: several at once of circulant tiles and transforms, whose columns follow one another; of a "
-    "transform also a result beside a word that arrives. Regions of fewer PE columns than h_words_per_cycle are no candidates: "
-    "their memories could not write what arrives.",
+    "The multicast delivers h_words_per_cycle to all regions at once, whatever their size, and one word a cycle into any PE's "
+    "data memory, in an order that the program fixes: the columns of a circulant tile or a transform, all for one PE column, "
+    "take a cycle each. A write of another kind in the same cycle is not looked at: the result of a transform, a sum that a "
+    "gather brings; nor are the ports of the memories at the edges. Of regions side by side, those of fewer PE columns than "
+    "h_words_per_cycle are no candidates, as they would hold up the multicast for all.",
     "A PE that comes back to a row within mac_latency cycles (circulant pieces of 4 rows or fewer at a latency of 4) forwards "
     "the sum that is not written back yet; forwarding costs no cycle.",
     "x comes to the PEs over the multicast; loading it from outside is not counted, nor is what passes between layers in turn.",
