@@ -1,5 +1,7 @@
 """Studies over seeds: the variants, the controls, their sizes and what is read when."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from workbench import models, plots, runs, study, tables
 from workbench.allocation import search_allocation
-from workbench.array import preset, schedule_layers
+from workbench.array import preset, schedule_layer, schedule_layers
 from workbench.array.cost import BASELINE
 from workbench.constrain import attach, bake
 from workbench.methods import BlockCirculant, TopK, method_label
@@ -129,6 +131,19 @@ def test_summary_gives_mean_spread_and_the_paired_loss(comparison):
     dense_rows = comparison.results[comparison.results["variant"] == study.DENSE]["test_accuracy"]
     assert summary.loc[study.HYBRID, "loss (points)"] == pytest.approx(dense_rows.mean() - rows.mean())
     assert summary.loc[study.DENSE, ["loss (points)", "low", "high"]].tolist() == [0, 0, 0]
+
+
+def test_one_seed_has_no_interval(comparison):
+    one = replace(comparison, results=comparison.results[comparison.results["seed"] == 0],
+                  correct={variant: right[:1] for variant, right in comparison.correct.items()})
+    summary = one.summary().set_index("variant")
+    assert summary[["low", "high", "accuracy std"]].isna().all(axis=None) and summary["loss (points)"].notna().all()
+    schedule = schedule_layer(comparison.packed[study.HYBRID][0].layers["lstm.l0"], preset("group4x4"), 3)
+    schedules = {BASELINE: schedule, study.HYBRID: schedule}
+    text = tables.verdict(one, schedules).data
+    assert f"{study.HYBRID} {summary.loc[study.HYBRID, 'loss (points)']:.2f} at" in text
+    recorded = tables.record_study(one, schedules, pd.DataFrame(), pd.DataFrame({"strength": [STRENGTH]}))  # takes no NaN
+    assert {row["low"] for row in recorded["summary"]} == {None}
 
 
 def test_bad_input_is_refused_before_any_training(tiny_task, dense):

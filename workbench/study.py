@@ -217,7 +217,7 @@ class Comparison:
 
     def summary(self) -> pd.DataFrame:
         """One row a variant: mean and standard deviation over the seeds, and the accuracy loss against the dense control
-        with its 95 % interval, paired by seed and test item (points)."""
+        with its 95 % interval, paired by seed and test item (points; none of a single seed)."""
         rows = []
         for variant, group in self.results.groupby("variant", sort=False):
             rows.append({
@@ -230,6 +230,8 @@ class Comparison:
 def _statistics(group, reference, correct) -> dict:
     """Over the seeds of one model: accuracy, and its loss against the reference with the paired interval (points)."""
     low, mean, high = paired_interval(reference, correct, seed=0)
+    if len(group) == 1:  # one seed says nothing of the spread over seeds
+        low = high = np.nan
     return {"accuracy %": group["test_accuracy"].mean(), "accuracy std": group["test_accuracy"].std(ddof=1),
             "cross-entropy": group["test_loss"].mean(), "loss (points)": mean, "low": low, "high": high, "seeds": len(group)}
 
@@ -577,8 +579,6 @@ def _summary(rows, reference) -> pd.DataFrame:
         frame = pd.DataFrame(group)
         found = _statistics(frame, np.array([reference[row["seed"]]["correct"] for row in group]),
                             np.array([row["correct"] for row in group]))
-        if len(group) == 1:  # one seed says nothing of the spread over seeds
-            found |= {"low": np.nan, "high": np.nan}
         table.append({
             "method": method, "target_cr_disk": target, "units": group[0]["hidden_size"],
             "strength": group[0]["strength"], "bits": frame["bits"].mean(),

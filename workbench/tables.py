@@ -219,7 +219,7 @@ def verdict(comparison: Comparison, schedules: dict[str, Schedule]):
 
     summary = comparison.summary().set_index("variant")
     hybrid = summary.loc[HYBRID]
-    losses = [f"{name} {row['loss (points)']:.2f} ({row['low']:.2f} to {row['high']:.2f}) at {row['cr_disk']:.1f}x"
+    losses = [f"{name} {row['loss (points)']:.2f}{_bounded(row)} at {row['cr_disk']:.1f}x"
               for name, row in summary.iterrows() if row["arithmetic"] == "integers"]
     rivals = summary[(summary["arithmetic"] == "integers") & (summary.index != HYBRID)]
     better = [name for name, row in rivals.iterrows() if row["loss (points)"] <= hybrid["loss (points)"]]
@@ -373,7 +373,7 @@ def count_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
 def record_study(comparison: Comparison, schedules: dict[str, Schedule], classes: pd.DataFrame, search: pd.DataFrame) -> dict:
     """Hand the study's figures over to the run: summary, every seed's row, classes, candidates, hardware rows."""
     return record(
-        summary=comparison.summary(), results=comparison.results, classes=classes,
+        summary=_plain(comparison.summary()), results=comparison.results, classes=classes,
         search=search.assign(strength=search["strength"].astype(str)), hardware=compare(schedules),
     )
 
