@@ -113,6 +113,7 @@ def test_agreement_by_hand():
     cheap, measured = frames(2, [[1, 2, 3], [1, 2, 3]], [[1, 2, 3], [1, 3, 2]])  # tau 1 and 1/3, rho 1 and 1/2
     row = wb.cheap_agreement(cheap, measured).iloc[0]
     assert (row["spearman"], row["kendall"], row["seeds"]) == (0.75, pytest.approx(2 / 3), 2)
+    assert row["ranked"] == 3
     assert (row["spearman_low"], row["spearman_high"]) == (-1, 1)  # 12.7 * 0.25, cut
     assert set(wb.cheap_agreement(cheap, measured)["truth"]) == {"one-shot"}
     single = wb.cheap_agreement(*frames(1, [[1, 2, 3]], [[3, 2, 1]])).iloc[0]
@@ -127,6 +128,7 @@ def test_scores_are_ranked_against_a_measurement(tiny_task):
     measured = pd.concat([wb.sensitivity_table(model, tiny_task, METHODS, bits=[4, 8]).assign(seed=seed)
                           for seed, model in dense.items()])
     found = wb.cheap_agreement(cheap, measured)
+    assert found.groupby("compression")["ranked"].first().drop(ALL).eq(8).all() and found["ranked"].max() == 32
     assert len(found) == 5 * len(SCORES) and found["seeds"].eq(2).all()
     with pytest.raises(ValueError, match="the same seeds, blocks and compressions in both tables, got 64 and 32 rows, 32 of"):
         wb.cheap_agreement(cheap, measured[measured["seed"] == 0])

@@ -117,8 +117,9 @@ def cheap_agreement(cheap: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame
     cheap: as cheap_over_seeds gives it; measured: as sensitivity_over_seeds, of the same blocks, compressions and seeds.
     compression: the blocks of one compression ranked, or "all choices": every block under every compression, which is what an
     allocation chooses from. truth: the validation loss "one-shot" and, where the measurement retrained, "retrained". Columns:
-    compression, score, truth, seeds, and spearman and kendall (tau-b): mean over the seeds with the ends of its 95 % interval
-    (Student's t; none from one seed) as _low and _high. A ranking without any difference is left out.
+    compression, score, truth, seeds, ranked (how many of each seed; the interval says nothing of others), and spearman and
+    kendall (tau-b): mean over the seeds with the ends of its 95 % interval (Student's t; none from one seed) as _low and _high.
+    A ranking without any difference is left out.
     """
     keys = ["seed", "block", "compression"]
     both = cheap.merge(measured[[*keys, "loss_before", "loss_after", "loss_dense"]], on=keys, validate="one_to_one")
@@ -133,7 +134,8 @@ def cheap_agreement(cheap: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame
         for (truth, column), score in itertools.product(truths.items(), SCORES):
             found = [_correlations(one[score], one[column]) for _, one in group.groupby("seed", sort=False)]
             found = pd.DataFrame(found).dropna()
-            row = {"compression": compression, "score": score, "truth": truth, "seeds": len(found)}
+            row = {"compression": compression, "score": score, "truth": truth, "seeds": len(found),
+                   "ranked": group.groupby("seed").size().min()}
             for name in found:
                 row |= dict(zip((name, f"{name}_low", f"{name}_high"), _interval(found[name].to_numpy()), strict=True))
             rows.append(row)
