@@ -135,24 +135,50 @@ def smallest_array(layers: dict[str, PackedLayer], at_most: float, figure: str =
 
 
 def _smallest(label, layer, at_most, figure, points, pes, spec, steps):
-    nearest, reasons = None, []
-    for count in np.unique(pes).tolist():
-        space = sweep_space(layer, {name: values[pes == count] for name, values in points.items()}, spec, steps)
+    reasons, bounds = [], {}
+
+    def points_of(count):
+        return {name: values[pes == count] for name, values in points.items()}
+
+    def nearest_of(count):
+        space = sweep_space(layer, points_of(count), spec, steps)
         if not space["fits"].any():
             reasons.append(space["reason"][0])
-            continue
+            return None
         meets = space[figure] <= at_most
-        order = np.lexsort((space[figure], np.where(meets, space["bram36"], np.inf), ~meets))
-        row = {name: values[order[0]] for name, values in space.items()}
-        row = {"pes": count, "meets": bool(meets.any())} | {name: getattr(value, "tolist", lambda value=value: value)()
-                                                           for name, value in row.items()}
-        if row["meets"]:
-            return row
-        if nearest is None or row[figure] < nearest[figure]:
-            nearest = row
-    if nearest is None:
+        best = np.lexsort((space[figure], np.where(meets, space["bram36"], np.inf), ~meets))[0]
+        return {"pes": count, "meets": bool(meets.any())} | {
+            name: getattr(value, "tolist", lambda value=value: value)()
+            for name, value in ((name, values[best]) for name, values in space.items())}
+
+    found = []
+    for count in np.unique(pes).tolist():
+        bounds[count] = _least(layer, points_of(count), spec, figure)
+        if bounds[count] <= at_most and (row := nearest_of(count)):
+            if row["meets"]:
+                return row
+            found.append(row)
+    # None meets the limit. The largest arrays come nearest in general, so that small ones are seldom scheduled.
+    for count in sorted((count for count in bounds if bounds[count] > at_most), key=bounds.get):
+        if found and bounds[count] > min(row[figure] for row in found):
+            break
+        if row := nearest_of(count):
+            found.append(row)
+    if not found:
         raise ValueError(f"{label} fits none of {pes.size} arrays: {reasons[0]}")
-    return nearest
+    return min(found, key=lambda row: (row[figure], row["pes"]))
+
+
+def _least(layer, points, spec, figure) -> float:
+    """A bound that a figure of a step stays above at every point (least_cycles); of other figures none is known."""
+    if figure not in ("step_us", "steady_state_cycles"):
+        return 0.0
+    bounds = []
+    for values in zip(*(column.tolist() for column in points.values()), strict=True):
+        at = spec.with_(**{name: value for name, value in zip(points, values, strict=True) if name != "weight_bits"})
+        cycles = min(least_cycles(layer, at, layout) for layout in candidate_layouts(layer, at))
+        bounds.append(cycles / at.clock_mhz if figure == "step_us" else cycles)
+    return min(bounds)
 
 
 class _Timing:
