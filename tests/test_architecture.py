@@ -135,8 +135,6 @@ def test_files_name_no_place_of_one_machine():
     files = [path for folder in folders for path in (REPOSITORY / folder).rglob("*")]
     files += [path for path in REPOSITORY.iterdir() if path.name != ".git"]  # a worktree has a file there, git's own
     for path in files:
-        if path.name == ".git":  # a linked working tree's file, not the repository's
-            continue
         if path.is_file() and path.suffix in (
             ".py",
             ".ipynb",
