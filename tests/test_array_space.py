@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_array import COARSE, SIGNALS, SMALL, circulant, dense, dense_layer, hybrid_layer, layer_of, pruned, sparse, tiny_cases
-from test_array_forms import low_rank, spectral, spectral_layer
+from test_array_forms import low_rank, spectral
 
 from workbench.array import (
     ArraySpec,
@@ -201,12 +201,6 @@ def test_no_region_is_narrower_than_the_multicast():
         assert (space["cycles"][n], space["layout"][n]) == (schedule.cycles, schedule.mapping.layout.name)
         narrow = [row for row in schedule.candidates if "16x4" in row["layout"] or "8x4" in row["layout"]]
         assert bool(narrow) == (each <= 4)
-
-
-def test_gathers_of_an_fft_over_hops():
-    layer, hops = spectral_layer(16, 6), [1, 2, 5]
-    space = sweep_space(layer, {"link_cycles": hops}, SMALL, 3)
-    assert space["cycles"].tolist() == [schedule_layer(layer, SMALL.with_(link_cycles=each), 3).cycles for each in hops]
 
 
 def test_a_sweep_needs_steps():
