@@ -255,6 +255,20 @@ def test_one_step_by_hand():
         "multiply": 16, "stall": 8, "drain": 10, "activation": 28, "multicast": 12, "load": 0, "config": 0}
 
 
+def test_what_binds_each_product_by_hand():
+    """Of the step above: 2 rows x 1 and x 2 columns, 2 rows drained. With 4 words of memory all but a few weights come in every
+    step, 8 bits a cycle."""
+    expected = {"layer": "", "region": 0, "compute": 2 + 4, "memory": 0, "links": 2, "bound": "compute"}
+    assert schedule_layer(dense_layer(8, 4), SMALL, 2).products() == [{"sum": gate} | expected for gate in "ifgo"]
+    spec = SMALL.with_(weight_words=4, load_bits_per_cycle=8)
+    streamed = schedule_layer(dense_layer(8, 4), spec, 2)
+    rows = streamed.products()
+    assert {row["bound"] for row in rows} == {"memory"} and [row["compute"] for row in rows] == [6] * 4
+    assert sum(row["memory"] for row in rows) == streamed.mapping.streamed_bits / 8
+    wide = schedule_layer(dense_layer(8, 4), SMALL.with_(cols=32), 2)  # 2 rows x 1 column, of x and of h
+    assert [(row["compute"], row["links"]) for row in wide.products()] == [(4, 2)] * 4
+
+
 def test_one_gru_step_by_hand():
     """n's inputs are drained apart, as W_hn h is rounded first. z waits on the units behind n, for 2 cycles here."""
     schedule = schedule_layer(dense_layer(hidden=8, inputs=4, cell="GRU"), SMALL, 1)

@@ -636,6 +636,13 @@ def region_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def product_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
+    """One row per plan, sum of matrix products and region: cycles of a step on the PEs, of the loader and on the links, and
+    which of them binds (Schedule.products)."""
+    return pd.DataFrame([{"plan": label} | row for label, schedule in schedules.items() for row in schedule.products()]
+                        ).drop(columns="layer")
+
+
 def stall_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
     """Cycles of a step of the mean PE by what it does or waits for (stalls); every column sums to the steady-state cycles."""
     table = pd.DataFrame({label: stalls(schedule) for label, schedule in schedules.items()})

@@ -64,6 +64,7 @@ EVENTS = ("macs", "padding_macs", "weight_reads", "data_reads", "acc_reads", "ac
           "skipped_macs", "transform_operations")
 # What other kinds of operation count as in the split.
 COUNTED_AS = {"elementwise": "activation", "transform": "mac", "inverse": "mac", "gather": "drain", "send": "drain"}
+PRODUCT_BOUND_BY = {"mac": "compute", "load": "memory", "drain": "links"}  # kind, as counted -> what a product is bound by
 ABSENT = -1  # the start of an instruction whose step of the sequence does not exist
 # Part -> (steps of the sequence back, multicast) of what it multiplies; what V of a low-rank block gives is of the same step.
 ARRIVES = {"ih": (0, "x to PEs"), "hh": (1, "h to PEs"), "hr": (0, "m to PEs")}
@@ -546,6 +547,20 @@ class Schedule(Readings):
                 split[kind] += until - start
         split["config"] += self.cycles - sum(split.values())
         return split
+
+    def products(self) -> list[dict]:
+        """A row for each sum of matrix products and region: cycles of a step, all items, for which it holds its PEs (compute:
+        multiplications and transforms), the loader (memory) and the links that drain it; bound: by which of these it is, which
+        work side by side. Zeros that are skipped count as multiplied."""
+        found = {}
+        for i, op in zip(self.mapping.program, self.timed, strict=True):
+            kind = COUNTED_AS.get(i.kind, i.kind)
+            if kind in PRODUCT_BOUND_BY and i.sum:
+                key = self.mapping.layers[i.layer].name, i.sum, i.region
+                row = found.setdefault(key, dict.fromkeys(PRODUCT_BOUND_BY.values(), 0))
+                row[PRODUCT_BOUND_BY[kind]] += op.busy
+        return [dict(zip(("layer", "sum", "region"), key, strict=True)) | row | {"bound": max(row, key=row.get)}
+                for key, row in found.items()]
 
     def critical_path(self) -> list[tuple[int, int, int, int]]:
         """(row, number in the program, start, until) of the operations that the end waits for, the last first: each until the
