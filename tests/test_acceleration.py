@@ -153,6 +153,19 @@ def test_a_mean_over_fewer_seeds_is_not_the_fastest(accelerated):
     assert replace(accelerated, summary=summary).fastest(np.inf, hybrid=False).name != best.name
 
 
+def test_what_does_not_fit_the_device_is_no_fastest_plan(accelerated):
+    assert accelerated.block_rams == np.inf  # SPEC is no device's preset
+    best, summary = accelerated.fastest(np.inf, hybrid=True), accelerated.summary.copy()
+    summary.loc[best.name, "bram36"] = 145
+    small = replace(accelerated, summary=summary, spec=preset("k26"))
+    assert small.block_rams == 144 and small.fastest(np.inf, hybrid=True).name != best.name
+    text = tables.acceleration_verdict(small, best["target_cr_disk"], np.inf).data
+    assert f"**No design for the device**, which has 144 BRAM36: as modelled {best['label']} 145 of them are taken." in text
+    summary.loc[best.name, "bram36"] = 144
+    assert small.fastest(np.inf, hybrid=True).name == best.name
+    assert "No design" not in tables.acceleration_verdict(small, best["target_cr_disk"], np.inf).data
+
+
 def test_the_loss_between_two_plans_is_paired(accelerated, points):
     summary = accelerated.summary.set_index(["label", "target_cr_disk"], drop=False)
     hybrid, rival = summary.loc[HYBRID, 6.0], summary.loc["TopK", 17.0]

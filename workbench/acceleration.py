@@ -3,6 +3,7 @@
 train_points trains, accelerate schedules what was trained, speed_up schedules random matrices of every kept fraction.
 """
 
+import math
 import operator
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -13,8 +14,8 @@ import pandas as pd
 import torch
 
 from workbench import study
-from workbench.array import ArraySpec, Schedule, schedule_hoisted, schedule_layer, schedule_stack
-from workbench.array.cost import BASELINE, compare
+from workbench.array import PRESETS, ArraySpec, Schedule, schedule_hoisted, schedule_layer, schedule_stack
+from workbench.array.cost import BASELINE, DEVICES, compare
 from workbench.array.mapping import constants_kept, words_taken
 from workbench.array.schedule import COUNTED_AS, schedule_mapping
 from workbench.array.spec import ceil_div
@@ -187,13 +188,19 @@ class Acceleration:
         """Of the first seed's model."""
         return schedule_layer(_layer(self.points.first(label, target)), self.spec, self.steps)
 
+    @property
+    def block_rams(self) -> float:
+        """BRAM36 of the device whose preset the array is; without a bound where it is none's."""
+        return next((totals["bram36"].count for device, totals in DEVICES.items() if PRESETS[device] == self.spec), math.inf)
+
     def fastest(self, loss_limit: float, hybrid: bool, target: float | None = None):
         """The row of the summary with the fewest cycles a step among the hybrid plans, or among the uniform ones, of any target
-        or of one: only rows of all seeds with a validation loss at most loss_limit above the dense control's. None where there
-        is none."""
+        or of one: only rows of all seeds with a validation loss at most loss_limit above the dense control's, and with no more
+        BRAM36 than block_rams. None where there is none."""
         rows = self.summary[self.summary["steady_state_cycles"].notna() & ~self.summary["method"].isin([BASELINE, SMALL])]
         rows = rows[rows["seeds"] == len(self.points.reference)]  # a mean over fewer is another mean
         rows = rows[((rows["method"] == HYBRID) == hybrid) & (rows["valid_loss_above"] <= loss_limit)]
+        rows = rows[rows["bram36"] <= self.block_rams]
         rows = rows if target is None else rows[rows["target_cr_disk"] == target]
         return rows.loc[rows["steady_state_cycles"].idxmin()] if len(rows) else None
 

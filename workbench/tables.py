@@ -601,6 +601,10 @@ def acceleration_verdict(acceleration: Acceleration, target: float, loss_limit: 
             f"{'reached' if row['acceleration'] >= wu.acceleration else 'missed'}. {verdict} at the same ratio"
             f"{': ' + '; '.join(than) if than else ''}.")
     paragraphs += small
+    if len(large := mine[mine["bram36"] > acceleration.block_rams]):
+        taken = [f"{name} {count:,.0f}" for name, count in zip(large["label"], large["bram36"], strict=True)]
+        paragraphs.append(f"**No design for the device**, which has {acceleration.block_rams:,} BRAM36: as modelled "
+                          f"{listed(taken)} of them are taken.")
     within = acceleration.fastest(loss_limit, hybrid=False), acceleration.fastest(loss_limit, hybrid=True)
     texts = [f"none of the {kind} plans" if row is None else
              f"the fastest {kind} plan is {plan_name(row['label'], row['target_cr_disk'])} with "
