@@ -17,6 +17,7 @@ from workbench.constrain import bake
 from workbench.gates import blocks, rnns, weights
 from workbench.methods import Method, method_label
 from workbench.models import seeded
+from workbench.packed import PARTS
 from workbench.plan import pack_block, plan_block
 from workbench.quantise import float_signals, recurrent_calls
 from workbench.sensitivity import Loop, calibration_batches, check_sensitivity
@@ -24,7 +25,6 @@ from workbench.tasks import LanguageTask, Task
 from workbench.train import batch_losses, evaluating
 
 SCORES = ("magnitude", "activation", "gradient", "fisher")
-TAKEN_BY = {"ih": "input", "hh": "hidden", "hr": "unprojected"}  # part of a layer -> the signal that its matrix takes
 ALL = "all choices"
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t of 1 to 10 degrees; 10 beyond
 
@@ -97,7 +97,7 @@ def _sizes(model, task, count) -> dict[tuple[str, str], torch.Tensor]:
     squares, steps = defaultdict(float), defaultdict(int)
     for path, call in recurrent_calls(model, itertools.islice(batches, count)):
         for layer, signals, alive, _ in float_signals(rnns(model)[path], *call, path=path):
-            for part, signal in TAKEN_BY.items():
+            for part, signal in PARTS.items():
                 if signal in signals:
                     squares[layer.name, part] += signals[signal][alive].double().square().sum(0)
                     steps[layer.name, part] += int(alive.sum())
