@@ -113,6 +113,35 @@ def test_steps_written_out(task):
         torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_loss_of_words_is_the_cross_entropy(dtype, tolerance):
+    """150 tokens are two whole parts of 64 rows and a rest; bfloat16 is summed in float32."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(150, 300, generator=generator)).to(dtype).requires_grad_()
+    words = torch.randint(300, (150,), generator=generator)
+    plain = logits.detach().double().requires_grad_()
+    found, expected = train._WordLoss.apply(logits, words), functional.cross_entropy(plain, words)
+    (3 * found).backward()
+    (3 * expected).backward()
+    assert found.item() == pytest.approx(expected.item(), rel=min(tolerance, 1e-5))
+    torch.testing.assert_close(logits.grad.double(), plain.grad, rtol=tolerance, atol=tolerance / 150)
+
+
+def test_the_decoder_multiplies_in_bfloat16_in_training_only(task):
+    recipe = replace(task.recipe, decoder_bfloat16=True)
+    model, plain = (build_language_model(replace(task, recipe=r), 12, seed=0, dropout=0.0) for r in (recipe, task.recipe))
+    tokens = torch.from_numpy(task.splits["train"][:20, None])
+    rough, state = model(tokens)
+    exact, _ = plain(tokens)
+    assert rough.dtype == torch.bfloat16 and state[0].dtype == torch.float32
+    torch.testing.assert_close(rough.float(), exact, rtol=2e-2, atol=1e-3)
+    assert not torch.equal(rough.float(), exact)
+    assert torch.equal(model.eval()(tokens)[0], plain.eval()(tokens)[0])
+    fit(model, replace(task, recipe=recipe), seed=0, epochs=8, progress=False)
+    assert evaluate(model, task, "test").accuracy > 85
+    assert all(tensor.dtype == torch.float32 for tensor in model.state_dict().values())
+
+
 def test_sgd_divides_its_rate_where_validation_does_not_improve(task):
     history = fit(build_language_model(task, 6, seed=0), task, seed=0, epochs=12, lr=40.0, progress=False)
     losses = [row["valid_loss"] for row in history.epochs]

@@ -1,5 +1,6 @@
 """Studies over seeds: the variants, the controls, their sizes and what is read when."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -142,6 +143,7 @@ def test_one_seed_has_no_interval(comparison):
     schedules = {BASELINE: schedule, study.HYBRID: schedule}
     text = tables.verdict(one, schedules).data
     assert f"{study.HYBRID} {summary.loc[study.HYBRID, 'loss (points)']:.2f} at" in text
+    assert "One seed does not tell the hybrid plan from small dense, uniform Top-k, uniform circulant." in text
     recorded = tables.record_study(one, schedules, pd.DataFrame(), pd.DataFrame({"strength": [STRENGTH]}))  # takes no NaN
     assert {row["low"] for row in recorded["summary"]} == {None}
 
@@ -365,6 +367,42 @@ def test_the_loss_against_the_small_network_by_hand():
         assert by_method[name].isna().tolist() == [True, False, True, False, True]
 
 
+def test_losses_over_folds_by_hand():
+    """Two folds: a fold counts once however many seeds it has, and t of one degree of freedom is 12.706."""
+    columns = ["p_split", "m_method", "m_target_cr_disk", "m_seed", "m_cr_disk", "m_test_accuracy", "m_test_loss",
+               "m_loss_points"]
+    rows = pd.DataFrame([
+        ("a", "TopK", 10, 0, 10.0, 90, 0.1, 1.0), ("a", "TopK", 10, 1, 12.0, 92, 0.3, 3.0),
+        ("b", "TopK", 10, 0, 13.0, 80, 0.6, 4.0),
+        ("a", study.SMALL, 10, 0, 9.0, 89, 0.4, 2.0), ("b", study.SMALL, 10, 0, 9.0, 84, 0.4, 0.0),
+        ("b", "Dense", 20, 0, 20.0, 80, 0.6, 4.0),
+    ], columns=columns)  # fmt: skip
+    top, small, lone = study.over_folds(rows).to_dict("records")
+    assert (top["method"], top["folds"], top["seeds"], top["cr_disk"]) == ("TopK", 2, 2, 12.0)
+    assert top["cross-entropy"] == pytest.approx(0.4) and top["accuracy %"] == 85.5
+    half = 12.7062 * np.std([2, 4], ddof=1) / np.sqrt(2)
+    assert [top["low"], top["loss (points)"], top["high"]] == pytest.approx([3 - half, 3, 3 + half], rel=1e-5)
+    half = 12.7062 * np.std([-1, 4], ddof=1) / np.sqrt(2)  # seed 1 of fold a has no small network beside it
+    against = [top["vs_small_low"], top["vs_small"], top["vs_small_high"]]
+    assert against == pytest.approx([1.5 - half, 1.5, 1.5 + half], rel=1e-5)
+    assert np.isnan([small["vs_small"], lone["vs_small"], lone["low"], lone["high"]]).all() and lone["loss (points)"] == 4
+    grid = tables.tradeoff_grid(study.over_folds(rows)).set_index("method")
+    assert grid.loc["TopK"].tolist() == ["3.00 (-9.71 to 15.71) at 12.0x, 0.400 nats", "out of reach"]
+    assert grid.loc["Dense"].tolist() == ["out of reach", "4.00 at 20.0x, 0.600 nats"]
+
+
+def test_the_verdict_of_a_comparison_pairs_each_rival_with_the_hybrid_plan(comparison):
+    right = {variant: np.ones((2, 40), bool) for variant in comparison.correct}
+    right[study.SMALL][:, :10] = False
+    right[study.HYBRID][:, :20] = False
+    right[study.UNIFORM_TOPK][:, :30] = False
+    right[study.UNIFORM_CIRCULANT][:, 20:] = False  # as many wrong, other items
+    schedule = schedule_layer(comparison.packed[study.HYBRID][0].layers["lstm.l0"], preset("group4x4"), 3)
+    text = tables.verdict(replace(comparison, correct=right), {BASELINE: schedule, study.HYBRID: schedule}).data
+    assert re.search(r"better: small dense \(1\d\.\d+ to \d+\.\d+ points\); worse: uniform Top-k \(-\d+\.\d+ to -1\d\.\d+ "
+                     r"points\); not told apart: uniform circulant\.", text)
+
+
 def test_the_verdict_of_a_tradeoff_by_hand():
     """The control has 8 of 8 items right, the small network 4; every item of the rest differs where the interval must not
     hold zero, and one seed of two where it must."""
@@ -481,6 +519,9 @@ def test_a_point_out_of_reach_alone_is_a_result(tiny_task, dense, in_process):
 def test_tables_and_figure_of_a_tradeoff(tradeoff):
     table = tables.tradeoff_table(tradeoff)
     assert table["method"].tolist()[:3] == [study.DENSE, study.DENSE_ONCE, "TopK"] and len(table) == 9
+    grid = tables.tradeoff_grid(tradeoff.summary)
+    assert set(grid) == {"method", "asked 30x", "asked 6x"}
+    assert grid.set_index("method").loc["Dense", "asked 30x"] == "out of reach"
     assert (table["front"] == "yes").sum() == tradeoff.summary["front"].sum()
     assert table["loss std"][2:].tolist() == tradeoff.summary["loss std"].tolist() and table["loss std"][:2].isna().all()
     empty = table["vs small dense"] == ""

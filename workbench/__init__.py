@@ -33,7 +33,8 @@ _NAMES = {
         "signals": "signal_errors",
         "sparsity": "delta_study operation_study",
         "sweep": "results",
-        "study": "array_layers check_study check_tradeoff compare sensitivity_over_seeds tradeoff train_dense variants",
+        "study": "array_layers check_study check_tradeoff compare over_folds sensitivity_over_seeds tradeoff train_dense"
+        " variants",
         "runs": "record run",
         "tables": "acceleration_parts_table acceleration_table acceleration_verdict accuracy_table assumption_table"
         " count_table crossover_table delta_verdict device_table energy_note energy_table front_table hardware_table"
@@ -42,7 +43,7 @@ _NAMES = {
         " product_table record_precision record_sensitivity record_study record_tradeoff refusal_note region_table"
         " sensitivity_summary sensitivity_verdict signal_table smallest_array_table smallest_table space_table"
         " spec_table speed_up_table speed_up_verdict split_table stability_table stall_table systolic_table"
-        " task_table tradeoff_table tradeoff_verdict unreachable_table verdict",
+        " task_table tradeoff_grid tradeoff_table tradeoff_verdict unreachable_table verdict",
         "units": "remove_units unit_scores",
         "train": "baseline evaluate fit load_checkpoint paired_interval save_checkpoint",
     }.items()

@@ -96,12 +96,17 @@ class LanguageModel(nn.Module):
 
     The recurrent module is the attribute `lstm` or `gru`, after its cell, and `rnn` in both cases. Sharing: Press and Wolf
     2017, arXiv:1608.05859; the embedding is therefore as wide as a layer has units.
+
+    Args:
+        decoder_bfloat16: in training the decoder multiplies in bfloat16 and adds up in float32; its weights and all the rest
+            are float32. Most of the work of a step lies there.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, cell: str = "LSTM", num_layers: int = 1, dropout: float = 0.5):
+    def __init__(self, vocab_size: int, hidden_size: int, *, cell: str = "LSTM", num_layers: int = 1, dropout: float = 0.5,
+                 decoder_bfloat16: bool = False):  # fmt: skip
         super().__init__()
         _check(self, dropout, cell, vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers)
-        self.cell = cell
+        self.cell, self.decoder_bfloat16 = cell, decoder_bfloat16
         self.embedding = _embedding(vocab_size, hidden_size)
         rnn = CELLS[cell](hidden_size, hidden_size, num_layers, dropout=dropout if num_layers > 1 else 0.0)
         self.add_module(cell.lower(), rnn)
@@ -121,7 +126,8 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: torch.Tensor, state=None):
         """(logits (T, B, vocab) of the tokens after each of `tokens` (T, B), state of the recurrent layers)."""
         out, state = self.rnn(self.dropout(self.embedding(tokens)), state)  # (T, B, H)
-        return nn.functional.linear(self.dropout(out), self.embedding.weight, self.bias), state
+        with torch.autocast(out.device.type, torch.bfloat16, enabled=self.decoder_bfloat16 and self.training):
+            return nn.functional.linear(self.dropout(out), self.embedding.weight, self.bias), state
 
 
 def _check(model, dropout, cell, **sizes):
@@ -188,4 +194,5 @@ def build_language_model(
     """
     dropout = task.recipe.dropout if dropout is None else dropout
     with seeded(seed):
-        return LanguageModel(len(task.vocabulary), hidden_size, cell=cell, num_layers=num_layers, dropout=dropout)
+        return LanguageModel(len(task.vocabulary), hidden_size, cell=cell, num_layers=num_layers, dropout=dropout,
+                             decoder_bfloat16=task.recipe.decoder_bfloat16)

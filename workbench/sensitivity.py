@@ -349,7 +349,7 @@ def search_hybrid(model: torch.nn.Module, task: Task | LanguageTask | Loop, sens
                      "valid_loss": curve["loss"].iloc[-1], "valid_accuracy": curve["accuracy"].iloc[-1]})
     if not rows:
         raise OutOfReach(f"no hybrid plan meets cr_disk {target_cr_disk}: " + "; ".join(refused))
-    return pd.DataFrame(rows).sort_values("valid_loss", ignore_index=True)
+    return pd.DataFrame(rows).sort_values("valid_loss", kind="stable", ignore_index=True)
 
 
 def strengths(hidden_size: int) -> list[Strength]:

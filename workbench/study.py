@@ -43,7 +43,7 @@ from workbench.sensitivity import (
     strengths,
 )
 from workbench.tasks import Task
-from workbench.train import evaluate, fit, paired_interval
+from workbench.train import Interval, evaluate, fit, paired_interval
 from workbench.units import remove_units
 
 CONTROL_BITS = 8  # weights of the small dense control
@@ -600,3 +600,36 @@ def _against_small(group, small) -> dict:
         return {}
     low, mean, high = paired_interval(*map(np.array, zip(*paired, strict=True)), seed=0)
     return {"vs_small": mean} | ({"vs_small_low": low, "vs_small_high": high} if len(paired) > 1 else {})
+
+
+def over_folds(rows: pd.DataFrame) -> pd.DataFrame:
+    """What a method loses on speakers (or other folds of the data) that it has not heard: one row a method and target.
+
+    rows: of the sweep of a tradeoff over `split`, as results(name, records="results") gives them. A fold counts once, by the
+    mean of its seeds, so that the intervals speak of new folds: 95 %, Student's t over the folds, paired by fold; loss against
+    the dense control and, as vs_small, against the small dense network of the target (points; cross-entropy in nats).
+    """
+    small = rows[rows["m_method"] == SMALL].set_index(["p_split", "m_target_cr_disk", "m_seed"])["m_test_accuracy"]
+    keys = pd.MultiIndex.from_frame(rows[["p_split", "m_target_cr_disk", "m_seed"]])
+    rows = rows.assign(vs_small=small.reindex(keys).to_numpy() - rows["m_test_accuracy"].to_numpy())
+    rows.loc[rows["m_method"] == SMALL, "vs_small"] = np.nan
+    table = []
+    for (method, target), group in rows.groupby(["m_method", "m_target_cr_disk"], sort=False):
+        folds = group.groupby("p_split")[["m_loss_points", "vs_small", "m_cr_disk", "m_test_accuracy", "m_test_loss"]].mean()
+        losses, against = _t_interval(folds["m_loss_points"]), _t_interval(folds["vs_small"])
+        table.append({
+            "method": method, "target_cr_disk": target, "folds": len(folds), "seeds": group["m_seed"].nunique(),
+            "cr_disk": folds["m_cr_disk"].mean(), "accuracy %": folds["m_test_accuracy"].mean(),
+            "accuracy std": folds["m_test_accuracy"].std(ddof=1), "cross-entropy": folds["m_test_loss"].mean(),
+            "loss (points)": losses.mean, "low": losses.low, "high": losses.high,
+            "vs_small": against.mean, "vs_small_low": against.low, "vs_small_high": against.high,
+        })
+    return pd.DataFrame(table)
+
+
+def _t_interval(values) -> Interval:
+    """Mean with its 95 % interval by Student's t; no interval from a single value."""
+    from scipy import stats
+
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Interval(values.mean() - half, values.mean(), values.mean() + half)

@@ -42,7 +42,7 @@ from workbench.runs import listed, record
 from workbench.sensitivity import class_stability, method_agreement, rank_blocks, seed_agreement
 from workbench.study import HYBRID, SMALL, Comparison, Tradeoff
 from workbench.tasks import LanguageTask, Task
-from workbench.train import evaluate
+from workbench.train import evaluate, paired_interval
 
 # Spearman's correlation within the matrices: between two seeds, gates in random order reach it in 32 of 576 cases (two
 # matrices of four gates each).
@@ -218,18 +218,29 @@ def verdict(comparison: Comparison, schedules: dict[str, Schedule]):
     from IPython.display import Markdown
 
     summary = comparison.summary().set_index("variant")
-    hybrid = summary.loc[HYBRID]
     losses = [f"{name} {row['loss (points)']:.2f}{_bounded(row)} at {row['cr_disk']:.1f}x"
               for name, row in summary.iterrows() if row["arithmetic"] == "integers"]
-    rivals = summary[(summary["arithmetic"] == "integers") & (summary.index != HYBRID)]
-    better = [name for name, row in rivals.iterrows() if row["loss (points)"] <= hybrid["loss (points)"]]
     rows = {row["label"]: row["acceleration"] for row in compare(schedules)}
     faster = [name for name, acceleration in rows.items() if acceleration > rows[HYBRID]]
     return Markdown(
         f"Accuracy loss in points against the dense control, with its 95 % interval: {'; '.join(losses)}. "
-        f"By its mean the hybrid plan is {'matched or beaten by ' + ', '.join(better) if better else 'ahead of the others'}. "
+        f"{_against_hybrid(comparison)} "
         f"Acceleration in the steady state: {'; '.join(f'{name} {value:.2f}x' for name, value in rows.items())}. "
         f"{'Faster than the hybrid plan: ' + ', '.join(faster) if faster else 'The hybrid plan is the fastest'}.")
+
+
+def _against_hybrid(comparison):
+    """Which variants on integers are better or worse than the hybrid plan, beyond chance."""
+    arithmetic = comparison.results.groupby("variant", sort=False)["arithmetic"].first()
+    rivals = [name for name in arithmetic.index[arithmetic == "integers"] if name != HYBRID]
+    if len(comparison.correct[HYBRID]) == 1:
+        return f"One seed does not tell the hybrid plan from {listed(rivals)}."
+    gains = {name: paired_interval(comparison.correct[name], comparison.correct[HYBRID], seed=0) for name in rivals}
+    better = [f"{name} ({gain.low:.2f} to {gain.high:.2f} points)" for name, gain in gains.items() if gain.low > 0]
+    worse = [f"{name} ({gain.low:.2f} to {gain.high:.2f} points)" for name, gain in gains.items() if gain.high < 0]
+    equal = [name for name, gain in gains.items() if gain.low <= 0 <= gain.high]
+    return (f"Against the hybrid plan, by the 95 % interval of the difference in accuracy, paired by seed and test item, "
+            f"better: {listed(better)}; worse: {listed(worse)}; not told apart: {listed(equal)}.")
 
 
 def signal_table(comparison: Comparison, seed: int) -> pd.DataFrame:
@@ -391,6 +402,18 @@ def tradeoff_table(tradeoff: Tradeoff) -> pd.DataFrame:
     columns = ["method", "target", "cr_disk", "front", "accuracy %", "accuracy std", "loss (points)", "loss std",
                "95 % interval", "vs small dense", "seeds", "cross-entropy"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def tradeoff_grid(summary: pd.DataFrame) -> pd.DataFrame:
+    """One row a method, one column a target: the loss in points with its 95 % interval, the ratio that was reached, and the
+    cross-entropy in nats. summary: of a Tradeoff, or over_folds."""
+    cells = {}
+    for row in summary.to_dict("records"):
+        column = cells.setdefault(f"asked {row['target_cr_disk']:g}x", {})
+        loss = f"{row['loss (points)']:.2f}{_bounded(row)}"
+        column[row["method"]] = f"{loss} at {row['cr_disk']:.1f}x, {row['cross-entropy']:.3f} nats"
+    table = pd.DataFrame(cells).reindex(dict.fromkeys(summary["method"])).fillna("out of reach")
+    return table.rename_axis("method").reset_index()
 
 
 def unreachable_table(tradeoff: Tradeoff) -> pd.DataFrame:

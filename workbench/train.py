@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.utils import parametrize
 from tqdm import tqdm
@@ -32,6 +33,7 @@ TRAINING = "training"
 POOL_BATCHES = 10  # batches drawn at random together, then cut by length
 ANNEAL = 4  # what "sgd" divides the learning rate by
 EVALUATION_STREAMS = 10  # in which a language model reads a split side by side
+LOSS_ROWS = 64  # tokens whose logits are turned into a loss at a time
 EVALUATION_TOKENS = 100  # of each stream, read at a time: only the logits of these are held
 
 
@@ -311,7 +313,7 @@ class _Streams:
             logits, state = model(piece[:-1], self.state)
         self.state = _detached(state)
         logits = logits.flatten(0, 1)  # (up to bptt * B, words)
-        loss = functional.cross_entropy(logits, piece[1:].flatten())
+        loss = _WordLoss.apply(logits, piece[1:].flatten())
         if self.distil:
             with torch.no_grad(), evaluating(self.distil.teacher), parametrize.cached():
                 soft, self.teacher_state = self.distil.teacher(piece[:-1], self.teacher_state)
@@ -333,6 +335,34 @@ class _Streams:
         real = [len(stream) - 1 for stream in streams]
         return (torch.cat([column[:count] for column, count in zip(torch.cat(pieces).T.cpu(), real, strict=True)])
                 for pieces in (losses, correct))  # fmt: skip
+
+
+class _WordLoss(torch.autograd.Function):
+    """Mean cross-entropy (nats) of logits (N, words), of any width, for words (N,).
+
+    The logits of some hundred tokens do not fit a processor's cache: a few rows at a time are read once, for loss and gradient,
+    which takes less than half the time of torch's.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, words):
+        gradient, total = torch.empty_like(logits), 0.0
+        rows = LOSS_ROWS if logits.device.type == "cpu" else len(logits)
+        for part, out, target in zip(logits.split(rows), gradient.split(rows), words.split(rows), strict=True):
+            # float32 at least: bfloat16 has 8 significant bits
+            values = part.log_softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))  # (rows, words)
+            right = values.gather(1, target[:, None])
+            total = total - right.sum()
+            values.exp_().scatter_(1, target[:, None], right.expm1())
+            out.copy_(values.div_(len(logits)))
+        ctx.save_for_backward(gradient)
+        return total / len(logits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, outer):
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer.to(gradient.dtype), None
 
 
 def batch_losses(model: nn.Module, task: Task | LanguageTask, count: int, seed: int) -> Iterator[torch.Tensor]:

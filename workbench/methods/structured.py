@@ -49,7 +49,8 @@ class Structured(Pruning):
         tiles = tiles.view(rows // period, period, period, -1)  # (group of rows, row, column within the tile, tile)
         energy = sum(tiles[:, i].roll(-i, 1) for i in range(period))  # (group, offset, tile)
         row = torch.arange(period, device=w.device)[:, None, None]
-        column = (row + energy.argmax(1)) % period  # (row, group, tile)
+        # max finds the first of the largest as argmax does, several times as fast across a dimension that is not the last.
+        column = (row + energy.max(1).indices) % period  # (row, group, tile)
         kept = torch.zeros_like(tiles, dtype=torch.bool).scatter_(2, column.transpose(0, 1)[:, :, None], True)
         return kept.view(rows, -1)[:, :columns].flatten().nonzero().squeeze(1)
 

@@ -31,6 +31,7 @@ class Recipe:
     hidden_size: int = 128  # units of the baseline
     embedding_size: int = 128  # of a classifier of tokens
     bptt: int = 35  # tokens through which a language model's gradient runs back
+    decoder_bfloat16: bool = False  # a language model's decoder multiplies in bfloat16 in training, see LanguageModel
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "hidden_size", "embedding_size", "bptt"):
