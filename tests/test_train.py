@@ -23,6 +23,7 @@ from workbench.train import (
     load_checkpoint,
     paired_interval,
     save_checkpoint,
+    t_interval,
 )
 
 
@@ -425,6 +426,13 @@ def test_paired_interval_against_its_plain_definition(seeds, items, right):
     for mine, probability in ((low, 2.5), (high, 97.5)):
         least, most = np.percentile(means, [probability - 1.1, probability + 1.1])
         assert least - 1e-9 <= mine <= most + 1e-9
+
+
+def test_t_interval_by_hand():
+    low, mean, high = t_interval([1.0, 2.0, 6.0])
+    assert mean == 3.0 and (high - mean, mean - low) == pytest.approx((4.302653 * np.sqrt(7 / 3),) * 2, rel=1e-6)
+    low, mean, high = t_interval([4])
+    assert mean == 4 and np.isnan([low, high]).all()
 
 
 def test_paired_interval_refuses():

@@ -22,11 +22,10 @@ from workbench.plan import pack_block, plan_block
 from workbench.quantise import float_signals, recurrent_calls
 from workbench.sensitivity import Loop, calibration_batches, check_sensitivity
 from workbench.tasks import LanguageTask, Task
-from workbench.train import batch_losses, evaluating
+from workbench.train import batch_losses, evaluating, t_interval
 
 SCORES = ("magnitude", "activation", "gradient", "fisher")
 ALL = "all choices"
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t of 1 to 10 degrees; 10 beyond
 
 
 def cheap_sensitivity(model: torch.nn.Module, task: Task | LanguageTask | Loop, methods: list[Method], *,
@@ -144,10 +143,10 @@ def cheap_agreement(cheap: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame
 
 def _interval(values) -> tuple[float, float, float]:
     """Mean of correlations and its 95 % interval, within [-1, 1]."""
-    if len(values) < 2:
-        return (values[0] if len(values) else math.nan), math.nan, math.nan
-    half = T_975[min(len(values) - 1, len(T_975)) - 1] * values.std(ddof=1) / math.sqrt(len(values))
-    return values.mean(), max(values.mean() - half, -1.0), min(values.mean() + half, 1.0)
+    if not len(values):
+        return (math.nan,) * 3
+    low, mean, high = t_interval(values)
+    return mean, max(low, -1.0), min(high, 1.0)
 
 
 def _correlations(a, b) -> dict[str, float]:

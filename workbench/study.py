@@ -43,7 +43,7 @@ from workbench.sensitivity import (
     strengths,
 )
 from workbench.tasks import Task
-from workbench.train import Interval, evaluate, fit, paired_interval
+from workbench.train import evaluate, fit, paired_interval, t_interval
 from workbench.units import remove_units
 
 CONTROL_BITS = 8  # weights of the small dense control
@@ -616,7 +616,7 @@ def over_folds(rows: pd.DataFrame) -> pd.DataFrame:
     table = []
     for (method, target), group in rows.groupby(["m_method", "m_target_cr_disk"], sort=False):
         folds = group.groupby("p_split")[["m_loss_points", "vs_small", "m_cr_disk", "m_test_accuracy", "m_test_loss"]].mean()
-        losses, against = _t_interval(folds["m_loss_points"]), _t_interval(folds["vs_small"])
+        losses, against = t_interval(folds["m_loss_points"]), t_interval(folds["vs_small"])
         table.append({
             "method": method, "target_cr_disk": target, "folds": len(folds), "seeds": group["m_seed"].nunique(),
             "cr_disk": folds["m_cr_disk"].mean(), "accuracy %": folds["m_test_accuracy"].mean(),
@@ -625,11 +625,3 @@ def over_folds(rows: pd.DataFrame) -> pd.DataFrame:
             "vs_small": against.mean, "vs_small_low": against.low, "vs_small_high": against.high,
         })
     return pd.DataFrame(table)
-
-
-def _t_interval(values) -> Interval:
-    """Mean with its 95 % interval by Student's t; no interval from a single value."""
-    from scipy import stats
-
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Interval(values.mean() - half, values.mean(), values.mean() + half)

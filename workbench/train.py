@@ -71,7 +71,7 @@ class Evaluation:
 
 
 class Interval(NamedTuple):
-    """95 % interval and mean of a difference, in percentage points."""
+    """95 % interval and mean of a difference, of accuracies in percentage points."""
 
     low: float
     mean: float
@@ -655,3 +655,14 @@ def paired_interval(correct_a: np.ndarray, correct_b: np.ndarray, seed: int, res
     means = (seed_counts @ kinds * item_counts).sum(1) / difference.size  # (R,)
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(low), float(difference.mean()), float(high))
+
+
+def t_interval(values: np.ndarray) -> Interval:
+    """95 % interval of the mean of `values` (N,) by Student's t, in their unit; a single value has no interval (NaN)."""
+    from scipy import stats
+
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return Interval(math.nan, float(values.mean()), math.nan)
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return Interval(float(values.mean() - half), float(values.mean()), float(values.mean() + half))
