@@ -9,6 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
+PIECE = 1 << 15  # values that are quantised at a time
+
 
 @dataclass(frozen=True)
 class QFormat:
@@ -48,18 +50,30 @@ class QFormat:
 
     def quantise(self, x) -> np.ndarray:
         """Real numbers -> int64 integers of this format, half up, saturating. NaN raises ValueError."""
-        x = np.asarray(x, dtype=np.float64)
-        if np.isnan(x).any():
-            raise ValueError(f"{self} cannot hold NaN: {int(np.isnan(x).sum())} of {x.size} values are NaN")
+        x = np.asarray(x)
+        if x.ndim and x.size > PIECE:  # in pieces that stay in the processor's cache: several times as fast
+            pieces, step = np.empty(x.shape, np.int64), max(1, PIECE * len(x) // x.size)
+            for start in range(0, len(x), step):
+                self._quantise(x[start : start + step], x, pieces[start : start + step])
+            return pieces
+        return self._quantise(x, x)
+
+    def _quantise(self, piece, whole, out=None):
+        low, high = self.dequantise(self.min), self.dequantise(self.max)
         # Saturating before scaling keeps infinities and overflow out. Half up through floor: adding 0.5 first would
         # round 0.49999999999999994 up.
-        t = np.ldexp(np.clip(x, self.dequantise(self.min), self.dequantise(self.max)), self.frac)
+        t = np.clip(np.asarray(piece, dtype=np.float64), low, high)
+        if np.isnan(t.sum()):  # what is saturated has a sum, unless NaN is in it
+            wrong = np.isnan(np.asarray(whole, dtype=np.float64))
+            raise ValueError(f"{self} cannot hold NaN: {int(wrong.sum())} of {wrong.size} values are NaN")
+        t = t * 2.0**self.frac
         floor = np.floor(t)
-        return (floor + (t - floor >= 0.5)).astype(np.int64)
+        floor += t - floor >= 0.5
+        return floor.astype(np.int64) if out is None else np.copyto(out, floor, casting="unsafe")
 
     def dequantise(self, q) -> np.ndarray:
         """Integers -> float64 values (exact)."""
-        return np.ldexp(np.asarray(q, dtype=np.float64), -self.frac)
+        return np.asarray(q, dtype=np.float64) * 2.0**-self.frac
 
     def to_json(self) -> dict:
         return {"bits": self.bits, "frac": self.frac, "signed": self.signed}

@@ -40,6 +40,8 @@ class Recipe:
                 raise TypeError(f"Recipe needs an int as {name}, got {value!r}")
             if value < 1:
                 raise ValueError(f"Recipe needs {name} of at least 1, got {value}")
+        if not isinstance(self.decoder_bfloat16, bool):
+            raise TypeError(f"Recipe needs a bool as decoder_bfloat16, got {self.decoder_bfloat16!r}")
         if not self.lr > 0:
             raise ValueError(f"Recipe needs a learning rate lr above 0, got {self.lr}")
         if not self.max_gradient_norm > 0:
