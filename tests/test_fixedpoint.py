@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 
+from workbench import fixedpoint
 from workbench.fixedpoint import FUNCTIONS, TABLES, ExactMatrix, ExactTable, HardTable, LinearTable, QFormat, requantise
 
 LINEAR = {name: LinearTable.build(name) for name in FUNCTIONS}
@@ -382,3 +383,26 @@ def test_messages(make, error, message):
 def test_json_round_trip():
     fmt = QFormat(12, -3, signed=False)
     assert QFormat.from_json(fmt.to_json()) == fmt
+
+
+@pytest.mark.parametrize("shape", [(1, 23), (23, 1), (7, 5, 3), (0, 4), (4, 0), (), (50,)])
+@pytest.mark.parametrize("arranged", [lambda x: x, lambda x: x.T, lambda x: x[..., ::2] if x.ndim else x])
+def test_quantising_in_pieces_changes_nothing(shape, arranged, monkeypatch):
+    """Pieces of 8 leave rests in most of these shapes."""
+    x = arranged(np.random.default_rng(0).normal(scale=4, size=shape))
+    fmt = fixedpoint.QFormat(5, 2)
+    expected = fmt.quantise(x)
+    monkeypatch.setattr(fixedpoint, "PIECE", 8)
+    found = fmt.quantise(x)
+    assert found.dtype == np.int64 and found.shape == x.shape
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(found, np.clip(np.floor(np.asarray(x) * 4 + 0.5), -16, 15))
+
+
+def test_nan_in_the_last_piece_is_counted(monkeypatch):
+    monkeypatch.setattr(fixedpoint, "PIECE", 8)
+    x = np.zeros((5, 6))
+    x[4, 5] = np.nan
+    for values in (x, x.T, np.where(np.isnan(x), x, np.inf)):
+        with pytest.raises(ValueError, match="cannot hold NaN: 1 of 30 values are NaN"):
+            fixedpoint.QFormat(8, 4).quantise(values)

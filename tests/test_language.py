@@ -121,10 +121,29 @@ def test_the_loss_of_words_is_the_cross_entropy(dtype, tolerance):
     words = torch.randint(300, (150,), generator=generator)
     plain = logits.detach().double().requires_grad_()
     found, expected = train._WordLoss.apply(logits, words), functional.cross_entropy(plain, words)
-    (3 * found).backward()
-    (3 * expected).backward()
+    (0.3 * found).backward()  # a factor that bfloat16 does not hold
+    (0.3 * expected).backward()
     assert found.item() == pytest.approx(expected.item(), rel=min(tolerance, 1e-5))
     torch.testing.assert_close(logits.grad.double(), plain.grad, rtol=tolerance, atol=tolerance / 150)
+    size, known = logits.grad.double().abs().sum(), plain.grad.abs().sum()
+    assert size.item() == pytest.approx(known.item(), rel=min(tolerance, 1e-3))
+
+
+def test_the_loss_of_words_refuses_a_second_derivative():
+    weights = torch.randn(4, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    loss = train._WordLoss.apply(torch.ones(3, 4) @ weights, torch.tensor([0, 1, 2]))
+    (gradient,) = torch.autograd.grad(loss, weights, retain_graph=True)
+    assert torch.equal(gradient, *torch.autograd.grad(loss, weights, retain_graph=True))
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        torch.autograd.grad(loss, weights, create_graph=True)
+
+
+def test_distillation_from_a_decoder_in_bfloat16_is_computed_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(8, 500, generator=generator)).bfloat16()
+    soft = (logits.float() / 2 + 0.1 * torch.randn(8, 500, generator=generator)).softmax(1)
+    distil = train._Distillation(None, 1.0, 2.0)
+    assert torch.equal(distil.mixed(0.0, logits, soft), distil.mixed(0.0, logits.float(), soft))
 
 
 def test_the_decoder_multiplies_in_bfloat16_in_training_only(task):
@@ -136,6 +155,8 @@ def test_the_decoder_multiplies_in_bfloat16_in_training_only(task):
     assert rough.dtype == torch.bfloat16 and state[0].dtype == torch.float32
     torch.testing.assert_close(rough.float(), exact, rtol=2e-2, atol=1e-3)
     assert not torch.equal(rough.float(), exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain(tokens)[0].dtype == torch.bfloat16  # the caller's own choice stands
     assert torch.equal(model.eval()(tokens)[0], plain.eval()(tokens)[0])
     fit(model, replace(task, recipe=recipe), seed=0, epochs=8, progress=False)
     assert evaluate(model, task, "test").accuracy > 85

@@ -1,7 +1,6 @@
 """The sensitivity table, the classes, the rankings and the hybrid plan."""
 
 import itertools
-import sys
 from dataclasses import fields
 
 import numpy as np
@@ -357,9 +356,7 @@ def test_a_correlation_on_the_threshold_is_stable():
     assert "in 1 of 1 compressions" in tables.sensitivity_verdict(measured({("TopK 0.5", 4): losses})).data
 
 
-def test_a_ranking_without_a_difference_is_compared_with_nothing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy", None)  # a tool of the tests only: the package does without it
-    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+def test_a_ranking_without_a_difference_is_compared_with_nothing():
     level = {0: [0.0] * 8, 1: STABLE[0], 2: STABLE[1]}
     (row,) = seed_agreement(rank_blocks(measured({("Dense", 16): level}))).to_dict("records")
     assert row["pairs"] == 1 and row["within_least"] == pytest.approx(0.9)

@@ -433,6 +433,7 @@ def test_t_interval_by_hand():
     assert mean == 3.0 and (high - mean, mean - low) == pytest.approx((4.302653 * np.sqrt(7 / 3),) * 2, rel=1e-6)
     low, mean, high = t_interval([4])
     assert mean == 4 and np.isnan([low, high]).all()
+    assert np.isnan(t_interval([])).all()
 
 
 def test_paired_interval_refuses():

@@ -143,8 +143,6 @@ def cheap_agreement(cheap: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame
 
 def _interval(values) -> tuple[float, float, float]:
     """Mean of correlations and its 95 % interval, within [-1, 1]."""
-    if not len(values):
-        return (math.nan,) * 3
     low, mean, high = t_interval(values)
     return mean, max(low, -1.0), min(high, 1.0)
 

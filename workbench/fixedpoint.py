@@ -50,26 +50,29 @@ class QFormat:
 
     def quantise(self, x) -> np.ndarray:
         """Real numbers -> int64 integers of this format, half up, saturating. NaN raises ValueError."""
-        x = np.asarray(x)
-        if x.ndim and x.size > PIECE:  # in pieces that stay in the processor's cache: several times as fast
-            pieces, step = np.empty(x.shape, np.int64), max(1, PIECE * len(x) // x.size)
-            for start in range(0, len(x), step):
-                self._quantise(x[start : start + step], x, pieces[start : start + step])
-            return pieces
-        return self._quantise(x, x)
+        x = x if isinstance(x, np.ndarray) else np.asarray(x, dtype=np.float64)
+        codes = np.empty(x.shape, np.int64)
+        if x.ndim < 2 or x.flags.c_contiguous:
+            whole, flat = x.reshape(-1), codes.reshape(-1)
+            pieces = [slice(start, start + PIECE) for start in range(0, x.size, PIECE)]
+        else:
+            whole, flat, step = x, codes, max(1, PIECE * len(x) // max(1, x.size))
+            pieces = [slice(start, start + step) for start in range(0, len(x), step)]
+        for piece in pieces:  # most of them stay in the processor's cache
+            self._quantise(whole[piece], flat[piece], x)
+        return codes
 
-    def _quantise(self, piece, whole, out=None):
-        low, high = self.dequantise(self.min), self.dequantise(self.max)
+    def _quantise(self, values, codes, whole):
         # Saturating before scaling keeps infinities and overflow out. Half up through floor: adding 0.5 first would
         # round 0.49999999999999994 up.
-        t = np.clip(np.asarray(piece, dtype=np.float64), low, high)
+        t = np.clip(np.asarray(values, dtype=np.float64), self.dequantise(self.min), self.dequantise(self.max))
         if np.isnan(t.sum()):  # what is saturated has a sum, unless NaN is in it
             wrong = np.isnan(np.asarray(whole, dtype=np.float64))
             raise ValueError(f"{self} cannot hold NaN: {int(wrong.sum())} of {wrong.size} values are NaN")
         t = t * 2.0**self.frac
         floor = np.floor(t)
         floor += t - floor >= 0.5
-        return floor.astype(np.int64) if out is None else np.copyto(out, floor, casting="unsafe")
+        codes[...] = floor
 
     def dequantise(self, q) -> np.ndarray:
         """Integers -> float64 values (exact)."""

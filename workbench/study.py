@@ -606,19 +606,26 @@ def over_folds(rows: pd.DataFrame) -> pd.DataFrame:
     """What a method loses on speakers (or other folds of the data) that it has not heard: one row a method and target.
 
     rows: of the sweep of a tradeoff over `split`, as results(name, records="results") gives them. A fold counts once, by the
-    mean of its seeds, so that the intervals speak of new folds: 95 %, Student's t over the folds, paired by fold; loss against
-    the dense control and, as vs_small, against the small dense network of the target (points; cross-entropy in nats).
+    mean of its seeds: intervals are Student's t over the folds (95 %), paired by fold; loss against the dense control and, as
+    vs_small, against the small dense network of the target, in the folds that have both (points; cross-entropy in nats). Folds
+    share most of their training data, so the intervals are approximate, rather too narrow, and they are not corrected for the
+    number of comparisons. folds, seeds: how many reached the target, and the fewest models of any of them. ValueError for rows
+    that differ in more than method, target, split and seed.
     """
-    small = rows[rows["m_method"] == SMALL].set_index(["p_split", "m_target_cr_disk", "m_seed"])["m_test_accuracy"]
-    keys = pd.MultiIndex.from_frame(rows[["p_split", "m_target_cr_disk", "m_seed"]])
-    rows = rows.assign(vs_small=small.reindex(keys).to_numpy() - rows["m_test_accuracy"].to_numpy())
+    point = ["p_split", "m_target_cr_disk", "m_seed"]
+    if rows.duplicated(["m_method", *point]).any():
+        raise ValueError("over_folds needs one row for each method, target, split and seed, got several of some: choose one "
+                         "setting of what else the sweep varies")
+    small = rows[rows["m_method"] == SMALL].set_index(point)["m_test_accuracy"]
+    rows = rows.assign(vs_small=small.reindex(pd.MultiIndex.from_frame(rows[point])).to_numpy() - rows["m_test_accuracy"])
     rows.loc[rows["m_method"] == SMALL, "vs_small"] = np.nan
     table = []
     for (method, target), group in rows.groupby(["m_method", "m_target_cr_disk"], sort=False):
-        folds = group.groupby("p_split")[["m_loss_points", "vs_small", "m_cr_disk", "m_test_accuracy", "m_test_loss"]].mean()
-        losses, against = t_interval(folds["m_loss_points"]), t_interval(folds["vs_small"])
+        by_fold = group.groupby("p_split")
+        folds = by_fold[["m_loss_points", "vs_small", "m_cr_disk", "m_test_accuracy", "m_test_loss"]].mean()
+        losses, against = t_interval(folds["m_loss_points"]), t_interval(folds["vs_small"].dropna())
         table.append({
-            "method": method, "target_cr_disk": target, "folds": len(folds), "seeds": group["m_seed"].nunique(),
+            "method": method, "target_cr_disk": target, "folds": len(folds), "seeds": by_fold["m_seed"].nunique().min(),
             "cr_disk": folds["m_cr_disk"].mean(), "accuracy %": folds["m_test_accuracy"].mean(),
             "accuracy std": folds["m_test_accuracy"].std(ddof=1), "cross-entropy": folds["m_test_loss"].mean(),
             "loss (points)": losses.mean, "low": losses.low, "high": losses.high,

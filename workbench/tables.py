@@ -224,23 +224,28 @@ def verdict(comparison: Comparison, schedules: dict[str, Schedule]):
     faster = [name for name, acceleration in rows.items() if acceleration > rows[HYBRID]]
     return Markdown(
         f"Accuracy loss in points against the dense control, with its 95 % interval: {'; '.join(losses)}. "
-        f"{_against_hybrid(comparison)} "
+        f"{_against_hybrid(comparison, summary)} "
         f"Acceleration in the steady state: {'; '.join(f'{name} {value:.2f}x' for name, value in rows.items())}. "
         f"{'Faster than the hybrid plan: ' + ', '.join(faster) if faster else 'The hybrid plan is the fastest'}.")
 
 
-def _against_hybrid(comparison):
-    """Which variants on integers are better or worse than the hybrid plan, beyond chance."""
-    arithmetic = comparison.results.groupby("variant", sort=False)["arithmetic"].first()
-    rivals = [name for name in arithmetic.index[arithmetic == "integers"] if name != HYBRID]
-    if len(comparison.correct[HYBRID]) == 1:
+def _against_hybrid(comparison, summary):
+    """Which variants on integers are better or worse than the hybrid plan, beyond chance. summary: of the comparison."""
+    rivals = summary[(summary["arithmetic"] == "integers") & (summary.index != HYBRID)].index
+    if (summary["seeds"] == 1).all():
         return f"One seed does not tell the hybrid plan from {listed(rivals)}."
     gains = {name: paired_interval(comparison.correct[name], comparison.correct[HYBRID], seed=0) for name in rivals}
-    better = [f"{name} ({gain.low:.2f} to {gain.high:.2f} points)" for name, gain in gains.items() if gain.low > 0]
-    worse = [f"{name} ({gain.low:.2f} to {gain.high:.2f} points)" for name, gain in gains.items() if gain.high < 0]
-    equal = [name for name, gain in gains.items() if gain.low <= 0 <= gain.high]
-    return (f"Against the hybrid plan, by the 95 % interval of the difference in accuracy, paired by seed and test item, "
-            f"better: {listed(better)}; worse: {listed(worse)}; not told apart: {listed(equal)}.")
+    frame = pd.DataFrame(gains, index=["low", "mean", "high"]).T
+    told = [f"{name} ({gain.low:.2f} to {gain.high:.2f} points)" for name, gain in gains.items()]
+    return ("Against the hybrid plan, by the 95 % interval of the difference in accuracy, paired by seed and test item, not "
+            f"corrected for the number of comparisons, {_told_apart(told, frame['low'] > 0, frame['high'] < 0)}.")
+
+
+def _told_apart(names, better, worse) -> str:
+    """Three lists of names, in words. better, worse: a bool for each."""
+    names = pd.Series(list(names), dtype=object, index=better.index)
+    return (f"better: {listed(names[better])}; worse: {listed(names[worse])}; "
+            f"not told apart: {listed(names[~(better | worse)])}")
 
 
 def signal_table(comparison: Comparison, seed: int) -> pd.DataFrame:
@@ -406,14 +411,15 @@ def tradeoff_table(tradeoff: Tradeoff) -> pd.DataFrame:
 
 def tradeoff_grid(summary: pd.DataFrame) -> pd.DataFrame:
     """One row a method, one column a target: the loss in points with its 95 % interval, the ratio that was reached, and the
-    cross-entropy in nats. summary: of a Tradeoff, or over_folds."""
-    cells = {}
+    cross-entropy in nats; how many of the seeds (or folds), where not all reached it. summary: of a Tradeoff, or over_folds."""
+    count = "folds" if "folds" in summary else "seeds"
+    cells = {target: {} for target in sorted(summary["target_cr_disk"].unique())}
     for row in summary.to_dict("records"):
-        column = cells.setdefault(f"asked {row['target_cr_disk']:g}x", {})
-        loss = f"{row['loss (points)']:.2f}{_bounded(row)}"
-        column[row["method"]] = f"{loss} at {row['cr_disk']:.1f}x, {row['cross-entropy']:.3f} nats"
+        text = (f"{row['loss (points)']:.2f}{_bounded(row)} at {row['cr_disk']:.1f}x, {row['cross-entropy']:.3f} nats"
+                f"{f', {row[count]} {count} only' if row[count] < summary[count].max() else ''}")
+        cells[row["target_cr_disk"]][row["method"]] = text
     table = pd.DataFrame(cells).reindex(dict.fromkeys(summary["method"])).fillna("out of reach")
-    return table.rename_axis("method").reset_index()
+    return table.rename(columns="asked {:g}x".format).rename_axis("method").reset_index()
 
 
 def unreachable_table(tradeoff: Tradeoff) -> pd.DataFrame:
@@ -460,12 +466,9 @@ def _target_verdict(target, rows, missing):
         text += " One seed gives no interval."
     small, rivals = rows[rows["method"] == SMALL], rows[rows["vs_small"].notna()]
     if len(rivals):
-        better, worse = rivals["vs_small_high"] < 0, rivals["vs_small_low"] > 0
         share = 100 * target / small["cr_disk"].iloc[0]
         text += (f" Against the 8-bit small network ({share:.1f} % of the bytes asked for), by the interval of the difference, "
-                 f"better: {listed(rivals.loc[better, 'method'])}; "
-                 f"worse: {listed(rivals.loc[worse, 'method'])}; "
-                 f"not told apart: {listed(rivals.loc[~(better | worse), 'method'])}.")
+                 f"{_told_apart(rivals['method'], rivals['vs_small_high'] < 0, rivals['vs_small_low'] > 0)}.")
     if len(missing):
         text += f" Out of reach: {listed(f'{row.method} (seeds {row.seeds})' for row in missing.itertuples())}."
     return text

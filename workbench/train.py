@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.utils import parametrize
 from tqdm import tqdm
@@ -71,7 +70,7 @@ class Evaluation:
 
 
 class Interval(NamedTuple):
-    """95 % interval and mean of a difference, of accuracies in percentage points."""
+    """95 % interval and mean of a quantity, in its unit."""
 
     low: float
     mean: float
@@ -359,10 +358,11 @@ class _WordLoss(torch.autograd.Function):
         return total / len(logits)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, outer):
+        if torch.is_grad_enabled():  # the gradient is a constant here: a derivative of it would be wrong
+            raise RuntimeError("the loss of words can be differentiated once only, not with create_graph=True")
         (gradient,) = ctx.saved_tensors
-        return gradient * outer.to(gradient.dtype), None
+        return gradient * outer, None
 
 
 def batch_losses(model: nn.Module, task: Task | LanguageTask, count: int, seed: int) -> Iterator[torch.Tensor]:
@@ -401,7 +401,8 @@ class _Distillation(NamedTuple):
         return (logits / self.temperature).softmax(1)  # (B, classes)
 
     def mixed(self, loss, logits, soft):
-        own = functional.log_softmax(logits / self.temperature, 1)
+        exact = torch.promote_types(logits.dtype, torch.float32)  # of a decoder in bfloat16 too
+        own = functional.log_softmax(logits.to(exact) / self.temperature, 1)
         # The squared temperature keeps the gradient's size (Hinton, Vinyals, Dean 2015, arXiv:1503.02531).
         divergence = functional.kl_div(own, soft, reduction="batchmean") * self.temperature**2
         return (1 - self.weight) * loss + self.weight * divergence
@@ -658,11 +659,12 @@ def paired_interval(correct_a: np.ndarray, correct_b: np.ndarray, seed: int, res
 
 
 def t_interval(values: np.ndarray) -> Interval:
-    """95 % interval of the mean of `values` (N,) by Student's t, in their unit; a single value has no interval (NaN)."""
+    """95 % interval of the mean of `values` (N,) by Student's t, in their unit; NaN where there is none: a single value has no
+    interval, and no value no mean."""
     from scipy import stats
 
     values = np.asarray(values, float)
     if len(values) < 2:
-        return Interval(math.nan, float(values.mean()), math.nan)
+        return Interval(math.nan, float(values[0]) if len(values) else math.nan, math.nan)
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     return Interval(float(values.mean() - half), float(values.mean()), float(values.mean() + half))
