@@ -404,7 +404,7 @@ def test_the_verdict_of_a_comparison_pairs_each_rival_with_the_hybrid_plan(compa
     schedule = schedule_layer(comparison.packed[study.HYBRID][0].layers["lstm.l0"], preset("group4x4"), 3)
     text = tables.verdict(replace(comparison, correct=right), {BASELINE: schedule, study.HYBRID: schedule}).data
     assert re.search(r"better: small dense \(1\d\.\d+ to \d+\.\d+ points\); worse: uniform Top-k \(-\d+\.\d+ to -1\d\.\d+ "
-                     r"points\); not told apart: uniform circulant\.", text)
+                     r"points\); not told apart: uniform circulant \(-[\d.]+ to [\d.]+ points\)\.", text)
 
 
 def test_the_verdict_of_a_tradeoff_by_hand():
