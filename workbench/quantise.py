@@ -57,7 +57,9 @@ class _Magnitudes:
 
     def add(self, values: torch.Tensor) -> None:
         """values: (..., width)."""
-        width, seen, values = values.shape[-1], values.numel(), values.detach()[values != 0]
+        width, seen, values = values.shape[-1], values.numel(), values.detach().reshape(-1)
+        if values.count_nonzero() < seen:  # a selection takes much longer than a count
+            values = values[values != 0]
         if not values.numel():
             self.values += seen
             return
