@@ -2,10 +2,11 @@
 
 import re
 
+import pandas as pd
 import pytest
 from conftest import REPOSITORY
 
-from workbench import sweep
+from workbench import sweep, tables
 
 SWEEPS = sorted((REPOSITORY / "notebooks" / "sweeps").glob("*.toml"))
 
@@ -42,3 +43,12 @@ def test_what_it_lists_is_what_there_is():
     assert modules | benchmarks <= set(re.findall(r"`([^`]+)`", built))
     links = [link for link in re.findall(r"\]\(([^)]+)\)", readme) if "://" not in link]
     assert links and all((REPOSITORY / link).exists() for link in links)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "docs" / "measured").glob("*.csv")), ids=lambda path: path.stem)
+def test_the_measured_tables_stand_in_it(path):
+    """Every row of the grid that the recorded figures give, as it is."""
+    readme = (REPOSITORY / "README.md").read_text()
+    rows = tables.tradeoff_grid(pd.read_csv(path)).itertuples(index=False, name=None)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    assert len(lines) > 5 and [line for line in lines if f"\n{line}\n" not in readme] == []
