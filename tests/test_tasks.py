@@ -281,6 +281,7 @@ def test_split_refuses(change, message):
         (ValueError, {"max_gradient_norm": 0}, "max_gradient_norm above 0, got 0"),
         (TypeError, {"bptt": 3.5}, "an int as bptt, got 3.5"),
         (ValueError, {"feature_mask": 1.5}, "feature_mask from 0 to 1, got 1.5"),
+        (TypeError, {"decoder_bfloat16": 1}, "a bool as decoder_bfloat16, got 1"),
     ],
 )
 def test_recipe_refuses(error, change, message):

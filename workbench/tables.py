@@ -42,7 +42,7 @@ from workbench.runs import listed, record
 from workbench.sensitivity import class_stability, method_agreement, rank_blocks, seed_agreement
 from workbench.study import HYBRID, SMALL, Comparison, Tradeoff
 from workbench.tasks import LanguageTask, Task
-from workbench.train import evaluate, paired_interval
+from workbench.train import Interval, evaluate, paired_interval
 
 # Spearman's correlation within the matrices: between two seeds, gates in random order reach it in 32 of 576 cases (two
 # matrices of four gates each).
@@ -234,11 +234,11 @@ def _against_hybrid(comparison, summary):
     rivals = summary[(summary["arithmetic"] == "integers") & (summary.index != HYBRID)].index
     if (summary["seeds"] == 1).all():
         return f"One seed does not tell the hybrid plan from {listed(rivals)}."
-    gains = {name: paired_interval(comparison.correct[name], comparison.correct[HYBRID], seed=0) for name in rivals}
-    frame = pd.DataFrame(gains, index=["low", "mean", "high"]).T
-    told = [f"{name} ({gain.low:.2f} to {gain.high:.2f} points)" for name, gain in gains.items()]
+    gains = pd.DataFrame({name: paired_interval(comparison.correct[name], comparison.correct[HYBRID], seed=0)
+                          for name in rivals}, index=Interval._fields).T
+    told = [f"{name} ({_bounds(gain['low'], gain['high'])} points)" for name, gain in gains.iterrows()]
     return ("Against the hybrid plan, by the 95 % interval of the difference in accuracy, paired by seed and test item, not "
-            f"corrected for the number of comparisons, {_told_apart(told, frame['low'] > 0, frame['high'] < 0)}.")
+            f"corrected for the number of comparisons, {_told_apart(told, gains['low'] > 0, gains['high'] < 0)}.")
 
 
 def _told_apart(names, better, worse) -> str:
@@ -450,10 +450,8 @@ def _target_verdict(target, rows, missing):
     """rows: of the summary, least loss first; missing: of unreachable_table."""
     best = rows.loc[rows["loss (points)"] == rows["loss (points)"].min(), "method"]
     text = f"**Asked for {target:g}x{f', the least mean loss: {listed(best)}' if len(rows) > 1 else ''}.**"
-    losses = []
-    for _, row in rows.iterrows():
-        bounds = _bounds(row["low"], row["high"])
-        losses.append(f"{row['method']} {row['loss (points)']:.2f}{f' ({bounds})' if bounds else ''} at {row['cr_disk']:.1f}x")
+    losses = [f"{row['method']} {row['loss (points)']:.2f}{_bounded(row)} at {row['cr_disk']:.1f}x"
+              for _, row in rows.iterrows()]
     if losses:
         text += f" Loss in points, least first: {'; '.join(losses)}."
     several = rows[rows["low"].notna()]
@@ -552,8 +550,8 @@ def precision_verdict(precision: Precision, published: pd.DataFrame, tolerance: 
 
 
 def _bounded(row) -> str:
-    low, high = row.get("low", np.nan), row.get("high", np.nan)
-    return f" ({low:.2f} to {high:.2f})" if low == low else ""
+    bounds = _bounds(row.get("low", np.nan), row.get("high", np.nan))
+    return f" ({bounds})" if bounds else ""
 
 
 def mixture_table(mixture: Mixture) -> pd.DataFrame:
