@@ -7,7 +7,8 @@ from workbench import budget
 from workbench.budget import OutOfReach, full_bits, largest_member, uniform_plan
 from workbench.constrain import pack
 from workbench.gates import blocks, weight
-from workbench.methods import METHODS, BlockCirculant, Dense, TopK
+from workbench.methods import METHODS, BlockCirculant, Dense, LowRank, TopK
+from workbench.plan import uniform
 from workbench.quantise import calibrate
 
 
@@ -112,3 +113,26 @@ def test_every_method_reaches_a_mild_target_or_says_so(model, signals, family):
 def test_bad_values_are_refused(model, signals, bits, target, message):
     with pytest.raises(ValueError, match=message):
         uniform_plan(model, TopK, bits, target, signals)
+
+
+def test_a_width_that_cannot_be_packed_is_passed_over():
+    """Sums V x of 300 inputs of 16 bits need more than the 27 bits that a multiplier takes, unless V is narrow."""
+    torch.manual_seed(0)
+    model = torch.nn.LSTM(300, 8)
+    signals = calibrate(model, [torch.randn(6, 4, 300).clamp(-0.9, 0.9)])
+    plan = uniform_plan(model, LowRank, 8, 8, signals)
+    ((_, width),) = {(entry.method, entry.format.bits) for entry in plan.blocks.values()}
+    assert width < 8 and pack(model, plan).cr_disk >= 8
+    with pytest.raises(ValueError, match="sums V x"):  # the nearest to 8 bits, which fits the budget too
+        pack(model, uniform(model, largest_member([weight(model, name) for name in blocks(model)], LowRank, 8,
+                                                  4 * 4 * 8 * 308)[0], 8, signals))
+
+
+def test_where_nothing_can_be_packed_it_says_why(model, signals, monkeypatch):
+    def refuse(*_):
+        raise ValueError("layer l0: no multiplier")
+
+    monkeypatch.setattr(budget, "pack", refuse)
+    with pytest.raises(OutOfReach, match="no uniform TopK of 2 to 8 bits meets cr_disk 8: a plan that is small enough "
+                                         "cannot be packed: layer l0: no multiplier"):
+        uniform_plan(model, TopK, 6, 8, signals)

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from workbench.constrain import attach, bake, compress, pack
-from workbench.emulation import QuantisedGRU, QuantisedLSTM, emulate, mismatch_rate, quantise_signals
+from workbench.emulation import QuantisedGRU, QuantisedLSTM, attach_emulated, emulate, mismatch_rate, quantise_signals
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, cell_name, layers
 from workbench.methods import BlockCirculant, Dense, LowRank, TopK
@@ -138,6 +138,40 @@ def test_in_float64_it_is_the_engine_bit_for_bit(kind, activation):
         assert_same(emulated(sequences, states), engine(sequences, states))
         values |= set(emulated(x)[0].flatten().tolist())
     assert len(values) > 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", [Dense(), TopK(0.3), BlockCirculant, LowRank(2)])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_attached_in_float64_it_is_the_attached_engine(kind, method, batch_first):
+    """In a model in float32, whose own weights do not matter any more: not even those of a dropout in training mode."""
+    rnn = make(kind, batch_first=batch_first, **({"dropout": 0.5} if kind.startswith("two") else {}))
+    x, states = torch.randn(BATCH, BATCH, INPUTS), states_of(rnn)
+    states = tuple(s.float() for s in states) if isinstance(states, tuple) else states.float()
+    method = BlockCirculant(rnn.proj_size or 2) if method is BlockCirculant else method
+    packed = pack(rnn, uniform(rnn, method, 8, calibrate(rnn, [x.double()], 8)))
+    rnn.float()
+    with torch.no_grad():
+        for parameter in rnn.parameters():
+            parameter.zero_()
+    engine, emulated = attach(rnn, packed), attach_emulated(rnn, packed).train()
+    lengths = [4, 2, 1, 3]
+    for arguments in ((x,), (x, states), (x[0],), (packed_sequence(x, lengths, batch_first), states)):
+        assert_same(engine(*arguments), emulated(*arguments))
+        assert all(t.dtype == torch.float32 for t in tensors(emulated(*arguments)))
+    assert len(emulated(x)[0].unique()) > 10
+    assert (emulated.hidden_size, emulated.bidirectional) == (rnn.hidden_size, rnn.bidirectional)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda(kind):
+    rnn, x = make(kind), torch.randn(STEPS, BATCH, INPUTS)
+    packed = pack(rnn, uniform(rnn, TopK(0.5), 8, calibrate(rnn, [x.double()], 8)))
+    rnn.float()
+    found = attach_emulated(rnn, packed).to("cuda")(x.to("cuda"))
+    for a, b in zip(tensors(attach(rnn, packed)(x)), tensors(found), strict=True):
+        assert torch.equal(a, b.cpu())
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from workbench import models, plots, runs, study, tables
+from workbench import budget, models, plots, runs, study, tables
 from workbench.allocation import search_allocation
 from workbench.array import preset, schedule_layer, schedule_layers
 from workbench.array.cost import BASELINE
@@ -567,6 +567,7 @@ def test_tables_and_figure_of_a_tradeoff(tradeoff):
     ({"retrain_epochs": 0}, "epochs of at least 1, got 0"),
     ({"distillation_weight": 2}, r"distillation_weight in \[0, 1\], got 2"),
     ({"workers": 0}, "at least 1 worker, got 0"),
+    ({"device": "tpu"}, "a tradeoff needs \"cpu\" or \"cuda\" as device, got 'tpu'"),
 ])
 def test_a_tradeoff_is_checked_before_training(tiny_task, change, message):
     good = {"hidden_size": 16, "methods": list(study.TRADEOFF_METHODS), "target_cr_disks": [10.0, 40], "bits": 6, "seeds": [0],
@@ -583,6 +584,27 @@ def test_a_tradeoff_refuses_before_training_also_without_its_check(tiny_task, de
         study.tradeoff(tiny_task, dense, ["Topk"], [10.0], **ARGUMENTS)
     with pytest.raises(ValueError, match="at least 1, got 0.5"):
         study.tradeoff(tiny_task, dense, ["TopK"], [0.5], **ARGUMENTS)
+    with pytest.raises(ValueError, match="as device, got 'tpu'"):
+        study.tradeoff(tiny_task, dense, ["TopK"], [6.0], **ARGUMENTS, device="tpu")
+
+
+def test_a_point_that_cannot_be_packed_after_its_retraining_is_listed(tiny_task, dense, monkeypatch):
+    """Training moves weights and ranges; the other points of a study must not be lost for it."""
+    def refuse_trained(model, plan, original, pack=budget.pack):
+        if original is None:
+            return pack(model, plan)
+        raise ValueError("layer lstm.l0: too wide a sum")
+
+    monkeypatch.setattr(budget, "pack", refuse_trained)
+    row = study._point(tiny_task, dense[0], "TopK", 6.0, 0, 6, None, study.Retraining(1, 1, 0.0, None))
+    assert row == {"method": "TopK", "target_cr_disk": 6.0, "seed": 0,
+                   "reason": "a plan that is small enough cannot be packed: layer lstm.l0: too wide a sum"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_cuda(tiny_task, dense):
+    found = study.tradeoff(tiny_task, dense, METHODS_OF_TRADEOFF, [6.0], **ARGUMENTS, device="cuda")
+    assert set(found.results["method"]) == set(METHODS_OF_TRADEOFF) and (found.results["test_accuracy"] > 0).all()
 
 
 def test_the_notebook_compares_every_method_by_default():

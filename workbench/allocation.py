@@ -10,8 +10,7 @@ import torch
 
 from workbench.array.mapping import map_block
 from workbench.array.spec import ArraySpec
-from workbench.budget import OutOfReach, check_target, full_block, strongest_member, uniform_plan
-from workbench.constrain import pack
+from workbench.budget import OutOfReach, check_target, full_block, pack_within_reach, strongest_member, uniform_plan
 from workbench.gates import blocks, dense_weights, weight, weights
 from workbench.methods import METHODS, Method, method_from_label
 from workbench.plan import Plan, plan_block
@@ -125,7 +124,7 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
 
 
 def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, table: pd.DataFrame, target_cr_disk: float, *,
-                      bits: int, epochs: int, seed: int) -> pd.DataFrame:
+                      bits: int, epochs: int, seed: int, device: str = "cpu") -> pd.DataFrame:
     """Several plans that meet the target, each with its validation loss after `epochs` of retraining, best first.
 
     Losses of single blocks before any retraining compare strengths of one method well and methods badly, and blocks do not add
@@ -145,11 +144,12 @@ def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     for candidate, planned in planners.items():
         try:
             plan = planned()
+            packed = pack_within_reach(model, plan)
         except OutOfReach as error:
             refused.append(str(error))
             continue
-        last = retraining_curve(model, plan, task, epochs, seed, candidate).iloc[-1]
-        rows.append({"candidate": candidate, "plan": plan, "cr_disk": pack(model, plan).cr_disk, "valid_loss": last["loss"],
+        last = retraining_curve(model, plan, task, epochs, seed, candidate, device).iloc[-1]
+        rows.append({"candidate": candidate, "plan": plan, "cr_disk": packed.cr_disk, "valid_loss": last["loss"],
                      "valid_accuracy": last["accuracy"]})
     if not rows:
         raise OutOfReach(f"no allocation meets cr_disk {target_cr_disk}: " + "; ".join(refused))

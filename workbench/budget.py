@@ -4,9 +4,11 @@ from bisect import bisect_left, bisect_right
 
 import torch
 
+from workbench.constrain import pack
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, dense_weights, weight
 from workbench.methods import Method
+from workbench.packed import PackedModel
 from workbench.plan import Plan, uniform
 
 WIDTHS = range(2, 9)  # bits of a weight that a uniform plan may take
@@ -14,7 +16,7 @@ FILLED = 0.95  # a width serves when its plan takes this share of the budget
 
 
 class OutOfReach(ValueError):
-    """No plan of the asked kind is as small as the target demands."""
+    """No plan of the asked kind is as small as the target demands and can be packed."""
 
 
 def check_target(target_cr_disk: float) -> None:
@@ -74,22 +76,43 @@ def uniform_plan(model: torch.nn.Module, family: type[Method], bits: int, target
     Of the widths from 2 to 8 bits it is the one nearest to `bits` (of two the wider) whose largest plan takes at least
     95 % of the target's bits; where no width does, the one that takes most, of equals the nearest to `bits`. So families
     that come in coarse steps, as circulant blocks do, are compared at their fairest. Sizes are taken with every kept
-    weight non-zero, so that retraining cannot push the ratio under the target. OutOfReach when no width meets it.
+    weight non-zero, so that retraining cannot push the ratio under the target. A width whose plan `pack` refuses is passed
+    over. OutOfReach when no width meets it.
     """
     check_target(target_cr_disk)
     check_bits(bits)
     weights = [weight(model, name) for name in blocks(model)]
     budget_bits = 32 * dense_weights(blocks(model)) / target_cr_disk
-    best = None
+    refusals = []
+    for method, width in _by_preference(weights, family, bits, budget_bits):
+        try:
+            plan = uniform(model, method, width, signals)
+            pack_within_reach(model, plan)
+            return plan
+        except OutOfReach as error:
+            refusals.append(str(error))
+    none = f"no uniform {family.__name__} of {WIDTHS[0]} to {WIDTHS[-1]} bits meets cr_disk {target_cr_disk}"
+    raise OutOfReach(": ".join([none, *refusals[:1]]))
+
+
+def _by_preference(weights, family, bits, budget_bits):
+    """(method, width) of every width that meets the budget: those that fill it, then by what they take."""
+    others = []
     for width in sorted(WIDTHS, key=lambda width: (abs(width - bits), -width)):
         try:
             method, size = largest_member(weights, family, width, budget_bits)
         except OutOfReach:
             continue  # a narrower one may fit
-        if best is None or size > best[2]:
-            best = method, width, size
         if size >= FILLED * budget_bits:
-            break
-    if best is None:
-        raise OutOfReach(f"no uniform {family.__name__} of {WIDTHS[0]} to {WIDTHS[-1]} bits meets cr_disk {target_cr_disk}")
-    return uniform(model, *best[:2], signals)
+            yield method, width
+        else:
+            others.append((size, method, width))
+    yield from (choice for _, *choice in sorted(others, key=lambda other: -other[0]))
+
+
+def pack_within_reach(model: torch.nn.Module, plan: Plan, original: torch.nn.Module | None = None) -> PackedModel:
+    """`pack`; what it refuses, for example sums that no multiplier takes, is OutOfReach."""
+    try:
+        return pack(model, plan, original)
+    except ValueError as error:
+        raise OutOfReach(f"a plan that is small enough cannot be packed: {error}") from error

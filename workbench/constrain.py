@@ -167,11 +167,11 @@ def _packed_block(model, plan, name):
         raise ValueError(f"block {name}: {error}") from error
 
 
-def attach(model: nn.Module, packed: PackedModel) -> nn.Module:
+def attach(model: nn.Module, packed: PackedModel, layers_as: type["IntegerRNN"] | None = None) -> nn.Module:
     """A copy of the model whose recurrent layers run the integer engine: float tensors in and out, integers within.
 
     Takes what nn.LSTM and nn.GRU take: batch_first or not, a single unbatched sequence, initial states, packed sequences. No
-    gradient.
+    gradient. layers_as: what stands for a recurrent module, IntegerRNN by default.
     """
     check_supported(model)
     model = bake(model)
@@ -184,7 +184,7 @@ def attach(model: nn.Module, packed: PackedModel) -> nn.Module:
             expected = cell_name(rnn), w_ih.shape[1], rnn.hidden_size, rnn.proj_size or rnn.hidden_size
             if expected != (sizes := (found.cell, found.input_size, found.hidden_size, found.output_size)):
                 raise ValueError(f"attach needs cell, input, hidden and output sizes {expected} for {layer.name}, got {sizes}")
-        integer = IntegerRNN(packed.stack(path), rnn, path)
+        integer = (layers_as or IntegerRNN)(packed.stack(path), rnn, path)
         if not path:
             return integer
         # Under every name that the model has for it: under another one the float layer would go on running.

@@ -7,6 +7,8 @@ result saturates (Bengio 2013, arXiv 1308.3432); that of a table is the slope of
 few output bits cut its values off, so that a gate comes back from there.
 """
 
+import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -18,12 +20,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
-from workbench.constrain import bake, constrain_weights, pack
+from workbench.constrain import IntegerRNN, attach, bake, constrain_weights, pack
 from workbench.engine import StackEngine
 from workbench.fixedpoint import FUNCTIONS, HardTable, QFormat
 from workbench.gates import cell_name, layers, layers_of, merged_bias, parts_of, rnns
 from workbench.methods.base import fake_quantise
-from workbench.packed import PackedLayer, PackedModel
+from workbench.packed import PARTS, PackedLayer, PackedModel
 from workbench.plan import Plan
 from workbench.quantise import as_given, quantised_states, recurrent_calls, time_first
 
@@ -390,6 +392,42 @@ def emulate(model: nn.Module, plan) -> nn.Module:
         quantise_signals(rnn, {layer.suffix: packed.layers[layer.name] for layer in layers_of(rnn, path)})
     constrain_weights(model, plan)
     return model
+
+
+def attach_emulated(model: nn.Module, packed: PackedModel) -> nn.Module:
+    """As `attach`, but the integers are computed in float64 on the device of the model: for a GPU, which the engine does not
+    know. Bit for bit the same; ValueError for what the emulation does not do (see Rounding.of)."""
+    return attach(model, packed, EmulatedRNN)
+
+
+class EmulatedRNN(IntegerRNN):
+    """Stands where an IntegerRNN stands and gives what it gives, computed in float64."""
+
+    def __init__(self, stack, rnn: nn.RNNBase, path: str = ""):
+        super().__init__(stack, rnn, path)
+        self.rnn = copy.deepcopy(rnn).double().requires_grad_(False)
+        self.rnn.dropout = 0.0
+        packed = dict(zip((layer.suffix for layer in layers_of(rnn)), itertools.chain(*stack), strict=True))
+        for suffix, layer in packed.items():
+            for part in parts_of(rnn):
+                self._set(f"weight_{part}_{suffix}", [
+                    np.ldexp(layer.block(part, gate).dense(), layer.signals[PARTS[part]].frac - layer.product_frac(part, gate))
+                    for gate in (["p"] if part == "hr" else layer.gates)])
+            if rnn.bias:
+                bias = {name: np.ldexp(integers, -layer.bias_fracs[name]) for name, integers in layer.bias.items()}
+                zeros = np.zeros(rnn.hidden_size)
+                self._set(f"bias_ih_{suffix}", [bias[gate] for gate in layer.gates])
+                self._set(f"bias_hh_{suffix}", [*[zeros] * (len(layer.gates) - 1), bias.get("hn", zeros)])
+        quantise_signals(self.rnn, packed)
+
+    def _set(self, name, gates):
+        with torch.no_grad():
+            getattr(self.rnn, name).copy_(torch.from_numpy(np.concatenate(gates)))
+
+    def forward(self, input, hx=None):
+        """input and hx as the replaced module takes and names them; returns what it returns, in input's shapes and dtype."""
+        dtype = (input.data if isinstance(input, PackedSequence) else input).dtype
+        return _cast(self.rnn(_cast(input, torch.float64), _cast(hx, torch.float64)), dtype)
 
 
 def mismatch_rate(model: nn.Module, packed: PackedModel, batches) -> list[dict]:

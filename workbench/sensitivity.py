@@ -22,7 +22,7 @@ from workbench.models import seeded
 from workbench.plan import Plan, pack_block, plan_block, uniform
 from workbench.quantise import calibrate
 from workbench.tasks import LanguageTask, Task
-from workbench.train import evaluate, evaluating, fit
+from workbench.train import device_of, evaluate, evaluating, fit, move
 
 CALIBRATION_STEPS = 100_000  # time steps that are enough to see how large signals become
 PIECE = 100  # words of a text that are read from a fresh state
@@ -113,7 +113,7 @@ def _widths(bits):
 
 
 def sensitivity_table(model: torch.nn.Module, task: Task | LanguageTask | Loop, methods: list[Method], *,
-                      bits: int | list[int] = 8, epochs: int = 0, seed: int = 0) -> pd.DataFrame:
+                      bits: int | list[int] = 8, epochs: int = 0, seed: int = 0, device: str = "cpu") -> pd.DataFrame:
     """One row per block, method and width: that block alone compressed, the others left at 16 bits.
 
     epochs 0 is the one-shot mode. Otherwise the model is retrained for that many epochs, and so is the uncompressed one,
@@ -128,14 +128,14 @@ def sensitivity_table(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     check_sensitivity(model, methods, bits, epochs)
     signals = calibrate(model, batches_of(task, epochs))
     reference = uniform(model, Dense(), LOSSLESS_BITS, signals)
-    dense = retraining_curve(model, reference, task, epochs, seed, f"all blocks at {LOSSLESS_BITS} bits")
+    dense = retraining_curve(model, reference, task, epochs, seed, f"all blocks at {LOSSLESS_BITS} bits", device)
     rows = []
     for name, block in blocks(model).items():
         for method, width in itertools.product(methods, _widths(bits)):
             w = weight(model, name)
             entry, compression = plan_block(w, method, width), f"{method_label(method)} at {width} bits"
             plan = Plan(reference.blocks | {name: entry}, signals)
-            curve = retraining_curve(model, plan, task, epochs, seed, f"{name}, {compression}")
+            curve = retraining_curve(model, plan, task, epochs, seed, f"{name}, {compression}", device)
             excess = curve["loss"] - dense["loss"]  # (epochs + 1,)
             recovered, recovery_epochs = _recovery(excess) if epochs else (None, None)
             rows.append({
@@ -158,11 +158,12 @@ def _recovery(excess):
     return float(back.iloc[-1]), int(recovered_at[0]) if len(recovered_at) else None
 
 
-def retraining_curve(model, plan, task, epochs, seed, what) -> pd.DataFrame:
+def retraining_curve(model, plan, task, epochs, seed, what, device="cpu") -> pd.DataFrame:
     """Validation loss and accuracy of the compressed model, before (epoch 0) and after each epoch of retraining. what: the
-    compression, for the message."""
+    compression, for the message. device: where it is trained and measured; a Loop's batches must be there."""
     compressed, rows = compress(model, plan), []
-    with seeded(seed, next(compressed.parameters()).device):
+    move(compressed, device)
+    with seeded(seed, device):
         for loss, accuracy in (_own_curve if isinstance(task, Loop) else _task_curve)(compressed, task, epochs, seed):
             if not math.isfinite(loss):
                 when = f"after epoch {len(rows)} of retraining" if rows else "before any retraining"
@@ -175,7 +176,7 @@ def _task_curve(model, task, epochs, seed):
     before = evaluate(model, task, "valid")
     yield before.loss, before.accuracy
     if epochs:
-        history = fit(model, task, seed=seed, epochs=epochs, progress=False)
+        history = fit(model, task, seed=seed, epochs=epochs, device=device_of(model).type, progress=False)
         yield from ((row["valid_loss"], row["valid_accuracy"]) for row in history.epochs)
 
 
@@ -328,7 +329,7 @@ def hybrid_plan(model: torch.nn.Module, sensitive: list[str], strength: Strength
 
 
 def search_hybrid(model: torch.nn.Module, task: Task | LanguageTask | Loop, sensitive: list[str], target_cr_disk: float,
-                  strengths: list[Strength], *, epochs: int, seed: int) -> pd.DataFrame:
+                  strengths: list[Strength], *, epochs: int, seed: int, device: str = "cpu") -> pd.DataFrame:
     """Every strength that meets the target, with its validation loss after `epochs` of retraining, best first.
 
     Columns: strength, keep (fraction of the sensitive gates, None without one), cr_disk, valid_loss, valid_accuracy.
@@ -343,7 +344,7 @@ def search_hybrid(model: torch.nn.Module, task: Task | LanguageTask | Loop, sens
         except OutOfReach as error:
             refused.append(str(error))
             continue
-        curve = retraining_curve(model, plan, task, epochs, seed, str(strength))
+        curve = retraining_curve(model, plan, task, epochs, seed, str(strength), device)
         keeps = [e.method.keep for e in plan.blocks.values() if isinstance(e.method, TopK)]
         rows.append({"strength": strength, "keep": keeps[0] if keeps else None, "cr_disk": pack(model, plan).cr_disk,
                      "valid_loss": curve["loss"].iloc[-1], "valid_accuracy": curve["accuracy"].iloc[-1]})

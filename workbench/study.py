@@ -25,6 +25,7 @@ from workbench.allocation import choices_to_measure, search_allocation
 from workbench.array.cost import BASELINE
 from workbench.budget import OutOfReach, check_bits, check_target, uniform_plan
 from workbench.constrain import attach, bake, pack
+from workbench.emulation import attach_emulated
 from workbench.gates import blocks, dense_weights, weight
 from workbench.methods import METHODS, BlockCirculant, Dense, Method, TopK, method_label
 from workbench.packed import PackedLayer, PackedModel
@@ -103,16 +104,17 @@ def check_study(task: Task, *, hidden_size: int, target_cr_disk: float, seeds: l
 
 def check_tradeoff(task: Task, *, hidden_size: int, methods: list[str], target_cr_disks: list[float], bits: int,
                    seeds: list[int], epochs: int, retrain_epochs: int, search_epochs: int, distillation_weight: float,
-                   workers: int, schedule: str = "one-shot") -> None:
+                   workers: int, schedule: str = "one-shot", device: str = "cpu") -> None:
     """Refuse the bad values of a tradeoff before any training."""
-    _check_points(methods, target_cr_disks, bits, search_epochs, schedule)
+    _check_points(methods, target_cr_disks, bits, search_epochs, schedule, device)
     if HYBRID in methods:
         strengths(hidden_size)
     _check_training(task, seeds, epochs, retrain_epochs, distillation_weight)
     _check_counts(unit=hidden_size, worker=workers)
 
 
-def _check_points(methods, target_cr_disks, bits, search_epochs, schedule):
+def _check_points(methods, target_cr_disks, bits, search_epochs, schedule, device):
+    train.check_device(device, "a tradeoff")
     if schedule not in SCHEDULES:
         raise ValueError(f"a tradeoff knows the schedules {', '.join(SCHEDULES)}, got {schedule!r}")
     if unknown := [method for method in methods if method not in TRADEOFF_METHODS]:
@@ -142,21 +144,22 @@ def _check_counts(**counts):
 
 
 def train_dense(task: Task, hidden_size: int, seeds: list[int], *, epochs: int, workers: int,
-                checkpoints: str | Path | None = None) -> dict[int, torch.nn.Module]:
+                checkpoints: str | Path | None = None, device: str = "cpu") -> dict[int, torch.nn.Module]:
     """Seed -> trained dense classifier.
 
     checkpoints: a directory where finished trainings are kept and found again; in a run, a relative one lies below results/.
     """
     check_seeds(seeds)
     models.build_classifier(task, hidden_size, seed=seeds[0])  # refuses a bad size before any process starts
-    jobs = [(task, hidden_size, seed, epochs, checkpoints) for seed in seeds]
+    jobs = [(task, hidden_size, seed, epochs, checkpoints, device) for seed in seeds]
     return dict(zip(seeds, parallel(_train_dense, jobs, workers, "dense models"), strict=True))
 
 
-def _train_dense(task, hidden_size, seed, epochs, checkpoints):
+def _train_dense(task, hidden_size, seed, epochs, checkpoints, device):
     model = models.build_classifier(task, hidden_size, seed=seed)
-    key = f"dense {hidden_size} {seed} {epochs}"
-    return _once(model, task, key, checkpoints, lambda: fit(model, task, seed=seed, epochs=epochs, progress=False))
+    key = f"dense {hidden_size} {seed} {epochs} {device}"
+    return _once(model, task, key, checkpoints,
+                 lambda: fit(model, task, seed=seed, epochs=epochs, device=device, progress=False))
 
 
 def _once(model, task, key, checkpoints, training, constraints=(), schedule=None):
@@ -182,15 +185,15 @@ def _once(model, task, key, checkpoints, training, constraints=(), schedule=None
 
 
 def sensitivity_over_seeds(task: Task, dense: dict[int, torch.nn.Module], methods: list[Method], *,
-                           bits: int | list[int], epochs: int, workers: int) -> pd.DataFrame:
+                           bits: int | list[int], epochs: int, workers: int, device: str = "cpu") -> pd.DataFrame:
     """sensitivity_table of every seed's model, one below the other, with the seed as a column."""
-    jobs = [(model, task, methods, bits, epochs, seed) for seed, model in dense.items()]
+    jobs = [(model, task, methods, bits, epochs, seed, device) for seed, model in dense.items()]
     tables = parallel(_sensitivity, jobs, workers, "sensitivity")
     return pd.concat([table.assign(seed=seed) for seed, table in zip(dense, tables, strict=True)], ignore_index=True)
 
 
-def _sensitivity(model, task, methods, bits, epochs, seed):
-    return sensitivity_table(model, task, methods, bits=bits, epochs=epochs, seed=seed)
+def _sensitivity(model, task, methods, bits, epochs, seed, device):
+    return sensitivity_table(model, task, methods, bits=bits, epochs=epochs, seed=seed, device=device)
 
 
 @dataclass(frozen=True)
@@ -312,20 +315,22 @@ def small_hidden_size(num_features: int, payload_bits: float) -> int:
 
 @dataclass(frozen=True)
 class Retraining:
-    """dense_epochs: from scratch; epochs: of retraining; checkpoints: directory that keeps what is trained, or None."""
+    """dense_epochs: from scratch; epochs: of retraining; checkpoints: directory that keeps what is trained, or None; device:
+    where is trained and measured."""
 
     dense_epochs: int
     epochs: int
     distillation_weight: float
     checkpoints: str | Path | None
     schedule: str = "one-shot"
+    device: str = "cpu"
 
     def run(self, model, task: Task, teacher, seed: int, what: str, constraints=(), schedule=None) -> None:
         """Retrain the model in place, for the same epochs whatever it is; `what` tells it from others of its seed."""
-        settings = {"seed": seed, "epochs": self.epochs, "progress": False}
+        settings = {"seed": seed, "epochs": self.epochs, "device": self.device, "progress": False}
         if self.distillation_weight:
             settings |= {"teacher": teacher, "distillation_weight": self.distillation_weight}
-        key = f"{what} {_units(teacher)} {seed} {self.dense_epochs} {self.epochs} {self.distillation_weight}"
+        key = f"{what} {_units(teacher)} {seed} {self.dense_epochs} {self.epochs} {self.distillation_weight} {self.device}"
         settings["retraining"] = schedule
         _once(model, task, key, self.checkpoints, lambda: fit(model, task, **settings), constraints, schedule)
 
@@ -336,7 +341,7 @@ def _units(model) -> int:
 
 def dense_control(task, dense, variant, seed, retraining) -> dict:
     """The dense model in float, retrained (DENSE) or as it was (DENSE_ONCE)."""
-    measured = bake(dense)
+    measured = bake(dense).to(retraining.device)
     before = evaluate(measured, task, "valid")
     if variant == DENSE:
         retraining.run(measured, task, dense, seed, DENSE)
@@ -349,16 +354,21 @@ def small_control(task, dense, target_cr_disk, seed, retraining) -> dict:
     """An LSTM with as many units as fill the target's bytes at 8 bits, trained from scratch and then in 8 bits."""
     payload_bits = math.ceil(32 * dense_weights(blocks(dense)) / target_cr_disk)
     hidden_size = small_hidden_size(task.num_features, payload_bits)
-    small = _train_dense(task, hidden_size, seed, retraining.dense_epochs, retraining.checkpoints)
+    small = _train_dense(task, hidden_size, seed, retraining.dense_epochs, retraining.checkpoints, retraining.device)
     plan = uniform(small, Dense(), CONTROL_BITS, calibrate(small, calibration_batches(task)))
     return _compressed(task, dense, small, plan, SMALL, seed, retraining)
 
 
 def _compressed(task, dense, start, plan, variant, seed, retraining) -> dict:
     """`start` retrained inside the plan, packed, and measured on the integer engine. Ratios are against `dense`."""
-    before = evaluate(attach(start, pack(start, plan)), task, "valid")
+    before = evaluate(_in_integers(start, pack(start, plan), retraining.device), task, "valid")
     compressed = retrained(task, dense, start, plan, seed, retraining)
-    return measured(task, dense, start, compressed, plan, variant, seed, before)
+    return measured(task, dense, start, compressed, plan, variant, seed, before, retraining.device)
+
+
+def _in_integers(model, packed, device):
+    """The model on the device with its integers: of the engine, or on a GPU of the emulation in float64, which equals it."""
+    return attach(model, packed) if device == "cpu" else attach_emulated(model, packed).to(device)
 
 
 def retrained(task: Task, dense, start, plan: Plan, seed: int, retraining: Retraining):
@@ -371,17 +381,17 @@ def retrained(task: Task, dense, start, plan: Plan, seed: int, retraining: Retra
     return compressed
 
 
-def measured(task: Task, dense, start, compressed, plan: Plan, variant: str, seed: int, before) -> dict:
-    """What was retrained, packed under the plan and measured on the integer engine: a study's row. before: Evaluation of the
-    validation split before retraining."""
+def measured(task: Task, dense, start, compressed, plan: Plan, variant: str, seed: int, before, device: str = "cpu") -> dict:
+    """What was retrained, packed under the plan and measured in integers: a study's row. before: Evaluation of the validation
+    split before retraining."""
     # Retraining moves the ranges of the signals, so their formats are calibrated on the model that is packed.
     plan = plan.with_signals(calibrate(compressed, calibration_batches(task)))
-    packed = pack(compressed, plan, original=dense)
+    packed = budget.pack_within_reach(compressed, plan, original=dense)
     return _identity(variant, seed, start) | {
         "arithmetic": "integers", "cr_params": packed.cr_params, "cr_bits": packed.cr_bits, "cr_disk": packed.cr_disk,
         "cr_model": packed.cr_model,
         "rnn_bytes": packed.storage_bits // 8, "plan": plan, "packed": packed,
-    } | _measurement(attach(compressed, packed), task, before)
+    } | _measurement(_in_integers(compressed, packed, device), task, before)
 
 
 def _identity(variant, seed, model):
@@ -432,9 +442,9 @@ class Tradeoff:
 
 def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], target_cr_disks: list[float], *, bits: int,
              dense_epochs: int, epochs: int, search_epochs: int, distillation_weight: float, workers: int,
-             checkpoints: str | Path | None = None, schedule: str = "one-shot") -> Tradeoff:
-    """Retrain every method at every target from the dense model of each seed, for the same epochs, and measure it on the
-    integer engine.
+             checkpoints: str | Path | None = None, schedule: str = "one-shot", device: str = "cpu") -> Tradeoff:
+    """Retrain every method at every target from the dense model of each seed, for the same epochs, and measure it in integers:
+    on the engine, or with device="cuda" by the emulation in float64, which equals it bit for bit.
 
     methods: a name of METHODS is its uniform plan (see uniform_plan) of about `bits` bits. "hybrid" is the hybrid plan:
     sensitive gates from a one-shot measurement of all seeds, the strength (with widths of its own, see strengths) from
@@ -444,9 +454,9 @@ def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], 
     scratch for dense_epochs and then, in 8 bits, for epochs. Losses are against the dense control, retrained alike once per
     seed. schedule: of SCHEDULES, how a model comes into its plan. Points that a method cannot reach are listed.
     """
-    _check_points(methods, target_cr_disks, bits, search_epochs, schedule)
-    retraining = Retraining(dense_epochs, epochs, distillation_weight, checkpoints, schedule)
-    found = search_plans(task, dense, methods, target_cr_disks, bits, search_epochs, workers)
+    _check_points(methods, target_cr_disks, bits, search_epochs, schedule, device)
+    retraining = Retraining(dense_epochs, epochs, distillation_weight, checkpoints, schedule, device)
+    found = search_plans(task, dense, methods, target_cr_disks, bits, search_epochs, workers, device)
     jobs = [(_point, task, model, method, target, seed, bits, found.get(method, {}).get(target), retraining)
             for method in sorted(methods, key=lambda method: method != SMALL)  # the longest first
             for target in target_cr_disks for seed, model in dense.items()]
@@ -467,46 +477,49 @@ def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], 
 
 
 def search_plans(task: Task, dense: dict, methods: list[str], target_cr_disks: list[float], bits: int, epochs: int,
-                 workers: int) -> dict[str, dict]:
+                 workers: int, device: str = "cpu") -> dict[str, dict]:
     """Method -> target -> what point_plan takes, for those of the methods whose plans are searched."""
-    found = {HYBRID: search_hybrids(task, dense, target_cr_disks, epochs, workers)} if HYBRID in methods else {}
+    found = {HYBRID: search_hybrids(task, dense, target_cr_disks, epochs, workers, device)} if HYBRID in methods else {}
     if ALLOCATION in methods:
-        found[ALLOCATION] = search_allocations(task, dense, target_cr_disks, bits, epochs, workers)
+        found[ALLOCATION] = search_allocations(task, dense, target_cr_disks, bits, epochs, workers, device)
     return found
 
 
-def search_hybrids(task: Task, dense: dict, target_cr_disks: list[float], epochs: int, workers: int) -> dict:
+def search_hybrids(task: Task, dense: dict, target_cr_disks: list[float], epochs: int, workers: int,
+                   device: str = "cpu") -> dict:
     """Target -> (sensitive gates, Strength), found on the validation split, or the OutOfReach that says why none is."""
-    table = sensitivity_over_seeds(task, dense, [TopK(0.125), BlockCirculant(8)], bits=8, epochs=0, workers=workers)
+    table = sensitivity_over_seeds(task, dense, [TopK(0.125), BlockCirculant(8)], bits=8, epochs=0, workers=workers,
+                                   device=device)
     sensitive = sensitive_gates(classify(table))
     seed, model = next(iter(dense.items()))
-    jobs = [(task, model, sensitive, target, seed, epochs) for target in target_cr_disks]
+    jobs = [(task, model, sensitive, target, seed, epochs, device) for target in target_cr_disks]
     return dict(zip(target_cr_disks, parallel(_search_hybrid, jobs, workers, "hybrid plans"), strict=True))
 
 
-def _search_hybrid(task, model, sensitive, target_cr_disk, seed, epochs):
+def _search_hybrid(task, model, sensitive, target_cr_disk, seed, epochs, device):
     candidates = strengths(_units(model))
     try:
-        found = search_hybrid(model, task, sensitive, target_cr_disk, candidates, epochs=epochs, seed=seed)
+        found = search_hybrid(model, task, sensitive, target_cr_disk, candidates, epochs=epochs, seed=seed, device=device)
     except OutOfReach as error:
         return error
     return sensitive, found["strength"].iloc[0]
 
 
-def search_allocations(task: Task, dense: dict, target_cr_disks: list[float], bits: int, epochs: int, workers: int) -> dict:
+def search_allocations(task: Task, dense: dict, target_cr_disks: list[float], bits: int, epochs: int, workers: int,
+                       device: str = "cpu") -> dict:
     """Target -> {block: (method, width)}, found on the validation split with the first seed, or the OutOfReach that says why
     none is."""
     seed, model = next(iter(dense.items()))
     families = [choices_to_measure(model, [family]) for family in METHODS.values()]
-    jobs = [(model, task, choices, ALLOCATION_BITS, 0, seed) for choices in families if choices]
+    jobs = [(model, task, choices, ALLOCATION_BITS, 0, seed, device) for choices in families if choices]
     table = pd.concat(parallel(_sensitivity, jobs, workers, "choices"), ignore_index=True)
-    jobs = [(task, model, table, target, bits, seed, epochs) for target in target_cr_disks]
+    jobs = [(task, model, table, target, bits, seed, epochs, device) for target in target_cr_disks]
     return dict(zip(target_cr_disks, parallel(_search_allocation, jobs, workers, "allocations"), strict=True))
 
 
-def _search_allocation(task, model, table, target_cr_disk, bits, seed, epochs):
+def _search_allocation(task, model, table, target_cr_disk, bits, seed, epochs, device):
     try:
-        found = search_allocation(model, task, table, target_cr_disk, bits=bits, epochs=epochs, seed=seed)
+        found = search_allocation(model, task, table, target_cr_disk, bits=bits, epochs=epochs, seed=seed, device=device)
     except OutOfReach as error:
         return error
     return {name: (entry.method, entry.format.bits) for name, entry in found["plan"].iloc[0].blocks.items()}
@@ -521,9 +534,9 @@ def _point(task, dense, method, target_cr_disk, seed, bits, found, retraining) -
         try:
             start = point_start(dense, method, target_cr_disk)
             plan = point_plan(task, start, method, target_cr_disk, bits, found)
+            row = _compressed(task, dense, start, plan, method, seed, retraining)
         except OutOfReach as error:
             return point | {"reason": str(error)}
-        row = _compressed(task, dense, start, plan, method, seed, retraining)
     return row | point | strength_of(row) | {"plan": None, "packed": None}
 
 

@@ -147,10 +147,7 @@ def fit(
     if retraining is not None and retraining.until > recipe.select_after:
         raise ValueError(f"fit needs a retraining schedule that is done after select_after, {recipe.select_after} of the "
                          f"steps, got one until {retraining.until}")
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f'fit needs "cpu" or "cuda" as device, got {device!r}')
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError('fit cannot train on device="cuda": torch finds no CUDA device')
+    check_device(device, "fit")
 
     file = None
     if checkpoint is not None:
@@ -166,6 +163,14 @@ def fit(
         distil = None if teacher is None else _Distillation(teacher, distillation_weight, distillation_temperature)
         data = _kind(task)(task, device, distil)
         return _fit(model, task, data, retraining, callback, on_epoch, file, progress)
+
+
+def check_device(device: str, who: str) -> None:
+    """Refuse what is not "cpu" or "cuda", and "cuda" where there is none."""
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f'{who} needs "cpu" or "cuda" as device, got {device!r}')
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'{who} cannot train on device="cuda": torch finds no CUDA device')
 
 
 def _fit(model, task, data, retraining, callback, on_epoch, file, progress):
@@ -240,12 +245,12 @@ def _placed(model, device):
     if model is None:
         yield
         return
-    home, was_training = _device(model), model.training
-    _move(model, device)
+    home, was_training = device_of(model), model.training
+    move(model, device)
     try:
         yield
     finally:
-        _move(model, home)
+        move(model, home)
         model.train(was_training)
 
 
@@ -323,7 +328,7 @@ class _Streams:
     def measure(model, tokens, batch_size):
         """Losses (N - streams,) and correctness of all tokens but the first of each stream, in the order of the text."""
         streams = torch.from_numpy(tokens).tensor_split(min(EVALUATION_STREAMS, len(tokens) // 2))
-        text = nn.utils.rnn.pad_sequence(streams).to(_device(model))  # (T, streams): lengths differ by at most one
+        text = nn.utils.rnn.pad_sequence(streams).to(device_of(model))  # (T, streams): lengths differ by at most one
         losses, correct, state = [], [], None
         with torch.no_grad(), evaluating(model), parametrize.cached():
             for start in range(0, len(text) - 1, EVALUATION_TOKENS):
@@ -368,7 +373,7 @@ class _WordLoss(torch.autograd.Function):
 def batch_losses(model: nn.Module, task: Task | LanguageTask, count: int, seed: int) -> Iterator[torch.Tensor]:
     """The training loss, with its graph, of each of `count` batches (at most those of one epoch), with the task's
     augmentation and without dropout."""
-    device = _device(model)
+    device = device_of(model)
     with seeded(seed, device.type), evaluating(model):
         data = _kind(task)(task, device, None)
         for batch in itertools.islice(data.batches(), count):
@@ -459,7 +464,7 @@ def evaluate(model: nn.Module, task: Task | LanguageTask, split: str, batch_size
 def _logits(model, split, batch_size):
     """Logits (N, classes) and labels (N,) of a split, on the processor."""
     x, lengths, labels = _tensors(split)
-    device = _device(model)
+    device = device_of(model)
     with torch.no_grad(), evaluating(model), parametrize.cached():
         # Sorted by length, so that little of a batch is padding.
         batches = lengths.argsort(stable=True).split(batch_size)
@@ -472,12 +477,14 @@ def _tensors(split: Split):
     return torch.from_numpy(split.x), torch.from_numpy(split.lengths), torch.from_numpy(split.labels)
 
 
-def _device(model):
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model is."""
     return next(model.parameters(), torch.empty(0)).device
 
 
-def _move(model, device):
-    if _device(model) != torch.device(device):
+def move(model: nn.Module, device: str | torch.device) -> None:
+    """Bring the model to the device, in place; a constrained one can still be copied afterwards."""
+    if device_of(model) != torch.device(device):
         with torch.no_grad():  # an LSTM evaluates its constrained weights here; a graph would forbid deepcopy
             model.to(device)
 
@@ -519,7 +526,7 @@ class _File(NamedTuple):
         torch.set_rng_state(torch.from_numpy(tensors["random/cpu"]))
         if self.device == "cuda":
             torch.cuda.set_rng_state(torch.from_numpy(tensors["random/cuda"]))
-        device = _device(model)
+        device = device_of(model)
         weights = {name: tensor.to(device) for name, tensor in _part(tensors, "best").items()}
         return about["history"], about["best_epoch"], weights or None
 
