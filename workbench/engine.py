@@ -136,6 +136,11 @@ class _Integers:
         sums = {gate: (self.products["ih", gate](x) << layer.alignment(gate)[1]) + layer.bias[gate] for gate in layer.gates}
         return [{gate: values[t] for gate, values in sums.items()} for t in range(len(x))]
 
+    def _recurrent(self):
+        """W_hh, and what multiplies by it: np.matmul takes every shape, np.dot half a microsecond less."""
+        hh = self.weights["hh"]
+        return hh, np.matmul if hh.ndim == 3 else np.dot
+
     def stepper(self, h, c):
         """A function (what from_input gives for a step, array for the new h) -> the new c."""
         layer, products, steps = self.layer, self.products, itertools.count()
@@ -171,6 +176,7 @@ class _Integers:
         return step
 
 
+SIDE_BY_SIDE_BYTES = 3 << 17  # of the weights of all gates that _Floats multiplies at once
 MAX_LISTED_BITS = 16  # of the formats to which _Floats rounds: it lists what stands at every code
 
 
@@ -260,13 +266,14 @@ class _Floats:
             self.lists["unprojected"] = _codes(inner, types["hr"])
 
     def _matrix(self, part, taken):
-        """(inputs, gates * rows): the blocks side by side, their products in units of the formats that take them."""
+        """The blocks, their products in units of the formats that take them: (gates, inputs, rows), as BLAS is faster at one
+        product a gate; small ones side by side, (inputs, gates * rows), as there a call costs more."""
         rows, inputs = self.layer.block(part, next(iter(taken))).shape
-        matrix = np.empty((inputs, len(taken), rows), dtype=self.types[part])
+        matrix = np.empty((len(taken), inputs, rows), dtype=self.types[part])
         for n, (gate, fmt) in enumerate(taken.items()):
             scale = 2.0 ** (fmt.frac - self.layer.product_frac(part, gate))
-            np.multiply(self.layer.block(part, gate).dense().T, scale, out=matrix[:, n])
-        return matrix.reshape(inputs, -1)
+            np.multiply(self.layer.block(part, gate).dense().T, scale, out=matrix[n])
+        return matrix if matrix.nbytes > SIDE_BY_SIDE_BYTES else matrix.swapaxes(0, 1).reshape(inputs, -1)
 
     def _bias(self, name, fmt):
         scaled = np.ldexp(self.layer.bias[name], fmt.frac - self.layer.bias_fracs[name])
@@ -280,10 +287,21 @@ class _Floats:
     def from_input(self, x):
         """(T, B, input_size) -> (T, gates, B, hidden_size): what input and bias add to each sum, the offset included."""
         steps, batch, inputs = x.shape
-        products = x.reshape(-1, inputs).astype(self.types["ih"]) @ self.weights["ih"]
-        sums = products.astype(self.types["sums"], copy=False).reshape(steps, batch, *self.bias.shape)
-        sums += self.bias
-        return sums.swapaxes(1, 2)
+        products = x.reshape(steps * batch, inputs).astype(self.types["ih"]) @ self.weights["ih"]
+        sums = self._by_gate(products.astype(self.types["sums"], copy=False))  # (gates, T * B, hidden_size)
+        sums += self.bias[:, None]
+        return sums.reshape(len(sums), steps, batch, self.layer.hidden_size).swapaxes(0, 1)
+
+    def _by_gate(self, products):
+        """What a matrix of _matrix gives, as (gates, ..., hidden_size), without a copy."""
+        if products.ndim == 3:
+            return products
+        return products.reshape(len(products), len(self.order), self.layer.hidden_size).swapaxes(0, 1)
+
+    def _recurrent(self):
+        """W_hh, and what multiplies by it: np.matmul takes every shape, np.dot half a microsecond less."""
+        hh = self.weights["hh"]
+        return hh, np.matmul if hh.ndim == 3 else np.dot
 
     def stepper(self, h, c):
         """A function (what from_input gives for a step, array for the new h) -> the new c.
@@ -292,13 +310,14 @@ class _Floats:
         a list in the mode "clip".
         """
         batch, size, gates = len(h), self.layer.hidden_size, len(self.order)
-        recurrent = np.empty((batch, gates * size), self.types["hh"])
-        by_gate = recurrent.reshape(batch, gates, size).swapaxes(0, 1)  # (gates, B, hidden_size)
-        sums, index = (np.empty(by_gate.shape, dtype) for dtype in (self.types["sums"], np.intp))
+        h = h.astype(self.dtype)
+        products = h @ self.weights["hh"]  # overwritten in every step
+        sums, index = (np.empty((gates, batch, size), dtype) for dtype in (self.types["sums"], np.intp))
         cell = self._lstm if self.layer.cell == "LSTM" else self._gru
-        return cell(h.astype(self.dtype), c, recurrent, by_gate, sums, index)
+        return cell(h, c, products, self._by_gate(products), sums, index)
 
     def _lstm(self, h, c, recurrent, by_gate, sums, index):
+        hh, product = self._recurrent()
         types, weights, signals, projected = self.types, self.weights, self.layer.signals, self.layer.projected
         take = {name: values.take for name, values in self.lists.items()}
         sigmoid, tanh, cells, tanh_cell, hidden = (take[name] for name in ("sigmoid", "tanh", "cell", "tanh_cell", "hidden"))
@@ -311,31 +330,33 @@ class _Floats:
         cell[...] = c
         if projected:
             m, products = np.empty(c.shape, types["hr"]), np.empty(h.shape, types["hr"])
+            projection = weights["hr"].reshape(c.shape[1], -1)
             h_sums, h_code = np.empty(h.shape, types["sums"]), np.empty(h.shape, np.intp)
             h_offset = np.array(_offset(signals["hidden"]), types["sums"])
             send_m = sender(self.layer, "unprojected", c.shape, types["hr"])
         send_h = sender(self.layer, "hidden", h.shape, self.dtype)
+        add, multiply = np.add, np.multiply  # looked up once: a step of a small layer takes 8 microseconds
 
         def step(from_input, out):
             nonlocal h
-            send_h(h).dot(weights["hh"], recurrent)
-            np.add(by_gate, from_input, sums)
+            product(send_h(h), hh, recurrent)
+            add(by_gate, from_input, sums)
             index[...] = sums
             sigmoid(fio_index, None, fio, "clip")
             tanh(g_index, None, g, "clip")
-            np.multiply(fi, state, terms)  # f * c and i * g
-            np.add(kept, new, total)
-            np.add(total, cell_offset, total)
+            multiply(fi, state, terms)  # f * c and i * g
+            add(kept, new, total)
+            add(total, cell_offset, total)
             code[...] = total
             cells(code, None, cell, "clip")
             tanh_cell(code, None, tanh_c, "clip")
-            np.multiply(o, tanh_c, total)
-            np.add(total, offset, total)
+            multiply(o, tanh_c, total)
+            add(total, offset, total)
             code[...] = total
             if projected:
                 take["unprojected"](code, None, m, "clip")
-                send_m(m).dot(weights["hr"], products)
-                np.add(products, h_offset, h_sums)
+                send_m(m).dot(projection, products)
+                add(products, h_offset, h_sums)
                 h_code[...] = h_sums
                 hidden(h_code, None, out, "clip")
             else:
@@ -346,7 +367,8 @@ class _Floats:
         return step
 
     def _gru(self, h, _, recurrent, by_gate, sums, index):
-        types, weights, hidden_bias = self.types, self.weights, self.hidden_bias
+        hh, product = self._recurrent()
+        types, hidden_bias = self.types, self.hidden_bias
         sigmoid, products, tanh, hidden = (
             self.lists[name].take for name in ("sigmoid", "hidden_product", "tanh", "hidden"))
         rz, rz_index, s_index, code = np.empty((2, *h.shape), types["cell"]), index[:2], index[2], np.empty(h.shape, np.intp)
@@ -358,7 +380,7 @@ class _Floats:
 
         def step(from_input, out):
             nonlocal h
-            send_h(h).dot(weights["hh"], recurrent)
+            product(send_h(h), hh, recurrent)
             np.add(rz_products, from_input[:2], rz_sums)
             np.add(s_products, hidden_bias, s_sums)
             index[...] = sums
