@@ -206,6 +206,18 @@ def test_a_loop_without_training_measures_no_retraining(model):
         measured(model, error)
 
 
+def test_a_loop_is_not_moved_to_a_device(model):
+    signals, loop = wb.calibrate(model, INPUTS), wb.Loop(error, INPUTS)
+    table = measured(model, wb.Loop(lambda _: 1.0, INPUTS))
+    with pytest.raises(ValueError, match="with a Loop runs where its model is, got the device 'cpu'"):
+        wb.sensitivity_table(model, loop, [wb.TopK(0.5)], device="cpu")
+    with pytest.raises(ValueError, match="with a Loop runs where its model is, got the device 'cpu'"):
+        wb.search_hybrid(model, loop, [], 4.0, wb.strengths(8), epochs=0, seed=0, device="cpu")
+    with pytest.raises(ValueError, match="""a measurement needs "cpu" or "cuda" as device, got 'tpu'"""):
+        wb.search_allocation(model, loop, table, 4.0, bits=6, epochs=0, seed=0, device="tpu")
+    assert signals == wb.calibrate(model, INPUTS)
+
+
 @pytest.mark.parametrize(("module", "message"), [
     (nn.Linear(3, 4), "compresses nn.LSTM and nn.GRU, and found neither in Sequential"),
     (nn.RNN(3, 4), "'0' is an nn.RNN: the workbench takes nn.LSTM and nn.GRU"),

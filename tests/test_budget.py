@@ -5,7 +5,7 @@ import torch
 
 from workbench import budget
 from workbench.budget import OutOfReach, full_bits, largest_member, uniform_plan
-from workbench.constrain import pack
+from workbench.constrain import Unpackable, pack
 from workbench.gates import blocks, weight
 from workbench.methods import METHODS, BlockCirculant, Dense, LowRank, TopK
 from workbench.plan import uniform
@@ -130,9 +130,15 @@ def test_a_width_that_cannot_be_packed_is_passed_over():
 
 def test_where_nothing_can_be_packed_it_says_why(model, signals, monkeypatch):
     def refuse(*_):
-        raise ValueError("layer l0: no multiplier")
+        raise Unpackable("layer l0: no multiplier")
 
     monkeypatch.setattr(budget, "pack", refuse)
-    with pytest.raises(OutOfReach, match="no uniform TopK of 2 to 8 bits meets cr_disk 8: a plan that is small enough "
-                                         "cannot be packed: layer l0: no multiplier"):
+    with pytest.raises(OutOfReach, match="no uniform TopK of 2 to 8 bits meets cr_disk 8: the plan cannot be packed: layer "
+                                         "l0: no multiplier"):
         uniform_plan(model, TopK, 6, 8, signals)
+
+
+def test_signals_of_another_model_are_no_matter_of_size(model):
+    with pytest.raises(ValueError, match="misses the layers l0") as refused:
+        uniform_plan(model, TopK, 6, 8, {})
+    assert not isinstance(refused.value, OutOfReach)

@@ -400,6 +400,21 @@ def test_the_weights_are_held_once(label):
 
 
 @pytest.mark.parametrize("label", CELLS)
+def test_gates_multiplied_one_by_one_give_the_same(label, monkeypatch):
+    """As those of a large layer are; each way against the steps in integers."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        layer = random_layer(rng, ["dense"], label, hidden=6, inputs=5)
+        states = random_states(layer, rng, steps=7)
+        expected = result_lists(LayerEngine(layer).run(*states, [7, 2, 3], trace=lambda *_: None))
+        for most, dimensions in ((10**6, 2), (0, 3)):
+            monkeypatch.setattr(engine, "SIDE_BY_SIDE_BYTES", most)
+            runner = LayerEngine(layer)
+            assert {matrix.ndim for matrix in runner.steps.weights.values()} == {dimensions}
+            assert result_lists(runner.run(*states, [7, 2, 3])) == expected
+
+
+@pytest.mark.parametrize("label", CELLS)
 def test_long_inputs_are_taken_in_pieces(label, monkeypatch):
     rng = np.random.default_rng(1)
     layer = random_layer(rng, ["dense"], label)

@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 import torch
 
-from workbench import budget, models, plots, runs, study, tables
+from workbench import budget, models, plots, runs, sensitivity, study, tables
 from workbench.allocation import search_allocation
 from workbench.array import preset, schedule_layer, schedule_layers
 from workbench.array.cost import BASELINE
-from workbench.constrain import attach, bake
+from workbench.constrain import Unpackable, attach, bake
 from workbench.methods import BlockCirculant, TopK, method_label
 from workbench.sensitivity import Strength, classify
 from workbench.train import evaluate, fit, paired_interval
@@ -588,17 +588,43 @@ def test_a_tradeoff_refuses_before_training_also_without_its_check(tiny_task, de
         study.tradeoff(tiny_task, dense, ["TopK"], [6.0], **ARGUMENTS, device="tpu")
 
 
-def test_a_point_that_cannot_be_packed_after_its_retraining_is_listed(tiny_task, dense, monkeypatch):
-    """Training moves weights and ranges; the other points of a study must not be lost for it."""
-    def refuse_trained(model, plan, original, pack=budget.pack):
-        if original is None:
-            return pack(model, plan)
-        raise ValueError("layer lstm.l0: too wide a sum")
+@pytest.mark.parametrize("method", ["TopK", study.SMALL])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_point_that_cannot_be_packed_is_listed(tiny_task, dense, monkeypatch, method, trained):
+    """Weights differ by seed and training moves them; the other points of a study must not be lost for it."""
+    def refuse(model, plan, original, pack=budget.pack):
+        if (original is not None) == trained:
+            raise Unpackable("layer lstm.l0: too wide a sum")
+        return pack(model, plan, original)
 
-    monkeypatch.setattr(budget, "pack", refuse_trained)
-    row = study._point(tiny_task, dense[0], "TopK", 6.0, 0, 6, None, study.Retraining(1, 1, 0.0, None))
-    assert row == {"method": "TopK", "target_cr_disk": 6.0, "seed": 0,
-                   "reason": "a plan that is small enough cannot be packed: layer lstm.l0: too wide a sum"}
+    monkeypatch.setattr(budget, "pack", refuse)
+    row = study._point(tiny_task, dense[0], method, 6.0, 0, 6, None, study.Retraining(1, 1, 0.0, None))
+    assert row["reason"].endswith("the plan cannot be packed: layer lstm.l0: too wide a sum")
+    assert {name: row[name] for name in ("method", "target_cr_disk", "seed")} == {"method": method, "target_cr_disk": 6.0,
+                                                                                  "seed": 0} and len(row) == 4
+
+
+def test_the_device_reaches_every_training_and_measurement(tiny_task, dense, monkeypatch):
+    """And what the emulation measures there is what the engine measures."""
+    places, chosen = [], ["TopK", study.HYBRID, study.ALLOCATION, study.UNITS, study.SMALL]
+
+    def noted(function):
+        def call(*args, device, **more):
+            places.append(device)
+            return function(*args, **more)
+
+        return call
+
+    monkeypatch.setattr(study, "parallel", one_after_another)
+    expected = study.tradeoff(tiny_task, dense, chosen, [6.0], **ARGUMENTS)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda model, place: (places.append(place), model)[1])
+    monkeypatch.setattr(sensitivity, "move", lambda model, place: places.append(place))
+    monkeypatch.setattr(study, "fit", noted(study.fit))
+    monkeypatch.setattr(study, "attach", lambda *_: pytest.fail("on the engine"))
+    found = study.tradeoff(tiny_task, dense, chosen, [6.0], **ARGUMENTS, device="cuda")
+    assert set(places) == {"cuda"} and len(places) > 50
+    pd.testing.assert_frame_equal(found.results, expected.results, check_exact=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")

@@ -265,7 +265,7 @@ def test_cuda(task, model):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_missing(task, model):
-    with pytest.raises(ValueError, match='cannot train on device="cuda": torch finds no CUDA device'):
+    with pytest.raises(ValueError, match='cannot use device="cuda": torch finds no CUDA device'):
         fit(model, task, seed=0, device="cuda", progress=False)
 
 

@@ -20,7 +20,7 @@ from workbench.array.mapping import constants_kept, words_taken
 from workbench.array.schedule import COUNTED_AS, schedule_mapping
 from workbench.array.spec import ceil_div
 from workbench.array.stack import FORMS as FORMS_OF_STACK
-from workbench.budget import OutOfReach
+from workbench.budget import OutOfReach, pack_within_reach
 from workbench.constrain import attach, bake, pack
 from workbench.fixedpoint import TABLES, QFormat
 from workbench.methods import (
@@ -131,15 +131,19 @@ def train_points(task: Task, dense: dict[int, torch.nn.Module], methods: list[st
 def _trained(task, dense, method, target_cr_disk, seed, bits, searched, retraining) -> list[dict]:
     """A method at a target: its rows, one a datapath, or the reason why it is out of reach."""
     point = {"method": method, "target_cr_disk": target_cr_disk, "seed": seed}
+    try:
+        return _reached(task, dense, method, target_cr_disk, seed, bits, searched, retraining, point)
+    except OutOfReach as error:
+        return [point | {"label": method, "reason": str(error)}]
+
+
+def _reached(task, dense, method, target_cr_disk, seed, bits, searched, retraining, point):
     if method == SMALL:
         row = study.small_control(task, dense, target_cr_disk, seed, retraining)
         return [row | point | study.strength_of(row) | {"label": method}]
-    try:
-        start = study.point_start(dense, method, target_cr_disk)
-        plan = study.point_plan(task, start, method, target_cr_disk, bits, searched)
-    except OutOfReach as error:
-        return [point | {"label": method, "reason": str(error)}]
-    before = evaluate(attach(start, pack(start, plan)), task, "valid")
+    start = study.point_start(dense, method, target_cr_disk)
+    plan = study.point_plan(task, start, method, target_cr_disk, bits, searched)
+    before = evaluate(attach(start, pack_within_reach(start, plan)), task, "valid")
     compressed, rows = study.retrained(task, dense, start, plan, seed, retraining), []
     for label, same in ((method, plan), (method + BY_FFT, by_fft(plan))):
         if same is not None:

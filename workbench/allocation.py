@@ -15,7 +15,7 @@ from workbench.gates import blocks, dense_weights, weight, weights
 from workbench.methods import METHODS, Method, method_from_label
 from workbench.plan import Plan, plan_block
 from workbench.quantise import calibrate
-from workbench.sensitivity import Loop, batches_of, retraining_curve
+from workbench.sensitivity import Loop, batches_of, check_place, retraining_curve
 from workbench.tasks import LanguageTask, Task
 
 MOST_UNITS = 1_000_000  # of a budget that are told apart
@@ -124,15 +124,16 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
 
 
 def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, table: pd.DataFrame, target_cr_disk: float, *,
-                      bits: int, epochs: int, seed: int, device: str = "cpu") -> pd.DataFrame:
+                      bits: int, epochs: int, seed: int, device: str | None = None) -> pd.DataFrame:
     """Several plans that meet the target, each with its validation loss after `epochs` of retraining, best first.
 
     Losses of single blocks before any retraining compare strengths of one method well and methods badly, and blocks do not add
     up where little is left. So the candidates are the allocation over each method family of the table alone, that over all
     together, and beside them each family's uniform plan of about `bits` bits; what decides is the model as a whole. table: as
     sensitivity_table gives it, for example over choices_to_measure. Columns: candidate, plan, cr_disk, valid_loss,
-    valid_accuracy. OutOfReach when none meets it.
+    valid_accuracy. device: as of sensitivity_table. OutOfReach when none meets it.
     """
+    check_place(task, device)
     signals = calibrate(model, batches_of(task, epochs))
     family = table["method"].str.split(" ").str[0]
     tables = {name: table[family == name] for name in family.unique()}

@@ -4,7 +4,7 @@ from bisect import bisect_left, bisect_right
 
 import torch
 
-from workbench.constrain import pack
+from workbench.constrain import Unpackable, pack
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, dense_weights, weight
 from workbench.methods import Method
@@ -111,8 +111,8 @@ def _by_preference(weights, family, bits, budget_bits):
 
 
 def pack_within_reach(model: torch.nn.Module, plan: Plan, original: torch.nn.Module | None = None) -> PackedModel:
-    """`pack`; what it refuses, for example sums that no multiplier takes, is OutOfReach."""
+    """`pack`; what is Unpackable, for example by sums that no multiplier takes, is OutOfReach."""
     try:
         return pack(model, plan, original)
-    except ValueError as error:
-        raise OutOfReach(f"a plan that is small enough cannot be packed: {error}") from error
+    except Unpackable as error:
+        raise OutOfReach(f"the plan cannot be packed: {error}") from error

@@ -1,6 +1,7 @@
 """A torch model and its plan: compress (train inside the plan), bake, pack to integers, attach the integer engine."""
 
 import copy
+import functools
 
 import torch
 from torch import nn
@@ -128,7 +129,7 @@ def pack(model: nn.Module, plan, original: nn.Module | None = None) -> PackedMod
     """The integers of a model under a plan. A model that is not constrained is projected first (one-shot).
 
     original: the model before remove_units; compression ratios then start from its weights, in the file too. Overflow is
-    decided here: a row that could leave the accumulator, or a bias that does not fit 32 bits, is refused.
+    decided here: a row that could leave the accumulator, or a bias that does not fit 32 bits, is Unpackable, a ValueError.
     """
     plan = Plan.read(plan)
     check_supported(model)
@@ -145,7 +146,7 @@ def pack(model: nn.Module, plan, original: nn.Module | None = None) -> PackedMod
             packed[name] = PackedLayer.from_float_bias(cell_name(rnn), mine, bias, signals, tables,
                                                        delta=plan.delta.get(name))
         except ValueError as error:
-            raise ValueError(f"layer {name}: {error}") from error
+            raise Unpackable(f"layer {name}: {error}") from error
         rnn_bias_params += sum(b.size for b in bias.values()) if rnn.bias else 0
     packed = PackedModel(packed, rnn_bias_params, _other_params(model))
     if original is None:
@@ -165,6 +166,10 @@ def _packed_block(model, plan, name):
         return pack_block(weight(model, name), plan.blocks[name], **trained_factors(model, name, plan.blocks[name].method))
     except ValueError as error:
         raise ValueError(f"block {name}: {error}") from error
+
+
+class Unpackable(ValueError):
+    """A layer with sums, operands or biases that the arithmetic does not take."""
 
 
 def attach(model: nn.Module, packed: PackedModel, layers_as: type["IntegerRNN"] | None = None) -> nn.Module:
@@ -203,10 +208,14 @@ class IntegerRNN(nn.Module):
     def __init__(self, stack, rnn: nn.RNNBase, path: str = ""):
         super().__init__()
         self.path = path
-        self.stack, self.engine = stack, StackEngine(stack)
+        self.stack = stack
         self.cell, self.batch_first = cell_name(rnn), rnn.batch_first
         self.input_size, self.hidden_size, self.proj_size = rnn.input_size, rnn.hidden_size, rnn.proj_size
         self.num_layers, self.bidirectional = rnn.num_layers, rnn.bidirectional
+
+    @functools.cached_property
+    def engine(self) -> StackEngine:
+        return StackEngine(self.stack)
 
     def flatten_parameters(self):
         """What nn.LSTM offers and modules call; there is nothing to flatten."""

@@ -14,15 +14,15 @@ import pandas as pd
 import torch
 from torch.nn.utils import parametrize
 
-from workbench.budget import OutOfReach, check_target, largest_member
-from workbench.constrain import compress, pack
+from workbench.budget import OutOfReach, check_target, largest_member, pack_within_reach
+from workbench.constrain import compress
 from workbench.gates import blocks, check_supported, dense_weights, weight
 from workbench.methods import BlockCirculant, Dense, Method, TopK, method_label
 from workbench.models import seeded
 from workbench.plan import Plan, pack_block, plan_block, uniform
 from workbench.quantise import calibrate
 from workbench.tasks import LanguageTask, Task
-from workbench.train import device_of, evaluate, evaluating, fit, move
+from workbench.train import check_device, device_of, evaluate, evaluating, fit, move
 
 CALIBRATION_STEPS = 100_000  # time steps that are enough to see how large signals become
 PIECE = 100  # words of a text that are read from a fresh state
@@ -108,12 +108,20 @@ def check_sensitivity(model: torch.nn.Module, methods: list[Method], bits: int |
                     raise ValueError(f"block {name} at {width} bits: {error}") from error
 
 
+def check_place(task: Task | LanguageTask | Loop, device: str | None) -> None:
+    """Refuse a device of a measurement that is none, or one for a Loop, whose functions bring their own batches."""
+    if device is not None:
+        check_device(device, "a measurement")
+        if isinstance(task, Loop):
+            raise ValueError(f"a measurement with a Loop runs where its model is, got the device {device!r}")
+
+
 def _widths(bits):
     return [bits] if isinstance(bits, int) else list(bits)
 
 
 def sensitivity_table(model: torch.nn.Module, task: Task | LanguageTask | Loop, methods: list[Method], *,
-                      bits: int | list[int] = 8, epochs: int = 0, seed: int = 0, device: str = "cpu") -> pd.DataFrame:
+                      bits: int | list[int] = 8, epochs: int = 0, seed: int = 0, device: str | None = None) -> pd.DataFrame:
     """One row per block, method and width: that block alone compressed, the others left at 16 bits.
 
     epochs 0 is the one-shot mode. Otherwise the model is retrained for that many epochs, and so is the uncompressed one,
@@ -123,9 +131,11 @@ def sensitivity_table(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     where none was lost or nothing was retrained), recovery_epochs (first epoch with 90 % back, None if never or none was lost),
     excess_loss: the validation loss above the reference in nats, averaged over the epochs 0 (before retraining) to
     `epochs`, so that slow and incomplete recovery both raise it. With a Loop the losses are in the unit of its metric and the
-    accuracies NaN. ValueError as check_sensitivity, and for a loss that is not finite.
+    accuracies NaN. device: "cpu" or "cuda", where a task is trained and measured, by default where the model is. ValueError as
+    check_sensitivity, and for a loss that is not finite.
     """
     check_sensitivity(model, methods, bits, epochs)
+    check_place(task, device)
     signals = calibrate(model, batches_of(task, epochs))
     reference = uniform(model, Dense(), LOSSLESS_BITS, signals)
     dense = retraining_curve(model, reference, task, epochs, seed, f"all blocks at {LOSSLESS_BITS} bits", device)
@@ -158,12 +168,12 @@ def _recovery(excess):
     return float(back.iloc[-1]), int(recovered_at[0]) if len(recovered_at) else None
 
 
-def retraining_curve(model, plan, task, epochs, seed, what, device="cpu") -> pd.DataFrame:
+def retraining_curve(model, plan, task, epochs, seed, what, device=None) -> pd.DataFrame:
     """Validation loss and accuracy of the compressed model, before (epoch 0) and after each epoch of retraining. what: the
-    compression, for the message. device: where it is trained and measured; a Loop's batches must be there."""
+    compression, for the message. device: where it is trained and measured, by default where the model is."""
     compressed, rows = compress(model, plan), []
-    move(compressed, device)
-    with seeded(seed, device):
+    move(compressed, device or device_of(model))
+    with seeded(seed, device_of(compressed)):
         for loss, accuracy in (_own_curve if isinstance(task, Loop) else _task_curve)(compressed, task, epochs, seed):
             if not math.isfinite(loss):
                 when = f"after epoch {len(rows)} of retraining" if rows else "before any retraining"
@@ -329,24 +339,26 @@ def hybrid_plan(model: torch.nn.Module, sensitive: list[str], strength: Strength
 
 
 def search_hybrid(model: torch.nn.Module, task: Task | LanguageTask | Loop, sensitive: list[str], target_cr_disk: float,
-                  strengths: list[Strength], *, epochs: int, seed: int, device: str = "cpu") -> pd.DataFrame:
+                  strengths: list[Strength], *, epochs: int, seed: int, device: str | None = None) -> pd.DataFrame:
     """Every strength that meets the target, with its validation loss after `epochs` of retraining, best first.
 
     Columns: strength, keep (fraction of the sensitive gates, None without one), cr_disk, valid_loss, valid_accuracy.
-    OutOfReach when none meets it.
+    device: as of sensitivity_table. OutOfReach when none meets it.
     """
     check_target(target_cr_disk)
+    check_place(task, device)
     signals = calibrate(model, batches_of(task, epochs))
     rows, refused = [], []
     for strength in strengths:
         try:
             plan = hybrid_plan(model, sensitive, strength, target_cr_disk, signals)
+            packed = pack_within_reach(model, plan)
         except OutOfReach as error:
             refused.append(str(error))
             continue
         curve = retraining_curve(model, plan, task, epochs, seed, str(strength), device)
         keeps = [e.method.keep for e in plan.blocks.values() if isinstance(e.method, TopK)]
-        rows.append({"strength": strength, "keep": keeps[0] if keeps else None, "cr_disk": pack(model, plan).cr_disk,
+        rows.append({"strength": strength, "keep": keeps[0] if keeps else None, "cr_disk": packed.cr_disk,
                      "valid_loss": curve["loss"].iloc[-1], "valid_accuracy": curve["accuracy"].iloc[-1]})
     if not rows:
         raise OutOfReach(f"no hybrid plan meets cr_disk {target_cr_disk}: " + "; ".join(refused))

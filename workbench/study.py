@@ -2,7 +2,7 @@
 
 compare: the hybrid plan and its rivals at one compression ratio; tradeoff: every method at several.
 
-Every training runs single-threaded in a process of its own, so results do not depend on the number of workers.
+Every training runs single-threaded in a process of its own, so on a processor results do not depend on the number of workers.
 """
 
 import hashlib
@@ -148,8 +148,10 @@ def train_dense(task: Task, hidden_size: int, seeds: list[int], *, epochs: int, 
     """Seed -> trained dense classifier.
 
     checkpoints: a directory where finished trainings are kept and found again; in a run, a relative one lies below results/.
+    device: "cpu" or "cuda", where is trained.
     """
     check_seeds(seeds)
+    train.check_device(device, "train_dense")
     models.build_classifier(task, hidden_size, seed=seeds[0])  # refuses a bad size before any process starts
     jobs = [(task, hidden_size, seed, epochs, checkpoints, device) for seed in seeds]
     return dict(zip(seeds, parallel(_train_dense, jobs, workers, "dense models"), strict=True))
@@ -185,7 +187,7 @@ def _once(model, task, key, checkpoints, training, constraints=(), schedule=None
 
 
 def sensitivity_over_seeds(task: Task, dense: dict[int, torch.nn.Module], methods: list[Method], *,
-                           bits: int | list[int], epochs: int, workers: int, device: str = "cpu") -> pd.DataFrame:
+                           bits: int | list[int], epochs: int, workers: int, device: str | None = None) -> pd.DataFrame:
     """sensitivity_table of every seed's model, one below the other, with the seed as a column."""
     jobs = [(model, task, methods, bits, epochs, seed, device) for seed, model in dense.items()]
     tables = parallel(_sensitivity, jobs, workers, "sensitivity")
@@ -360,14 +362,15 @@ def small_control(task, dense, target_cr_disk, seed, retraining) -> dict:
 
 
 def _compressed(task, dense, start, plan, variant, seed, retraining) -> dict:
-    """`start` retrained inside the plan, packed, and measured on the integer engine. Ratios are against `dense`."""
-    before = evaluate(_in_integers(start, pack(start, plan), retraining.device), task, "valid")
+    """`start` retrained inside the plan, packed, and measured in integers. Ratios are against `dense`."""
+    before = evaluate(_in_integers(start, budget.pack_within_reach(start, plan), retraining.device), task, "valid")
     compressed = retrained(task, dense, start, plan, seed, retraining)
     return measured(task, dense, start, compressed, plan, variant, seed, before, retraining.device)
 
 
 def _in_integers(model, packed, device):
-    """The model on the device with its integers: of the engine, or on a GPU of the emulation in float64, which equals it."""
+    """The model on the device, its recurrent layers in integers: on the engine, or on a GPU in the emulation in float64, which
+    equals it bit for bit. The layers around them are float."""
     return attach(model, packed) if device == "cpu" else attach_emulated(model, packed).to(device)
 
 
@@ -528,15 +531,15 @@ def _search_allocation(task, model, table, target_cr_disk, bits, seed, epochs, d
 def _point(task, dense, method, target_cr_disk, seed, bits, found, retraining) -> dict:
     """One method at one target: its row, or the reason why it is out of reach. found: by its search, where it has one."""
     point = {"method": method, "target_cr_disk": target_cr_disk, "seed": seed}
-    if method == SMALL:
-        row = small_control(task, dense, target_cr_disk, seed, retraining)
-    else:
-        try:
+    try:
+        if method == SMALL:
+            row = small_control(task, dense, target_cr_disk, seed, retraining)
+        else:
             start = point_start(dense, method, target_cr_disk)
             plan = point_plan(task, start, method, target_cr_disk, bits, found)
             row = _compressed(task, dense, start, plan, method, seed, retraining)
-        except OutOfReach as error:
-            return point | {"reason": str(error)}
+    except OutOfReach as error:
+        return point | {"reason": str(error)}
     return row | point | strength_of(row) | {"plan": None, "packed": None}
 
 

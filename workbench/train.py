@@ -170,7 +170,7 @@ def check_device(device: str, who: str) -> None:
     if device not in ("cpu", "cuda"):
         raise ValueError(f'{who} needs "cpu" or "cuda" as device, got {device!r}')
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f'{who} cannot train on device="cuda": torch finds no CUDA device')
+        raise ValueError(f'{who} cannot use device="cuda": torch finds no CUDA device')
 
 
 def _fit(model, task, data, retraining, callback, on_epoch, file, progress):
