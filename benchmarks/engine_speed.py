@@ -7,7 +7,8 @@ rounded: "8" with weights and signals of 8 bits, whose products are exact in flo
 in float32 under inference_mode. Both take turns for at least `--seconds`, so that the load of the machine falls on both alike;
 times are those of the processor, which other jobs lengthen less. The ratio of the minima is the figure, its limits 0.5 (8 bits)
 and 0.3 (16 bits). Memory: bytes of the engine's weight arrays over those of float32, at most 2.5. Exit status 1 when a limit is
-missed.
+missed. Where the environment sets OPENBLAS_CORETYPE, numpy may take older kernels than its processor has, and torch does not:
+unset it to compare them.
 """
 
 import argparse
@@ -69,7 +70,9 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rng, missed = np.random.default_rng(0), 0
-    print(f"torch {torch.__version__}, numpy {np.__version__}, one thread, {STEPS} steps of {FEATURES} features")
+    kernels = os.environ.get("OPENBLAS_CORETYPE", "chosen by the processor")
+    print(f"torch {torch.__version__}, numpy {np.__version__}, OpenBLAS kernels {kernels}, one thread, {STEPS} steps of "
+          f"{FEATURES} features")
     print("cell  hidden  batch  bits  products  torch ms  engine ms  ratio  at least  memory  at most")
     for module_class in (torch.nn.LSTM, torch.nn.GRU):
         for hidden in HIDDEN_SIZES:
