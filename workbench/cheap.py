@@ -22,7 +22,7 @@ from workbench.plan import pack_block, plan_block
 from workbench.quantise import float_signals, recurrent_calls
 from workbench.sensitivity import Loop, calibration_batches, check_sensitivity
 from workbench.tasks import LanguageTask, Task
-from workbench.train import batch_losses, evaluating, t_interval
+from workbench.train import batch_losses, device_of, evaluating, t_interval
 
 SCORES = ("magnitude", "activation", "gradient", "fisher")
 ALL = "all choices"
@@ -86,7 +86,7 @@ def _losses(model, task, count, seed) -> Iterator[torch.Tensor]:
 
 
 def _own_losses(model, loop, seed):
-    with seeded(seed, next(model.parameters()).device), evaluating(model):
+    with seeded(seed, device_of(model)), evaluating(model):
         yield from loop.losses(model)
 
 

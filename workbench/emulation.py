@@ -25,7 +25,7 @@ from workbench.engine import StackEngine
 from workbench.fixedpoint import FUNCTIONS, HardTable, QFormat
 from workbench.gates import cell_name, layers, layers_of, merged_bias, parts_of, rnns
 from workbench.methods.base import fake_quantise
-from workbench.packed import PARTS, PackedLayer, PackedModel
+from workbench.packed import PARTS, PROJECTION, PackedLayer, PackedModel
 from workbench.plan import Plan
 from workbench.quantise import as_given, quantised_states, recurrent_calls, time_first
 
@@ -412,7 +412,7 @@ class EmulatedRNN(IntegerRNN):
             for part in parts_of(rnn):
                 self._set(f"weight_{part}_{suffix}", [
                     np.ldexp(layer.block(part, gate).dense(), layer.signals[PARTS[part]].frac - layer.product_frac(part, gate))
-                    for gate in (["p"] if part == "hr" else layer.gates)])
+                    for gate in (PROJECTION if part == "hr" else layer.gates)])
             if rnn.bias:
                 bias = {name: np.ldexp(integers, -layer.bias_fracs[name]) for name, integers in layer.bias.items()}
                 zeros = np.zeros(rnn.hidden_size)
