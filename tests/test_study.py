@@ -487,6 +487,28 @@ def test_the_allocation_and_the_hidden_units_of_a_tradeoff(tiny_task, dense, in_
     assert "no allocation meets cr_disk 400.0: allocate cannot reach" in reasons[study.ALLOCATION].iloc[0]
 
 
+def test_every_retraining_of_a_tradeoff_has_the_rate_that_was_asked_for(tiny_task, dense, tmp_path, in_process, monkeypatch):
+    """The searches' and the control's too; a small network is trained from scratch at the task's own. Files of one rate do not
+    stand for those of another."""
+    rates = {"here": [], "in a search": []}
+    for where, module in (("here", study), ("in a search", sensitivity)):
+        def noted(model, task, *, rates=rates[where], **settings):
+            rates.append(task.recipe.lr)
+            return fit(model, task, **settings)
+        monkeypatch.setattr(module, "fit", noted)
+    monkeypatch.setattr(study, "choices_to_measure", lambda model, families: [TopK(0.25)] if TopK in families else [])
+    monkeypatch.setattr(study, "strengths", lambda units: [STRENGTH])
+    arguments = ARGUMENTS | {"search_epochs": 1, "checkpoints": tmp_path}
+    for retrain_lr in (1e-3, 2e-3):
+        study.tradeoff(tiny_task, {0: dense[0]}, ["hybrid", "allocation", "small dense"], [6.0],
+                       **arguments | {"retrain_lr": retrain_lr})
+    assert tiny_task.recipe.lr not in (1e-3, 2e-3)
+    # The small network from scratch, once for both; then it in 8 bits, both plans and the dense control.
+    assert rates["here"] == [tiny_task.recipe.lr] + 4 * [1e-3] + 4 * [2e-3]
+    # The hybrid's strength; the allocation's three candidates: of Top-k, of every method, the uniform plan of Top-k.
+    assert rates["in a search"] == 4 * [1e-3] + 4 * [2e-3]
+
+
 @pytest.mark.parametrize(("schedule", "stages"), [("one-shot", 1), ("gradual", 4), ("ADMM", 2)])  # dense, blocks of 2, 4 and 8
 def test_a_schedule_of_retraining_is_loaded_where_it_is_finished(tiny_task, dense, tmp_path, in_process, schedule, stages,
                                                                  monkeypatch):
@@ -565,6 +587,7 @@ def test_tables_and_figure_of_a_tradeoff(tradeoff):
     ({"hidden_size": 0, "methods": ["TopK"]}, "at least 1 unit, got 0"),
     ({"seeds": [0, 0]}, "different seeds"),
     ({"retrain_epochs": 0}, "epochs of at least 1, got 0"),
+    ({"retrain_lr": 0.0}, "learning rate lr above 0, got 0.0"),
     ({"distillation_weight": 2}, r"distillation_weight in \[0, 1\], got 2"),
     ({"workers": 0}, "at least 1 worker, got 0"),
     ({"device": "tpu"}, "a tradeoff needs \"cpu\" or \"cuda\" as device, got 'tpu'"),

@@ -104,9 +104,10 @@ def check_study(task: Task, *, hidden_size: int, target_cr_disk: float, seeds: l
 
 def check_tradeoff(task: Task, *, hidden_size: int, methods: list[str], target_cr_disks: list[float], bits: int,
                    seeds: list[int], epochs: int, retrain_epochs: int, search_epochs: int, distillation_weight: float,
-                   workers: int, schedule: str = "one-shot", device: str = "cpu") -> None:
+                   workers: int, schedule: str = "one-shot", device: str = "cpu", retrain_lr: float | None = None) -> None:
     """Refuse the bad values of a tradeoff before any training."""
     _check_points(methods, target_cr_disks, bits, search_epochs, schedule, device)
+    _at_rate(task, retrain_lr)
     if HYBRID in methods:
         strengths(hidden_size)
     _check_training(task, seeds, epochs, retrain_epochs, distillation_weight)
@@ -318,7 +319,7 @@ def small_hidden_size(num_features: int, payload_bits: float) -> int:
 @dataclass(frozen=True)
 class Retraining:
     """dense_epochs: from scratch; epochs: of retraining; checkpoints: directory that keeps what is trained, or None; device:
-    where is trained and measured."""
+    where is trained and measured; lr: peak of retraining's learning rate, None for that of the task's recipe."""
 
     dense_epochs: int
     epochs: int
@@ -326,6 +327,7 @@ class Retraining:
     checkpoints: str | Path | None
     schedule: str = "one-shot"
     device: str = "cpu"
+    lr: float | None = None
 
     def run(self, model, task: Task, teacher, seed: int, what: str, constraints=(), schedule=None) -> None:
         """Retrain the model in place, for the same epochs whatever it is; `what` tells it from others of its seed."""
@@ -334,7 +336,13 @@ class Retraining:
             settings |= {"teacher": teacher, "distillation_weight": self.distillation_weight}
         key = f"{what} {_units(teacher)} {seed} {self.dense_epochs} {self.epochs} {self.distillation_weight} {self.device}"
         settings["retraining"] = schedule
+        task = _at_rate(task, self.lr)
         _once(model, task, key, self.checkpoints, lambda: fit(model, task, **settings), constraints, schedule)
+
+
+def _at_rate(task: Task, lr: float | None) -> Task:
+    """The task with this learning rate in its recipe, as it is for None."""
+    return task if lr is None else replace(task, recipe=replace(task.recipe, lr=lr))
 
 
 def _units(model) -> int:
@@ -445,7 +453,8 @@ class Tradeoff:
 
 def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], target_cr_disks: list[float], *, bits: int,
              dense_epochs: int, epochs: int, search_epochs: int, distillation_weight: float, workers: int,
-             checkpoints: str | Path | None = None, schedule: str = "one-shot", device: str = "cpu") -> Tradeoff:
+             checkpoints: str | Path | None = None, schedule: str = "one-shot", device: str = "cpu",
+             retrain_lr: float | None = None) -> Tradeoff:
     """Retrain every method at every target from the dense model of each seed, for the same epochs, and measure it in integers:
     on the engine, or with device="cuda" by the emulation in float64, which equals it bit for bit.
 
@@ -455,11 +464,12 @@ def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], 
     losses of choices_to_measure, its candidates retrained as long. "hidden units" keeps the units of largest norm, as many as
     the target's bytes hold at 8 bits. "small dense" has as many units as fill the target's bytes at 8 bits; it is trained from
     scratch for dense_epochs and then, in 8 bits, for epochs. Losses are against the dense control, retrained alike once per
-    seed. schedule: of SCHEDULES, how a model comes into its plan. Points that a method cannot reach are listed.
+    seed. schedule: of SCHEDULES, how a model comes into its plan. retrain_lr: peak of the learning rate of every retraining, in
+    searches and of the control too; None for that of the task's recipe. Points that a method cannot reach are listed.
     """
     _check_points(methods, target_cr_disks, bits, search_epochs, schedule, device)
-    retraining = Retraining(dense_epochs, epochs, distillation_weight, checkpoints, schedule, device)
-    found = search_plans(task, dense, methods, target_cr_disks, bits, search_epochs, workers, device)
+    retraining = Retraining(dense_epochs, epochs, distillation_weight, checkpoints, schedule, device, retrain_lr)
+    found = search_plans(_at_rate(task, retrain_lr), dense, methods, target_cr_disks, bits, search_epochs, workers, device)
     jobs = [(_point, task, model, method, target, seed, bits, found.get(method, {}).get(target), retraining)
             for method in sorted(methods, key=lambda method: method != SMALL)  # the longest first
             for target in target_cr_disks for seed, model in dense.items()]
