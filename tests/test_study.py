@@ -539,6 +539,7 @@ def test_a_point_out_of_reach_alone_is_a_result(tiny_task, dense, in_process):
     assert tables.tradeoff_verdict(tradeoff).data == (
         "**Asked for 400x.** Out of reach: Dense (seeds 0), hybrid (seeds 0).\n\n**On the front of the means:** none.")
     assert plots.tradeoff_figure(tradeoff.results, tradeoff.summary, tables.published_table()).axes
+    assert plots.interval_figure(tradeoff.results, tradeoff.summary).axes
     assert tables.record_tradeoff(tradeoff)["results"] == []
 
 
@@ -569,6 +570,17 @@ def test_tables_and_figure_of_a_tradeoff(tradeoff):
     colours = {handle.get_color() + handle.get_marker() for handle in figure.legends[0].legend_handles[2:6]}
     assert len(colours) == 4
     assert len(tradeoff.by_seed()) == 14 and len(tradeoff.plans()) == 7
+    low_ratio, high_ratio = plots.interval_figure(tradeoff.results, tradeoff.summary).axes
+    assert [axis.get_title() for axis in (low_ratio, high_ratio)] == ["asked for 6x", "asked for 30x"]
+    assert [label.get_text() for label in low_ratio.get_yticklabels()] == METHODS_OF_TRADEOFF
+    for axis, target in ((low_ratio, 6.0), (high_ratio, 30.0)):
+        rows = tradeoff.summary[tradeoff.summary["target_cr_disk"] == target].set_index("method")
+        drawn = {METHODS_OF_TRADEOFF[int(y)]: segment[:, 0].tolist()
+                 for lines in axis.collections for segment in lines.get_segments() for y in segment[:1, 1]}
+        assert drawn == {method: [row["low"], row["high"]] for method, row in rows.iterrows()}
+        points = [(x, y) for line in axis.get_lines()[1:] for x, y in zip(*line.get_data(), strict=True)]
+        means = {METHODS_OF_TRADEOFF[y]: x for x, y in points if y == int(y)}
+        assert means == rows["loss (points)"].to_dict() and len(points) == 3 * len(rows)  # two seeds below each mean
     assert tradeoff.by_seed()["cr_model"].tolist() == tradeoff.results["cr_model"].tolist()
     assert tradeoff.plans()["cr_model"].tolist() == tradeoff.summary["cr_model"].tolist()
 

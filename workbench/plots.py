@@ -6,7 +6,7 @@ from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito 2008); kinds also differ by their row and label.
 COLOURS = {"mac": "#0072B2", "drain": "#56B4E9", "activation": "#E69F00", "elementwise": "#D55E00", "multicast": "#009E73",
@@ -347,6 +347,30 @@ def tradeoff_figure(results: pd.DataFrame, summary: pd.DataFrame, published: pd.
     axis.set_ylim(max(losses) * 1.3 + 0.5, min(losses) * 1.3 - 0.5)
     axis.grid(alpha=0.3)
     figure.legend(handles=handles, loc="outside right upper", fontsize="small", frameon=False)
+    return figure
+
+
+def interval_figure(results: pd.DataFrame, summary: pd.DataFrame) -> Figure:
+    """Accuracy loss of every method with its 95 % interval, a panel with its own scale for each asked ratio, left is better.
+    Below a mean its seeds as pale points; one seed has no interval."""
+    methods, targets = list(summary["method"].unique()), sorted(summary["target_cr_disk"].unique())
+    figure = Figure(figsize=(10, 1.3 + 0.36 * len(methods)), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(targets) or 1, sharey=True))  # an empty one where nothing was reached
+    for axis, target in zip(panels, targets, strict=False):
+        axis.axvline(0, color="black", linestyle="--", linewidth=1)
+        for n, method in enumerate(methods):
+            colour, marker = METHOD_COLOURS[n % len(METHOD_COLOURS)], METHOD_MARKERS[n % len(METHOD_MARKERS)]
+            seeds, means = (table[(table["method"] == method) & (table["target_cr_disk"] == target)]
+                            for table in (results, summary))
+            axis.plot(seeds["loss_points"], np.full(len(seeds), n + 0.3), ".", color=colour, alpha=0.5, markeredgewidth=0)
+            axis.hlines([n] * len(means), means["low"].astype(float), means["high"].astype(float), color=colour, linewidth=1.5)
+            axis.plot(means["loss (points)"], [n] * len(means), marker, color=colour, markersize=7)
+        axis.set_title(f"asked for {target:g}x", fontsize="medium")
+        axis.xaxis.set_major_locator(MaxNLocator(6 if len(targets) < 4 else 3, steps=[1, 2, 5, 10]))
+        axis.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(methods)), methods)
+    panels[0].set_ylim(len(methods) - 0.4, -0.6)
+    figure.supxlabel("accuracy loss against the dense control (percentage points; better: left)", fontsize="medium")
     return figure
 
 
