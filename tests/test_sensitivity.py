@@ -1,6 +1,7 @@
 """The sensitivity table, the classes, the rankings and the hybrid plan."""
 
 import itertools
+import re
 from dataclasses import fields
 
 import numpy as np
@@ -346,6 +347,12 @@ def test_a_larger_matrix_alone_is_no_stable_ranking():
     (row,) = seed_agreement(rank_blocks(measured({("TopK 0.5", 4): losses}))).to_dict("records")
     assert row["within_mean"] == pytest.approx(-1) and row["pooled_mean"] == pytest.approx(1 - 6 * 40 / 504)
     assert "Not stable: TopK 0.5 at 4 bits." in tables.sensitivity_verdict(measured({("TopK 0.5", 4): losses})).data
+
+
+def test_a_shown_table_has_four_digits_and_no_remainder_of_rounding():
+    shown = tables.present(pd.DataFrame({"mean": [np.mean([0.1, 0.2, -0.3]), 1e-9, 0.123456, 12345.6, np.nan, 2.0]}))
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", shown.to_html())
+    assert cells == ["0", "1e-09", "0.1235", "12,346", "", "2"]
 
 
 def test_a_correlation_on_the_threshold_is_stable():

@@ -69,6 +69,8 @@ def _cell(value):
         return ""
     if not isinstance(value, Number) or isinstance(value, bool):
         return value
+    if abs(value) < 1e-15:  # what rounding leaves of a mean that is 0
+        return "0"
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
 
 
