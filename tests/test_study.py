@@ -13,7 +13,7 @@ from workbench.allocation import search_allocation
 from workbench.array import preset, schedule_layer, schedule_layers
 from workbench.array.cost import BASELINE
 from workbench.constrain import Unpackable, attach, bake
-from workbench.methods import BlockCirculant, TopK, method_label
+from workbench.methods import BlockCirculant, Dense, TopK, method_label
 from workbench.sensitivity import Strength, classify
 from workbench.train import evaluate, fit, paired_interval
 
@@ -524,6 +524,22 @@ def test_a_schedule_of_retraining_is_loaded_where_it_is_finished(tiny_task, dens
     assert len(files) == 2 and run().results.equals(first.results) and sorted(tmp_path.iterdir()) == files
 
 
+def test_an_iterative_hybrid_compresses_its_circulant_gates_first(tiny_task, dense, in_process, monkeypatch):
+    followed = []
+    monkeypatch.setattr(study, "fit", lambda *a, **k: followed.append(k.get("retraining")) or fit(*a, **k))
+    monkeypatch.setattr(study, "sensitive_gates", lambda classes: ["g", "o"])
+    study.tradeoff(tiny_task, {0: dense[0]}, [study.HYBRID], [10.0], **ARGUMENTS | {"epochs": 2, "schedule": "iterative"})
+    ((start, first), (end, last)), = (way.stages for way in followed if way)
+    assert (start, end) == (0.0, 0.25)
+    for name, entry in last.blocks.items():
+        kept = name.endswith((".g", ".o"))
+        assert type(entry.method) is (TopK if kept else BlockCirculant)
+        assert first.blocks[name] == entry or (kept and first.blocks[name].method == Dense())
+    # Where no gate is sensitive there is nothing to wait for.
+    plan = replace(last, blocks={name: first.blocks[name.replace(".g", ".i").replace(".o", ".i")] for name in last.blocks})
+    assert [stage for stage, _ in study.SCHEDULES["iterative"](dense[0], plan).stages] == [0.0]
+
+
 def test_every_plan_has_a_checkpoint_of_its_own(tiny_task, dense, tmp_path, in_process):
     study.tradeoff(tiny_task, {0: dense[0]}, ["TopK"], [6.0, 30.0], **ARGUMENTS | {"checkpoints": tmp_path})
     assert len(list(tmp_path.iterdir())) == 3  # the dense control, one for each ratio
@@ -594,7 +610,8 @@ def test_tables_and_figure_of_a_tradeoff(tradeoff):
     ({"target_cr_disks": [10, 0.5]}, "at least 1, got 0.5"),
     ({"bits": 9}, "2 to 8 bits, got 9"),
     ({"search_epochs": -1}, "search_epochs of at least 0, got -1"),
-    ({"schedule": "fast"}, "a tradeoff knows the schedules one-shot, gradual, ADMM, got 'fast'"),
+    ({"schedule": "fast"}, "a tradeoff knows the schedules one-shot, gradual, ADMM, iterative, got 'fast'"),
+    ({"schedule": "iterative"}, r'needs methods=\["hybrid"\] for it, got \[.Dense'),
     ({"hidden_size": 12}, "that 8 divides, got 12"),
     ({"hidden_size": 0, "methods": ["TopK"]}, "at least 1 unit, got 0"),
     ({"seeds": [0, 0]}, "different seeds"),
@@ -611,6 +628,10 @@ def test_a_tradeoff_is_checked_before_training(tiny_task, change, message):
     study.check_tradeoff(tiny_task, **good | {"hidden_size": 12, "methods": ["TopK"]})  # 8 is the hybrid plan's rule only
     with pytest.raises(ValueError, match=message):
         study.check_tradeoff(tiny_task, **good | change)
+    early = replace(tiny_task, recipe=replace(tiny_task.recipe, select_after=0.2))
+    study.check_tradeoff(early, **good)
+    with pytest.raises(ValueError, match="may keep an epoch after 0.2 of the steps, before the .* 'gradual', which"):
+        study.check_tradeoff(early, **good | {"schedule": "gradual"})
 
 
 def test_a_tradeoff_refuses_before_training_also_without_its_check(tiny_task, dense, monkeypatch):

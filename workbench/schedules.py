@@ -21,6 +21,7 @@ from workbench.packed import check_whole
 from workbench.plan import Plan, plan_block
 
 WAITING_BITS = 16  # of a block whose turn has not come
+UNTIL = 0.25  # share of a retraining after which the model is in its plan, where nothing else is asked for
 
 
 class RetrainingSchedule:
@@ -111,7 +112,7 @@ def one_shot(model: nn.Module, plan) -> RetrainingSchedule:
     return RetrainingSchedule(model, [(0.0, Plan.read(plan))])
 
 
-def gradual(model: nn.Module, plan, *, stages: int = 8, until: float = 0.25) -> RetrainingSchedule:
+def gradual(model: nn.Module, plan, *, stages: int = 8, until: float = UNTIL) -> RetrainingSchedule:
     """Strengths rise in that many stages at equal distances, from every weight kept at 0 to the plan's at `until`.
 
     The cubic schedule of Zhu and Gupta 2017 (arXiv 1710.01878): at stage n of N the share that is not kept is
@@ -137,7 +138,7 @@ def gradual(model: nn.Module, plan, *, stages: int = 8, until: float = 0.25) -> 
     return RetrainingSchedule(model, [*found, (until, plan)])
 
 
-def iterative(model: nn.Module, plan, groups: list[list[str]], *, until: float = 0.25) -> RetrainingSchedule:
+def iterative(model: nn.Module, plan, groups: list[list[str]], *, until: float = UNTIL) -> RetrainingSchedule:
     """Some gates, retrain, the next ones (HIC, DOI 10.1109/TCSI.2021.3091318): the first group of gates is compressed at 0,
     the last one at `until`, the others in equal distances between; until then a block is dense in 16 bits."""
     plan = Plan.read(plan)
@@ -157,7 +158,7 @@ def iterative(model: nn.Module, plan, groups: list[list[str]], *, until: float =
     return RetrainingSchedule(model, found)
 
 
-def admm(model: nn.Module, plan, *, rho: float = 1e-2, updates: int = 10, until: float = 0.25) -> RetrainingSchedule:
+def admm(model: nn.Module, plan, *, rho: float = 1e-2, updates: int = 10, until: float = UNTIL) -> RetrainingSchedule:
     """The weights W are free until `until` and drawn towards the plan's set by the alternating direction method of
     multipliers, then projected onto it and retrained there (E-RNN, arXiv 1812.07106).
 

@@ -59,7 +59,7 @@ UNIFORM_TOPK = "uniform Top-k"
 UNIFORM_CIRCULANT = "uniform circulant"
 UNIFORM = {UNIFORM_TOPK: TopK, UNIFORM_CIRCULANT: BlockCirculant}  # the hybrid plan's own methods, each alone
 VARIANTS = (DENSE, DENSE_ONCE, HYBRID, SMALL, *UNIFORM)
-SCHEDULES = {"one-shot": schedules.one_shot, "gradual": schedules.gradual, "ADMM": schedules.admm}
+ITERATIVE = "iterative"
 TRADEOFF_METHODS = (*METHODS, UNITS, HYBRID, ALLOCATION, SMALL)
 RESULT_COLUMNS = [
     "method", "target_cr_disk", "seed", "hidden_size", "strength", "bits", "cr_params", "cr_bits", "cr_disk", "cr_model",
@@ -70,6 +70,19 @@ SUMMARY_COLUMNS = [
     "accuracy std", "seeds", "loss (points)", "low", "high", "loss std", "vs_small", "vs_small_low", "vs_small_high",
     "cross-entropy",
 ]  # fmt: skip
+
+
+def _iterative(model, plan):
+    """A hybrid plan's circulant gates first, then those of Top-k; at once where it has only one of them."""
+    kinds = {BlockCirculant: [], TopK: []}
+    for name, block in blocks(model).items():
+        gates_of = kinds[type(plan.blocks[name].method)]
+        gates_of += [block.gate] * (block.gate not in gates_of)
+    groups = [gates_of for gates_of in kinds.values() if gates_of]
+    return schedules.iterative(model, plan, groups) if len(groups) > 1 else schedules.one_shot(model, plan)
+
+
+SCHEDULES = {"one-shot": schedules.one_shot, "gradual": schedules.gradual, "ADMM": schedules.admm, ITERATIVE: _iterative}
 
 
 def parallel(function, jobs: list[tuple], workers: int, description: str) -> list:
@@ -106,7 +119,7 @@ def check_tradeoff(task: Task, *, hidden_size: int, methods: list[str], target_c
                    seeds: list[int], epochs: int, retrain_epochs: int, search_epochs: int, distillation_weight: float,
                    workers: int, schedule: str = "one-shot", device: str = "cpu", retrain_lr: float | None = None) -> None:
     """Refuse the bad values of a tradeoff before any training."""
-    _check_points(methods, target_cr_disks, bits, search_epochs, schedule, device)
+    _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device)
     _at_rate(task, retrain_lr)
     if HYBRID in methods:
         strengths(hidden_size)
@@ -114,12 +127,18 @@ def check_tradeoff(task: Task, *, hidden_size: int, methods: list[str], target_c
     _check_counts(unit=hidden_size, worker=workers)
 
 
-def _check_points(methods, target_cr_disks, bits, search_epochs, schedule, device):
+def _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device):
     train.check_device(device, "a tradeoff")
     if schedule not in SCHEDULES:
         raise ValueError(f"a tradeoff knows the schedules {', '.join(SCHEDULES)}, got {schedule!r}")
     if unknown := [method for method in methods if method not in TRADEOFF_METHODS]:
         raise ValueError(f"a tradeoff knows the methods {', '.join(TRADEOFF_METHODS)}, got {', '.join(map(str, unknown))}")
+    if schedule == ITERATIVE and methods != [HYBRID]:
+        raise ValueError(f'the schedule "{ITERATIVE}" compresses the gates of one method before those of the other: a tradeoff '
+                         f'needs methods=["{HYBRID}"] for it, got {methods}')
+    if schedule != "one-shot" and task.recipe.select_after < schedules.UNTIL:
+        raise ValueError(f"a tradeoff of {task.name} may keep an epoch after {task.recipe.select_after} of the steps, before "
+                         f"the schedule {schedule!r}, which takes {schedules.UNTIL} of them, is done")
     for target in target_cr_disks:
         check_target(target)
     for what, values in (("methods", methods), ("target_cr_disks", target_cr_disks)):
@@ -467,7 +486,7 @@ def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], 
     seed. schedule: of SCHEDULES, how a model comes into its plan. retrain_lr: peak of the learning rate of every retraining, in
     searches and of the control too; None for that of the task's recipe. Points that a method cannot reach are listed.
     """
-    _check_points(methods, target_cr_disks, bits, search_epochs, schedule, device)
+    _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device)
     retraining = Retraining(dense_epochs, epochs, distillation_weight, checkpoints, schedule, device, retrain_lr)
     found = search_plans(_at_rate(task, retrain_lr), dense, methods, target_cr_disks, bits, search_epochs, workers, device)
     jobs = [(_point, task, model, method, target, seed, bits, found.get(method, {}).get(target), retraining)
