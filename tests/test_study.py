@@ -395,6 +395,39 @@ def test_losses_over_folds_by_hand():
         study.over_folds(pd.concat([rows, rows]).assign(p_hidden_size=64))
 
 
+def test_what_settings_change_by_hand():
+    """Paired by seed; the seed that the reference lacks counts in neither difference."""
+    columns = ["p_schedule", "p_weight", "m_method", "m_target_cr_disk", "m_seed", "m_cr_disk", "m_test_accuracy",
+               "m_test_loss"]
+    rows = pd.DataFrame([
+        ("slow", 0.5, "TopK", 10, 0, 10.0, 91, 0.30), ("slow", 0.5, "TopK", 10, 1, 10.0, 93, 0.35),
+        ("slow", 0.5, "TopK", 10, 2, 10.0, 95, 0.70),
+        ("fast", 0.0, "TopK", 10, 1, 10.0, 90, 0.40), ("fast", 0.0, "TopK", 10, 0, 10.0, 90, 0.40),
+        ("slow", 0.5, "LowRank", 10, 0, 11.0, 80, 0.50),
+    ], columns=columns)  # fmt: skip
+    table = study.over_settings(rows, schedule="fast", weight=0.0)
+    slow, fast, lone = table.to_dict("records")
+    assert (slow["schedule"], slow["weight"], slow["seeds"], slow["accuracy %"]) == ("slow", 0.5, 2, 93)
+    half = 12.7062 * np.std([1, 3], ddof=1) / np.sqrt(2)
+    assert [slow["gained_low"], slow["gained"], slow["gained_high"]] == pytest.approx([2 - half, 2, 2 + half], rel=1e-5)
+    half = 12.7062 * np.std([-0.1, -0.05], ddof=1) / np.sqrt(2)
+    assert [slow["added_low"], slow["added"], slow["added_high"]] == pytest.approx([-half - 0.075, -0.075, half - 0.075], 1e-5)
+    assert fast["seeds"] == 2 and np.isnan([fast["gained"], fast["added"], lone["gained"]]).all() and lone["seeds"] == 0
+    grid = tables.settings_grid(table)
+    assert list(grid) == ["method", "schedule fast, weight 0.0", "schedule slow, weight 0.5"]
+    assert grid.iloc[0].tolist() == ["TopK, 10x", "90.00 %, 0.400 nats", "93.00 %, 0.450 nats (-0.075, -0.393 to +0.243)"]
+    assert grid.iloc[1].tolist() == ["LowRank, 10x", "not run", "80.00 %, 0.500 nats"]
+    one = study.over_settings(rows[rows["m_seed"] == 0], schedule="fast", weight=0.0)
+    assert tables.settings_grid(one).iloc[0, 2] == "91.00 %, 0.300 nats (-0.100)"
+    for reference, message in (({}, "parameters of the rows, got none"), ({"speed": 1}, "parameters of the rows, got speed"),
+                               ({"schedule": "fast"}, None), ({"schedule": "idle"}, "no row with schedule='idle'")):
+        if message:
+            with pytest.raises(ValueError, match=message):
+                study.over_settings(rows, **reference)
+    with pytest.raises(ValueError, match="one row for each method, target, seed and setting, got several"):
+        study.over_settings(pd.concat([rows, rows.assign(p_weight=0.7)]), schedule="fast")
+
+
 def test_the_verdict_of_a_comparison_pairs_each_rival_with_the_hybrid_plan(comparison):
     right = {variant: np.ones((2, 40), bool) for variant in comparison.correct}
     right[study.SMALL][:, :10] = False
@@ -455,7 +488,10 @@ def test_one_seed_method_and_target_leave_spread_and_interval_empty(tiny_task, d
     assert text.startswith("**Asked for 10x.** Loss") and "One seed gives no interval." in text and "small network" not in text
     assert "(" not in text.split("least first: ")[1].split(" at ")[0]
     assert tables.tradeoff_table(tradeoff)["95 % interval"].tolist() == ["", "", ""]
-    axis = plots.tradeoff_figure(tradeoff.results, tradeoff.summary, tables.published_table()).axes[0]
+    figure = plots.tradeoff_figure(tradeoff.results, tradeoff.summary, tables.published_table())
+    assert "published" not in " ".join(text.get_text() for text in figure.legends[0].get_texts())
+    axis, reached = figure.axes[0], tradeoff.results["cr_disk"].iloc[0]
+    assert axis.get_xlim()[0] > 0.8 * reached and axis.get_xlim()[1] < 1.2 * reached  # no star far away widens it
     assert "std" not in axis.get_ylabel() and "linear up to 2" in axis.get_ylabel()
     # What a sweep relies on: the next run with the same directory trains nothing again.
     written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}

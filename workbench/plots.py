@@ -304,7 +304,10 @@ def _deviation(points, name):
 
 def tradeoff_figure(results: pd.DataFrame, summary: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """Accuracy loss against compression ratio, both axes such that better is up and right. Seeds are pale points, means have
-    the standard deviation of the loss over several seeds; means on the front are joined and full, the others grey inside."""
+    the standard deviation of the loss over several seeds; means on the front are joined and full, the others grey inside. Of a
+    single ratio the published points are left out and the axis is as wide as the ratios that were reached."""
+    is_single = summary["target_cr_disk"].nunique() == 1
+    published = published.iloc[:0] if is_single else published
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     axis = figure.subplots()
     axis.axhline(0, color="black", linestyle="--", linewidth=1)
@@ -330,18 +333,21 @@ def tradeoff_figure(results: pd.DataFrame, summary: pd.DataFrame, published: pd.
     handles += [
         Line2D([], [], color="grey", marker="o", markerfacecolor="lightgrey", linestyle="none", label="mean off the front"),
         Line2D([], [], color="grey", marker="o", markersize=4, markeredgewidth=0, linestyle="none", label="one seed"),
-        Line2D([], [], color="black", marker="*", markersize=12, markerfacecolor="none", linestyle="none",
-               label="published; data and\ncounting not stated"),
-    ]
+    ] + [Line2D([], [], color="black", marker="*", markersize=12, markerfacecolor="none", linestyle="none",
+                label="published; data and\ncounting not stated")] * (not is_single)
     ratios = [*results["cr_disk"], *published["ratio"]]
     spread = "mean ± std over seeds; " if summary["seeds"].max() > 1 else ""
     ticks = [tick for tick in _RATIO_TICKS if min(ratios) / 1.3 <= tick <= max(ratios) * 1.3]
-    axis.set(xscale="log", xlabel="compression ratio cr_disk (log scale; better: right)",
+    axis.set(xlabel=f"compression ratio cr_disk ({'' if is_single else 'log scale; '}better: right)",
              ylabel="accuracy loss against the dense control (percentage points,\n"
                     f"{spread}linear up to 2, log beyond; better: up)")
     axis.set_yscale("symlog", linthresh=2, linscale=1.2)
     axis.set_yticks(_LOSS_TICKS, map(str, _LOSS_TICKS))
-    axis.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+    if is_single:
+        axis.xaxis.set_major_formatter("{x:g}x")
+    else:
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, [f"{tick}x" for tick in ticks])
     axis.minorticks_off()
     losses = [*results["loss_points"], *published["loss (%)"], 0]
     axis.set_ylim(max(losses) * 1.3 + 0.5, min(losses) * 1.3 - 0.5)

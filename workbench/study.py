@@ -677,3 +677,40 @@ def over_folds(rows: pd.DataFrame) -> pd.DataFrame:
             "vs_small": against.mean, "vs_small_low": against.low, "vs_small_high": against.high,
         })
     return pd.DataFrame(table)
+
+
+def over_settings(rows: pd.DataFrame, **reference) -> pd.DataFrame:
+    """What settings of a tradeoff's sweep do to its networks: one row for each method, target and setting.
+
+    rows: as results(name, records="results") gives them; reference: the setting that the others are compared with, by the names
+    of the parameters, as schedule="one-shot", distillation_weight=0.0. gained (test accuracy, points) and added (test
+    cross-entropy, nats): means over the seeds with 95 % intervals of Student's t, paired by seed; not corrected for the number
+    of comparisons, and empty for the reference. seeds: how many both have. ValueError for a parameter or a setting that the
+    rows do not have, and for rows that differ in more than method, target, seed and these parameters.
+    """
+    names, point = [f"p_{name}" for name in reference], ["m_method", "m_target_cr_disk", "m_seed"]
+    unknown = [name for name in reference if f"p_{name}" not in rows]
+    if unknown or not reference:
+        raise ValueError(f"over_settings needs parameters of the rows, got {', '.join(unknown) or 'none'}")
+    if rows.duplicated([*point, *names]).any():
+        raise ValueError("over_settings needs one row for each method, target, seed and setting, got several of some: name "
+                         "what else the sweep varies, or choose one of it")
+    is_reference = (rows[names] == list(reference.values())).all(axis=1)
+    if not is_reference.any():
+        raise ValueError(f"over_settings finds no row with {', '.join(f'{k}={v!r}' for k, v in reference.items())}")
+    measured = ["m_test_accuracy", "m_test_loss"]
+    base = rows[is_reference].set_index(point)[measured]
+    table = []
+    for (method, target, *setting), group in rows.groupby([*point[:2], *names], sort=False):
+        means = group[["m_cr_disk", *measured]].mean()
+        row = {"method": method, "target_cr_disk": target} | dict(zip(reference, setting, strict=True)) | {
+            "seeds": len(group), "cr_disk": means["m_cr_disk"], "accuracy %": means["m_test_accuracy"],
+            "cross-entropy": means["m_test_loss"]}
+        change = (group.set_index(point)[measured] - base).dropna()
+        if is_other := setting != list(reference.values()):
+            row["seeds"] = len(change)
+        for name, column in (("gained", "m_test_accuracy"), ("added", "m_test_loss")):
+            found = t_interval(change[column] if is_other else [])
+            row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+        table.append(row)
+    return pd.DataFrame(table)
