@@ -396,36 +396,48 @@ def test_losses_over_folds_by_hand():
 
 
 def test_what_settings_change_by_hand():
-    """Paired by seed; the seed that the reference lacks counts in neither difference."""
-    columns = ["p_schedule", "p_weight", "m_method", "m_target_cr_disk", "m_seed", "m_cr_disk", "m_test_accuracy",
+    """Paired by seed; what the reference lacks counts in no difference, and in no mean beside one."""
+    columns = ["p_schedule", "p_lr", "p_methods", "m_method", "m_target_cr_disk", "m_seed", "m_cr_disk", "m_test_accuracy",
                "m_test_loss"]
     rows = pd.DataFrame([
-        ("slow", 0.5, "TopK", 10, 0, 10.0, 91, 0.30), ("slow", 0.5, "TopK", 10, 1, 10.0, 93, 0.35),
-        ("slow", 0.5, "TopK", 10, 2, 10.0, 95, 0.70),
-        ("fast", 0.0, "TopK", 10, 1, 10.0, 90, 0.40), ("fast", 0.0, "TopK", 10, 0, 10.0, 90, 0.40),
-        ("slow", 0.5, "LowRank", 10, 0, 11.0, 80, 0.50),
+        ("slow", 0.5, "[1]", "LowRank", 10, 0, 11.0, 80, 0.50),
+        ("slow", 0.5, "[1]", "TopK", 10, 0, 10.0, 91, 0.30), ("slow", 0.5, "[1]", "TopK", 10, 1, 10.0, 93, 0.35),
+        ("slow", 0.5, "[1]", "TopK", 10, 2, 10.0, 95, 0.70),
+        ("fast", None, "[2]", "TopK", 10, 1, 10.0, 90, 0.40), ("fast", None, "[2]", "TopK", 10, 0, 10.0, 90, 0.40),
     ], columns=columns)  # fmt: skip
-    table = study.over_settings(rows, schedule="fast", weight=0.0)
-    slow, fast, lone = table.to_dict("records")
-    assert (slow["schedule"], slow["weight"], slow["seeds"], slow["accuracy %"]) == ("slow", 0.5, 2, 93)
+    table = study.over_settings(rows, schedule="fast", lr=None)
+    fast, lone, slow = table.to_dict("records")
+    assert (slow["setting"], slow["seeds"], slow["accuracy %"], slow["cr_disk"]) == ("schedule slow, lr 0.5", 2, 92, 10)
+    assert slow["cross-entropy"] == pytest.approx(0.325)
     half = 12.7062 * np.std([1, 3], ddof=1) / np.sqrt(2)
     assert [slow["gained_low"], slow["gained"], slow["gained_high"]] == pytest.approx([2 - half, 2, 2 + half], rel=1e-5)
     half = 12.7062 * np.std([-0.1, -0.05], ddof=1) / np.sqrt(2)
     assert [slow["added_low"], slow["added"], slow["added_high"]] == pytest.approx([-half - 0.075, -0.075, half - 0.075], 1e-5)
-    assert fast["seeds"] == 2 and np.isnan([fast["gained"], fast["added"], lone["gained"]]).all() and lone["seeds"] == 0
-    grid = tables.settings_grid(table)
-    assert list(grid) == ["method", "schedule fast, weight 0.0", "schedule slow, weight 0.5"]
-    assert grid.iloc[0].tolist() == ["TopK, 10x", "90.00 %, 0.400 nats", "93.00 %, 0.450 nats (-0.075, -0.393 to +0.243)"]
-    assert grid.iloc[1].tolist() == ["LowRank, 10x", "not run", "80.00 %, 0.500 nats"]
-    one = study.over_settings(rows[rows["m_seed"] == 0], schedule="fast", weight=0.0)
-    assert tables.settings_grid(one).iloc[0, 2] == "91.00 %, 0.300 nats (-0.100)"
-    for reference, message in (({}, "parameters of the rows, got none"), ({"speed": 1}, "parameters of the rows, got speed"),
-                               ({"schedule": "fast"}, None), ({"schedule": "idle"}, "no row with schedule='idle'")):
-        if message:
-            with pytest.raises(ValueError, match=message):
-                study.over_settings(rows, **reference)
-    with pytest.raises(ValueError, match="one row for each method, target, seed and setting, got several"):
-        study.over_settings(pd.concat([rows, rows.assign(p_weight=0.7)]), schedule="fast")
+    assert [row["reference"] for row in (fast, lone, slow)] == [True, False, False] and (fast["seeds"], lone["seeds"]) == (2, 1)
+    assert np.isnan([fast["gained"], fast["added"], lone["gained"], lone["added_low"]]).all()
+    grid = tables.settings_grid(table).set_index("method")
+    assert list(grid) == ["schedule fast, lr None", "schedule slow, lr 0.5"]
+    assert grid.loc["TopK, 10x"].tolist() == ["90.00 %, 0.400 nats", "92.00 %, 0.325 nats (-0.075, -0.393 to +0.243)"]
+    assert grid.loc["LowRank, 10x"].tolist() == ["no result", "80.00 %, 0.500 nats, 1 seeds only"]
+    one = study.over_settings(rows[rows["m_seed"] == 0], schedule="fast", lr=None)
+    assert tables.settings_grid(one).set_index("method").loc["TopK, 10x"].iloc[1] == "91.00 %, 0.300 nats (-0.100)"
+    (top,) = study.over_settings(rows[rows["p_schedule"] == "fast"], methods=[2])["setting"]
+    assert top == "methods [2]"
+
+
+def test_settings_that_cannot_be_compared_are_refused():
+    rows = pd.DataFrame({"p_schedule": ["slow", "fast"], "p_lr": [0.5, 1.0], "m_method": "TopK", "m_target_cr_disk": 10.0,
+                         "m_seed": 0, "m_cr_disk": 10.0, "m_test_accuracy": [90.0, 91.0], "m_test_loss": [0.2, 0.1]})
+    for table, reference, message in (
+        (rows, {}, "parameters of the rows, got none"),
+        (rows, {"schedule": "fast", "speed": 1}, "parameters of the rows, got speed"),
+        (rows, {"schedule": "fast"}, "differ in schedule alone, got several values of lr: name it"),
+        (rows, {"schedule": "idle", "lr": 1.0}, "no row with schedule idle, lr 1.0, got schedule slow, lr 0.5; schedule fast"),
+        (pd.concat([rows, rows]), {"schedule": "fast", "lr": 1.0}, "one row for each method, target, seed and setting, got"),
+        (rows.drop(columns="m_method"), {"schedule": "fast"}, "without m_method"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            study.over_settings(table, **reference)
 
 
 def test_the_verdict_of_a_comparison_pairs_each_rival_with_the_hybrid_plan(comparison):
@@ -570,7 +582,7 @@ def test_an_iterative_hybrid_compresses_its_circulant_gates_first(tiny_task, den
     for name, entry in last.blocks.items():
         kept = name.endswith((".g", ".o"))
         assert type(entry.method) is (TopK if kept else BlockCirculant)
-        assert first.blocks[name] == entry or (kept and first.blocks[name].method == Dense())
+        assert first.blocks[name].method == Dense() if kept else first.blocks[name] == entry
     # Where no gate is sensitive there is nothing to wait for.
     plan = replace(last, blocks={name: first.blocks[name.replace(".g", ".i").replace(".o", ".i")] for name in last.blocks})
     assert [stage for stage, _ in study.SCHEDULES["iterative"](dense[0], plan).stages] == [0.0]
@@ -652,7 +664,8 @@ def test_tables_and_figure_of_a_tradeoff(tradeoff):
     ({"hidden_size": 0, "methods": ["TopK"]}, "at least 1 unit, got 0"),
     ({"seeds": [0, 0]}, "different seeds"),
     ({"retrain_epochs": 0}, "epochs of at least 1, got 0"),
-    ({"retrain_lr": 0.0}, "learning rate lr above 0, got 0.0"),
+    ({"retrain_lr": 0.0}, "a tradeoff needs a retrain_lr above 0, .*, got 0.0"),
+    ({"retrain_lr": float("nan")}, "retrain_lr above 0, .*, got nan"),
     ({"distillation_weight": 2}, r"distillation_weight in \[0, 1\], got 2"),
     ({"workers": 0}, "at least 1 worker, got 0"),
     ({"device": "tpu"}, "a tradeoff needs \"cpu\" or \"cuda\" as device, got 'tpu'"),
@@ -666,7 +679,7 @@ def test_a_tradeoff_is_checked_before_training(tiny_task, change, message):
         study.check_tradeoff(tiny_task, **good | change)
     early = replace(tiny_task, recipe=replace(tiny_task.recipe, select_after=0.2))
     study.check_tradeoff(early, **good)
-    with pytest.raises(ValueError, match="may keep an epoch after 0.2 of the steps, before the .* 'gradual', which"):
+    with pytest.raises(ValueError, match="schedule 'gradual' is done after 0.25 of the steps: .* select_after .* has 0.2"):
         study.check_tradeoff(early, **good | {"schedule": "gradual"})
 
 

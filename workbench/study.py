@@ -6,6 +6,7 @@ Every training runs single-threaded in a process of its own, so on a processor r
 """
 
 import hashlib
+import json
 import math
 import multiprocessing
 import operator
@@ -119,15 +120,14 @@ def check_tradeoff(task: Task, *, hidden_size: int, methods: list[str], target_c
                    seeds: list[int], epochs: int, retrain_epochs: int, search_epochs: int, distillation_weight: float,
                    workers: int, schedule: str = "one-shot", device: str = "cpu", retrain_lr: float | None = None) -> None:
     """Refuse the bad values of a tradeoff before any training."""
-    _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device)
-    _at_rate(task, retrain_lr)
+    _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device, retrain_lr)
     if HYBRID in methods:
         strengths(hidden_size)
     _check_training(task, seeds, epochs, retrain_epochs, distillation_weight)
     _check_counts(unit=hidden_size, worker=workers)
 
 
-def _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device):
+def _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device, retrain_lr):
     train.check_device(device, "a tradeoff")
     if schedule not in SCHEDULES:
         raise ValueError(f"a tradeoff knows the schedules {', '.join(SCHEDULES)}, got {schedule!r}")
@@ -137,8 +137,8 @@ def _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule,
         raise ValueError(f'the schedule "{ITERATIVE}" compresses the gates of one method before those of the other: a tradeoff '
                          f'needs methods=["{HYBRID}"] for it, got {methods}')
     if schedule != "one-shot" and task.recipe.select_after < schedules.UNTIL:
-        raise ValueError(f"a tradeoff of {task.name} may keep an epoch after {task.recipe.select_after} of the steps, before "
-                         f"the schedule {schedule!r}, which takes {schedules.UNTIL} of them, is done")
+        raise ValueError(f"the schedule {schedule!r} is done after {schedules.UNTIL} of the steps: a tradeoff needs a task for "
+                         f"it whose select_after is not before, {task.name} has {task.recipe.select_after}")
     for target in target_cr_disks:
         check_target(target)
     for what, values in (("methods", methods), ("target_cr_disks", target_cr_disks)):
@@ -147,6 +147,8 @@ def _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule,
     check_bits(bits)
     if search_epochs < 0:
         raise ValueError(f"a tradeoff needs search_epochs of at least 0, got {search_epochs}")
+    if retrain_lr is not None and not 0 < retrain_lr < math.inf:
+        raise ValueError(f"a tradeoff needs a retrain_lr above 0, or none for the task's own, got {retrain_lr}")
 
 
 def _check_training(task, seeds, epochs, retrain_epochs, distillation_weight):
@@ -486,7 +488,7 @@ def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], 
     seed. schedule: of SCHEDULES, how a model comes into its plan. retrain_lr: peak of the learning rate of every retraining, in
     searches and of the control too; None for that of the task's recipe. Points that a method cannot reach are listed.
     """
-    _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device)
+    _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device, retrain_lr)
     retraining = Retraining(dense_epochs, epochs, distillation_weight, checkpoints, schedule, device, retrain_lr)
     found = search_plans(_at_rate(task, retrain_lr), dense, methods, target_cr_disks, bits, search_epochs, workers, device)
     jobs = [(_point, task, model, method, target, seed, bits, found.get(method, {}).get(target), retraining)
@@ -680,37 +682,49 @@ def over_folds(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_settings(rows: pd.DataFrame, **reference) -> pd.DataFrame:
-    """What settings of a tradeoff's sweep do to its networks: one row for each method, target and setting.
+    """What settings of a tradeoff's sweep do to its networks: one row for each method, target and setting, the reference first.
 
     rows: as results(name, records="results") gives them; reference: the setting that the others are compared with, by the names
-    of the parameters, as schedule="one-shot", distillation_weight=0.0. gained (test accuracy, points) and added (test
-    cross-entropy, nats): means over the seeds with 95 % intervals of Student's t, paired by seed; not corrected for the number
-    of comparisons, and empty for the reference. seeds: how many both have. ValueError for a parameter or a setting that the
-    rows do not have, and for rows that differ in more than method, target, seed and these parameters.
+    of all parameters that make one, as schedule="one-shot", distillation_weight=0.0. gained (test accuracy, points) and added
+    (test cross-entropy, nats): means with 95 % intervals of Student's t over the seeds, paired by seed, for this test split:
+    its items are not drawn anew, unlike in a Tradeoff's intervals. Not corrected for the number of comparisons; empty for the
+    reference and where it has none of the seeds. Every mean is over the `seeds` that the reference has too, where it has one.
+    ValueError for a parameter that the rows do not have, a setting that none of them has, and rows that differ in more.
     """
-    names, point = [f"p_{name}" for name in reference], ["m_method", "m_target_cr_disk", "m_seed"]
+    if "m_method" not in rows:
+        raise ValueError('over_settings needs the rows of results(name, records="results"), got some without m_method')
     unknown = [name for name in reference if f"p_{name}" not in rows]
     if unknown or not reference:
         raise ValueError(f"over_settings needs parameters of the rows, got {', '.join(unknown) or 'none'}")
-    if rows.duplicated([*point, *names]).any():
-        raise ValueError("over_settings needs one row for each method, target, seed and setting, got several of some: name "
-                         "what else the sweep varies, or choose one of it")
-    is_reference = (rows[names] == list(reference.values())).all(axis=1)
-    if not is_reference.any():
-        raise ValueError(f"over_settings finds no row with {', '.join(f'{k}={v!r}' for k, v in reference.items())}")
-    measured = ["m_test_accuracy", "m_test_loss"]
-    base = rows[is_reference].set_index(point)[measured]
+    same = {f"p_{name}" for name in (*reference, "methods", "target_cr_disks", "seed", "seeds", "workers", "checkpoints")}
+    if other := [name for name in rows if name.startswith("p_") and name not in same and rows[name].nunique(dropna=False) > 1]:
+        raise ValueError(f"over_settings needs rows that differ in {', '.join(reference)} alone, got several values of "
+                         f"{', '.join(name.removeprefix('p_') for name in other)}: name it too, or choose one")
+    point = ["m_method", "m_target_cr_disk", "m_seed"]
+    given = rows[[f"p_{name}" for name in reference]].astype(object)
+    settings = given.where(given.notna(), None).apply(lambda row: _setting(dict(zip(reference, row, strict=True))), axis=1)
+    first, rows = _setting(reference), rows.assign(setting=settings)
+    if first not in set(settings):
+        raise ValueError(f"over_settings finds no row with {first}, got {'; '.join(dict.fromkeys(settings))}")
+    if rows.duplicated([*point, "setting"]).any():
+        raise ValueError("over_settings needs one row for each method, target, seed and setting, got several of some")
+    rows = rows.sort_values("setting", key=lambda column: column != first, kind="stable").set_index(point)
+    base = rows[rows["setting"] == first]
     table = []
-    for (method, target, *setting), group in rows.groupby([*point[:2], *names], sort=False):
-        means = group[["m_cr_disk", *measured]].mean()
-        row = {"method": method, "target_cr_disk": target} | dict(zip(reference, setting, strict=True)) | {
-            "seeds": len(group), "cr_disk": means["m_cr_disk"], "accuracy %": means["m_test_accuracy"],
-            "cross-entropy": means["m_test_loss"]}
-        change = (group.set_index(point)[measured] - base).dropna()
-        if is_other := setting != list(reference.values()):
-            row["seeds"] = len(change)
+    for (method, target, setting), group in rows.groupby([*point[:2], "setting"], sort=False):
+        paired = group[group.index.isin(base.index)]
+        group = paired if len(paired) else group
+        row = {"method": method, "target_cr_disk": target, "setting": setting, "reference": setting == first,
+               "seeds": len(group), "cr_disk": group["m_cr_disk"].mean(), "accuracy %": group["m_test_accuracy"].mean(),
+               "cross-entropy": group["m_test_loss"].mean()}
         for name, column in (("gained", "m_test_accuracy"), ("added", "m_test_loss")):
-            found = t_interval(change[column] if is_other else [])
+            change = (paired[column] - base[column].reindex(paired.index)).to_numpy()
+            found = t_interval([] if row["reference"] else change)
             row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
         table.append(row)
     return pd.DataFrame(table)
+
+
+def _setting(values) -> str:
+    """Parameters in words; lists as a sweep's table has them."""
+    return ", ".join(f"{name} {json.dumps(value) if isinstance(value, list) else value}" for name, value in values.items())

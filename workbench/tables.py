@@ -425,20 +425,19 @@ def tradeoff_grid(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def settings_grid(settings: pd.DataFrame) -> pd.DataFrame:
-    """One row a method and target, one column a setting, the reference first: test accuracy and cross-entropy, and what a
-    setting adds to the reference's cross-entropy, with its 95 % interval. settings: as over_settings gives it."""
-    columns = list(settings.columns)
-    parameters = columns[columns.index("target_cr_disk") + 1:columns.index("seeds")]
-    is_reference, cells, points = settings["added"].isna(), {}, {}
-    for row in pd.concat([settings[is_reference], settings[~is_reference]]).to_dict("records"):
-        setting = ", ".join(f"{name} {row[name]}" for name in parameters)
+    """One row a method and target, one column a setting, the reference first: test accuracy and cross-entropy, in brackets what
+    a setting adds to the reference's cross-entropy, with its 95 % interval over the seeds; how many of the seeds, where not all
+    count. settings: as over_settings gives it."""
+    cells, points = {}, {}
+    for row in settings.to_dict("records"):
         text = f"{row['accuracy %']:.2f} %, {row['cross-entropy']:.3f} nats"
         if not pd.isna(row["added"]):
             bounds = "" if pd.isna(row["added_low"]) else f", {row['added_low']:+.3f} to {row['added_high']:+.3f}"
             text += f" ({row['added']:+.3f}{bounds})"
+        text += f", {row['seeds']} seeds only" if row["seeds"] < settings["seeds"].max() else ""
         point = points.setdefault((row["method"], row["target_cr_disk"]), f"{row['method']}, {row['target_cr_disk']:g}x")
-        cells.setdefault(setting, {})[point] = text
-    return pd.DataFrame(cells).reindex(points.values()).fillna("not run").rename_axis("method").reset_index()
+        cells.setdefault(row["setting"], {})[point] = text
+    return pd.DataFrame(cells).reindex(points.values()).fillna("no result").rename_axis("method").reset_index()
 
 
 def unreachable_table(tradeoff: Tradeoff) -> pd.DataFrame:
