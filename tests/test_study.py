@@ -709,6 +709,21 @@ def test_a_point_that_cannot_be_packed_is_listed(tiny_task, dense, monkeypatch, 
                                                                                   "seed": 0} and len(row) == 4
 
 
+def test_a_width_that_cannot_be_packed_when_it_is_trained_gives_way_to_the_next(tiny_task, dense, monkeypatch):
+    def refuse(model, plan, original, pack=budget.pack):
+        if original is not None and {entry.format.bits for entry in plan.blocks.values()} == {6}:
+            raise Unpackable("layer lstm.l0: too wide a sum")
+        return pack(model, plan, original)
+
+    signals = study.calibrate(dense[0], study.calibration_batches(tiny_task))
+    first, second, *_ = ({entry.format.bits for entry in plan.blocks.values()}
+                         for plan in budget.uniform_plans(dense[0], TopK, 6, 6.0, signals))
+    assert first == {6}
+    monkeypatch.setattr(budget, "pack", refuse)
+    row = study._point(tiny_task, dense[0], "TopK", 6.0, 0, 6, None, study.Retraining(1, 1, 0.0, None))
+    assert {row["bits"]} == second and row["cr_disk"] >= 6
+
+
 def test_the_device_reaches_every_training_and_measurement(tiny_task, dense, monkeypatch):
     """And what the emulation measures there is what the engine measures."""
     places, chosen = [], ["TopK", study.HYBRID, study.ALLOCATION, study.UNITS, study.SMALL]
