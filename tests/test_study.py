@@ -572,6 +572,22 @@ def test_a_schedule_of_retraining_is_loaded_where_it_is_finished(tiny_task, dens
     assert len(files) == 2 and run().results.equals(first.results) and sorted(tmp_path.iterdir()) == files
 
 
+def test_a_retraining_that_does_harm_is_not_kept_where_so_asked(tiny_task, dense, in_process, tmp_path):
+    """At a rate that destroys whatever it trains; at a good one what was retrained is kept."""
+    def run(**more):
+        arguments = ARGUMENTS | {"epochs": 3, "checkpoints": tmp_path}
+        return study.tradeoff(tiny_task, {0: dense[0]}, ["BlockCirculant"], [10.0], **arguments | more)
+
+    harmful, kept = (run(retrain_lr=10.0, keep_start=keep) for keep in (False, True))
+    once = harmful.controls.set_index("variant").loc[study.DENSE_ONCE].drop("seed")
+    control, kept_control = (found.controls.set_index("variant").loc[study.DENSE].drop("seed") for found in (harmful, kept))
+    assert control["valid_loss"] > once["valid_loss"] and kept_control.to_list() == once.to_list()
+    (row,), (kept_row,) = (found.results.to_dict("records") for found in (harmful, kept))
+    assert row["valid_loss"] > kept_row["valid_loss"] and kept_row["valid_accuracy"] == kept_row["valid_accuracy_before"]
+    good, kept = (run(keep_start=keep) for keep in (False, True))
+    assert good.results["valid_loss"][0] < kept_row["valid_loss"] and kept.results.equals(good.results)
+
+
 def test_an_iterative_hybrid_compresses_its_circulant_gates_first(tiny_task, dense, in_process, monkeypatch):
     followed = []
     monkeypatch.setattr(study, "fit", lambda *a, **k: followed.append(k.get("retraining")) or fit(*a, **k))
@@ -668,6 +684,7 @@ def test_tables_and_figure_of_a_tradeoff(tradeoff):
     ({"retrain_lr": float("nan")}, "retrain_lr above 0, .*, got nan"),
     ({"distillation_weight": 2}, r"distillation_weight in \[0, 1\], got 2"),
     ({"workers": 0}, "at least 1 worker, got 0"),
+    ({"schedule": "gradual", "keep_start": True}, "keep_start needs the schedule \"one-shot\", got 'gradual'"),
     ({"device": "tpu"}, "a tradeoff needs \"cpu\" or \"cuda\" as device, got 'tpu'"),
 ])
 def test_a_tradeoff_is_checked_before_training(tiny_task, change, message):

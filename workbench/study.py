@@ -119,16 +119,17 @@ def check_study(task: Task, *, hidden_size: int, target_cr_disk: float, seeds: l
 
 def check_tradeoff(task: Task, *, hidden_size: int, methods: list[str], target_cr_disks: list[float], bits: int,
                    seeds: list[int], epochs: int, retrain_epochs: int, search_epochs: int, distillation_weight: float,
-                   workers: int, schedule: str = "one-shot", device: str = "cpu", retrain_lr: float | None = None) -> None:
+                   workers: int, schedule: str = "one-shot", device: str = "cpu", retrain_lr: float | None = None,
+                   keep_start: bool = False) -> None:
     """Refuse the bad values of a tradeoff before any training."""
-    _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device, retrain_lr)
+    _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device, retrain_lr, keep_start)
     if HYBRID in methods:
         strengths(hidden_size)
     _check_training(task, seeds, epochs, retrain_epochs, distillation_weight)
     _check_counts(unit=hidden_size, worker=workers)
 
 
-def _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device, retrain_lr):
+def _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device, retrain_lr, keep_start):
     train.check_device(device, "a tradeoff")
     if schedule not in SCHEDULES:
         raise ValueError(f"a tradeoff knows the schedules {', '.join(SCHEDULES)}, got {schedule!r}")
@@ -140,6 +141,8 @@ def _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule,
     if schedule != "one-shot" and task.recipe.select_after < schedules.UNTIL:
         raise ValueError(f"the schedule {schedule!r} is done after {schedules.UNTIL} of the steps: a tradeoff needs a task for "
                          f"it whose select_after is not before, {task.name} has {task.recipe.select_after}")
+    if schedule != "one-shot" and keep_start:
+        raise ValueError(f'keep_start needs the schedule "one-shot", got {schedule!r}, which starts outside the plan')
     for target in target_cr_disks:
         check_target(target)
     for what, values in (("methods", methods), ("target_cr_disks", target_cr_disks)):
@@ -341,7 +344,8 @@ def small_hidden_size(num_features: int, payload_bits: float) -> int:
 @dataclass(frozen=True)
 class Retraining:
     """dense_epochs: from scratch; epochs: of retraining; checkpoints: directory that keeps what is trained, or None; device:
-    where is trained and measured; lr: peak of retraining's learning rate, None for that of the task's recipe."""
+    where is trained and measured; lr: peak of retraining's learning rate, None for that of the task's recipe; keep_start:
+    whether a model stays as it was where that has the smaller validation loss."""
 
     dense_epochs: int
     epochs: int
@@ -350,6 +354,7 @@ class Retraining:
     schedule: str = "one-shot"
     device: str = "cpu"
     lr: float | None = None
+    keep_start: bool = False
 
     def run(self, model, task: Task, teacher, seed: int, what: str, constraints=(), schedule=None) -> None:
         """Retrain the model in place, for the same epochs whatever it is; `what` tells it from others of its seed."""
@@ -359,7 +364,12 @@ class Retraining:
         key = f"{what} {_units(teacher)} {seed} {self.dense_epochs} {self.epochs} {self.distillation_weight} {self.device}"
         settings["retraining"] = schedule
         task = _at_rate(task, self.lr)
+        if self.keep_start:
+            start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            before = evaluate(model, task, "valid").loss
         _once(model, task, key, self.checkpoints, lambda: fit(model, task, **settings), constraints, schedule)
+        if self.keep_start and before <= evaluate(model, task, "valid").loss:
+            model.load_state_dict(start)
 
 
 def _at_rate(task: Task, lr: float | None) -> Task:
@@ -476,7 +486,7 @@ class Tradeoff:
 def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], target_cr_disks: list[float], *, bits: int,
              dense_epochs: int, epochs: int, search_epochs: int, distillation_weight: float, workers: int,
              checkpoints: str | Path | None = None, schedule: str = "one-shot", device: str = "cpu",
-             retrain_lr: float | None = None) -> Tradeoff:
+             retrain_lr: float | None = None, keep_start: bool = False) -> Tradeoff:
     """Retrain every method at every target from the dense model of each seed, for the same epochs, and measure it in integers:
     on the engine, or with device="cuda" by the emulation in float64, which equals it bit for bit.
 
@@ -487,10 +497,12 @@ def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], 
     the target's bytes hold at 8 bits. "small dense" has as many units as fill the target's bytes at 8 bits; it is trained from
     scratch for dense_epochs and then, in 8 bits, for epochs. Losses are against the dense control, retrained alike once per
     seed. schedule: of SCHEDULES, how a model comes into its plan. retrain_lr: peak of the learning rate of every retraining, in
-    searches and of the control too; None for that of the task's recipe. Points that a method cannot reach are listed.
+    searches and of the control too; None for that of the task's recipe. keep_start: where a model, the control included, has
+    less validation loss before its retraining (in its plan, in float), it is measured as it was then. Points that a method
+    cannot reach are listed.
     """
-    _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device, retrain_lr)
-    retraining = Retraining(dense_epochs, epochs, distillation_weight, checkpoints, schedule, device, retrain_lr)
+    _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device, retrain_lr, keep_start)
+    retraining = Retraining(dense_epochs, epochs, distillation_weight, checkpoints, schedule, device, retrain_lr, keep_start)
     found = search_plans(_at_rate(task, retrain_lr), dense, methods, target_cr_disks, bits, search_epochs, workers, device)
     jobs = [(_point, task, model, method, target, seed, bits, found.get(method, {}).get(target), retraining)
             for method in sorted(methods, key=lambda method: method != SMALL)  # the longest first
