@@ -40,7 +40,7 @@ from workbench.precision import (
 from workbench.published import PERPLEXITY_SOURCE, PUBLISHED, PUBLISHED_PERPLEXITIES, PUBLISHED_SPEED_UP
 from workbench.runs import listed, record
 from workbench.sensitivity import class_stability, method_agreement, rank_blocks, seed_agreement
-from workbench.study import HYBRID, SMALL, Comparison, Tradeoff
+from workbench.study import DENSE, DENSE_ONCE, HYBRID, SMALL, Comparison, Tradeoff
 from workbench.tasks import LanguageTask, Task
 from workbench.train import Interval, evaluate, paired_interval
 
@@ -461,7 +461,21 @@ def tradeoff_verdict(tradeoff: Tradeoff):
                   for target in sorted({*summary["target_cr_disk"], *missing["target_cr_disk"]})]
     front = summary[summary["front"]].sort_values("cr_disk", kind="stable")
     points = [f"{row['method']} at {row['cr_disk']:.1f}x" for _, row in front.iterrows()]
-    return Markdown("\n\n".join([*paragraphs, f"**On the front of the means:** {listed(points)}."]))
+    paragraphs.append(f"**On the front of the means:** {listed(points)}.")
+    return Markdown("\n\n".join(paragraphs + _control_verdict(tradeoff.controls)))
+
+
+def _control_verdict(controls) -> list[str]:
+    """Says so where retraining harms the dense model: a loss against it is then flattered."""
+    means = controls.groupby("variant")[["valid_loss", "test_accuracy"]].mean()
+    before, after = means.loc[DENSE_ONCE], means.loc[DENSE]
+    if before["valid_loss"] >= after["valid_loss"]:
+        return []
+    gap = before["test_accuracy"] - after["test_accuracy"]
+    return [f"**Retraining harms the dense model itself**: its validation loss is {before['valid_loss']:.3f} nats before and "
+            f"{after['valid_loss']:.3f} after it (means). The losses above are against the control, retrained like all others; "
+            f"against the dense model as trained once every mean loss is {abs(gap):.2f} points "
+            f"{'larger' if gap >= 0 else 'smaller'}. With `keep_start` no model is measured after a retraining that harms it."]
 
 
 def _target_verdict(target, rows, missing):
