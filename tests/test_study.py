@@ -417,10 +417,10 @@ def test_what_settings_change_by_hand():
     assert np.isnan([fast["gained"], fast["added"], lone["gained"], lone["added_low"]]).all()
     grid = tables.settings_grid(table).set_index("method")
     assert list(grid) == ["schedule fast, lr None", "schedule slow, lr 0.5"]
-    assert grid.loc["TopK, 10x"].tolist() == ["90.00 %, 0.400 nats", "92.00 %, 0.325 nats (-0.075, -0.393 to +0.243)"]
-    assert grid.loc["LowRank, 10x"].tolist() == ["no result", "80.00 %, 0.500 nats, 1 seeds only"]
+    assert grid.loc["TopK, 10x"].tolist() == ["0.400", "0.325 (-0.075, -0.393 to +0.243)"]
+    assert grid.loc["LowRank, 10x"].tolist() == ["no result", "0.500, 1 seeds only"]
     one = study.over_settings(rows[rows["m_seed"] == 0], schedule="fast", lr=None)
-    assert tables.settings_grid(one).set_index("method").loc["TopK, 10x"].iloc[1] == "91.00 %, 0.300 nats (-0.100)"
+    assert tables.settings_grid(one).set_index("method").loc["TopK, 10x"].iloc[1] == "0.300 (-0.100)"
     (top,) = study.over_settings(rows[rows["p_schedule"] == "fast"], methods=[2])["setting"]
     assert top == "methods [2]"
 

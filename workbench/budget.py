@@ -87,7 +87,9 @@ def uniform_plans(model: torch.nn.Module, family: type[Method], bits: int, targe
     Of the widths from 2 to 8 bits that is the one nearest to `bits` (of two the wider) whose largest plan takes at least
     95 % of the target's bits; where no width does, the one that takes most, of equals the nearest to `bits`. So families
     that come in coarse steps, as circulant blocks do, are compared at their fairest. Sizes are taken with every kept
-    weight non-zero, so that retraining cannot push the ratio under the target. OutOfReach when no width meets it.
+    weight non-zero, so that retraining cannot push the ratio under the target; but a schedule that chooses the kept weights
+    later can, by a fraction of a percent, since the padding of relative indices depends on where they lie. OutOfReach when no
+    width meets it.
     """
     check_target(target_cr_disk)
     check_bits(bits)

@@ -425,12 +425,12 @@ def tradeoff_grid(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def settings_grid(settings: pd.DataFrame) -> pd.DataFrame:
-    """One row a method and target, one column a setting, the reference first: test accuracy and cross-entropy, in brackets what
-    a setting adds to the reference's cross-entropy, with its 95 % interval over the seeds; how many of the seeds, where not all
-    count. settings: as over_settings gives it."""
+    """One row a method and target, one column a setting, the reference first: test cross-entropy in nats, in brackets what a
+    setting adds to the reference's, with its 95 % interval over the seeds; how many of the seeds, where not all count.
+    settings: as over_settings gives it."""
     cells, points = {}, {}
     for row in settings.to_dict("records"):
-        text = f"{row['accuracy %']:.2f} %, {row['cross-entropy']:.3f} nats"
+        text = f"{row['cross-entropy']:.3f}"
         if not pd.isna(row["added"]):
             bounds = "" if pd.isna(row["added_low"]) else f", {row['added_low']:+.3f} to {row['added_high']:+.3f}"
             text += f" ({row['added']:+.3f}{bounds})"
