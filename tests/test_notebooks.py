@@ -49,7 +49,7 @@ SMALL = {  # notebook -> (small parameters, metrics that it must hand over, figu
         {"hidden_size": 16, "methods": ["Dense", "TopK", "hidden units", "hybrid", "small dense"],
          "target_cr_disks": [6.0, 30.0], "seeds": [0, 1], "epochs": 1, "retrain_epochs": 1, "search_epochs": 0},
         {"summary", "results", "controls", "unreachable"},
-        1,
+        2,
         ("dense control", "front of the means", "integer engine", "no uniform Dense of 2 to 8 bits", "Wu 2026",
          "cr_model", "vs small dense", "bytes asked for"),
     ),
