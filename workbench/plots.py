@@ -24,6 +24,11 @@ _LOSS_TICKS = (-20, -10, -5, -3, -2, -1, 0, 1, 2, 3, 5, 10, 20, 50, 100)
 _RATIO_TICKS = [step * 10**power for power in range(5) for step in (1, 2, 5)]
 
 
+def _method_style(n: int) -> tuple[str, str]:
+    """Colour and marker of the n-th method (or other series) of a figure."""
+    return METHOD_COLOURS[n % len(METHOD_COLOURS)], METHOD_MARKERS[n % len(METHOD_MARKERS)]
+
+
 def sensitivity_figure(table: pd.DataFrame, classes: pd.DataFrame) -> Figure:
     """Excess validation loss per block and method, beside each gate's score and the line that divides the classes."""
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -246,7 +251,7 @@ def sweep_figure(points: pd.DataFrame, samples: pd.DataFrame, x: str, y: str, lo
         kinds = points[group].unique()
         parts = [(kind, points[points[group].isin([kind])], samples[samples[group].isin([kind])]) for kind in kinds]
     for n, (kind, mine, runs) in enumerate(parts):
-        colour, marker = METHOD_COLOURS[n % len(METHOD_COLOURS)], METHOD_MARKERS[n % len(METHOD_MARKERS)]
+        colour, marker = _method_style(n)
         label = "none" if kind is None or kind != kind else str(kind).replace("$", r"\$")
         axis.errorbar(mine[x], mine[y], xerr=_deviation(mine, x), yerr=_deviation(mine, y), fmt=marker, color=colour,
                       markerfacecolor="white", markersize=9, capsize=3, label=label)
@@ -316,7 +321,7 @@ def tradeoff_figure(results: pd.DataFrame, summary: pd.DataFrame, published: pd.
     handles = [Line2D([], [], color="black", linestyle="--", linewidth=1, label="dense control"),
                Line2D([], [], color="black", alpha=0.6, label="front of the means")]
     for n, (method, means) in enumerate(summary.groupby("method", sort=False)):
-        colour, marker = METHOD_COLOURS[n % len(METHOD_COLOURS)], METHOD_MARKERS[n % len(METHOD_MARKERS)]
+        colour, marker = _method_style(n)
         seeds = results[results["method"] == method]
         axis.plot(seeds["cr_disk"], seeds["loss_points"], marker, color=colour, alpha=0.3, markersize=4, markeredgewidth=0)
         axis.errorbar(means["cr_disk"], means["loss (points)"], means["loss std"].fillna(0), color=colour, fmt="none",
@@ -365,7 +370,7 @@ def interval_figure(results: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     for axis, target in zip(panels, targets, strict=False):
         axis.axvline(0, color="black", linestyle="--", linewidth=1)
         for n, method in enumerate(methods):
-            colour, marker = METHOD_COLOURS[n % len(METHOD_COLOURS)], METHOD_MARKERS[n % len(METHOD_MARKERS)]
+            colour, marker = _method_style(n)
             seeds, means = (table[(table["method"] == method) & (table["target_cr_disk"] == target)]
                             for table in (results, summary))
             axis.plot(seeds["loss_points"], np.full(len(seeds), n + 0.3), ".", color=colour, alpha=0.5, markeredgewidth=0)
@@ -393,7 +398,7 @@ def precision_figure(summary: pd.DataFrame, quality: str, published: pd.DataFram
         after, trained = mine[mine["when"] == "after training"], mine[mine["when"] == "in training"]
         widths = sorted({*summary.loc[summary["when"] != "float", "activation_bits"]}, reverse=True)
         for n, bits in enumerate(widths):
-            colour, marker = METHOD_COLOURS[n % len(METHOD_COLOURS)], METHOD_MARKERS[n % len(METHOD_MARKERS)]
+            colour, marker = _method_style(n)
             line = after[after["activation_bits"] == bits].sort_values("rnn_bytes")
             if len(line):
                 handles[f"{bits}-bit signals"] = axis.errorbar(
@@ -561,7 +566,7 @@ def acceleration_figure(summary: pd.DataFrame, loss_limit: float, mark: float) -
     handles = [axis.axhline(mark, color="grey", linestyle="--", linewidth=1, label=f"published hybrid, {mark}")]
     known = summary[summary["acceleration"].notna()]
     for n, (label, rows) in enumerate(known.groupby("label", sort=False)):
-        colour, marker = METHOD_COLOURS[n % len(METHOD_COLOURS)], METHOD_MARKERS[n % len(METHOD_MARKERS)]
+        colour, marker = _method_style(n)
         rows = rows.sort_values("cr_disk")
         axis.plot(rows["cr_disk"], rows["acceleration"], color=colour, linewidth=0.8, alpha=0.6)
         within = rows["valid_loss_above"] <= loss_limit
@@ -636,8 +641,8 @@ def speed_up_figure(curves: pd.DataFrame, published) -> Figure:
         upper.plot(ends, ends, color="black", linestyle="--", linewidth=1, label="ideal")
         lower.axhline(100, color="black", linestyle="--", linewidth=1)
         for n, (form, rows) in enumerate(known.groupby("form", sort=False)):
-            style = {"color": METHOD_COLOURS[n % len(METHOD_COLOURS)], "marker": METHOD_MARKERS[n % len(METHOD_MARKERS)],
-                     "linewidth": 1.2, "markersize": 7, "alpha": 0.8}
+            colour, marker = _method_style(n)
+            style = {"color": colour, "marker": marker, "linewidth": 1.2, "markersize": 7, "alpha": 0.8}
             upper.plot(rows["ideal"], rows[f"speedup_{what}"], label=form, **style)
             lower.plot(rows["ideal"], 100 * rows[f"efficiency_{what}"], **style)
         star = {"color": "black", "markerfacecolor": "none", "markersize": 15, "linestyle": "none", "marker": "*"}
