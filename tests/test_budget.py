@@ -133,7 +133,8 @@ def test_where_nothing_can_be_packed_it_says_why(model, signals, monkeypatch):
         raise Unpackable("layer l0: no multiplier")
 
     monkeypatch.setattr(budget, "pack", refuse)
-    with pytest.raises(OutOfReach, match="the plan cannot be packed: layer l0: no multiplier"):
+    with pytest.raises(OutOfReach, match="no uniform TopK of 2 to 8 bits meets cr_disk 8: the plan cannot be packed: layer "
+                                         "l0: no multiplier"):
         uniform_plan(model, TopK, 6, 8, signals)
 
 

@@ -622,8 +622,8 @@ def test_a_point_out_of_reach_alone_is_a_result(tiny_task, dense, in_process):
     assert listed["method"].tolist() == ["Dense", study.HYBRID] and listed["seeds"].tolist() == ["0", "0"]
     assert "no hybrid plan meets cr_disk 400" in listed["reason"].iloc[1]
     assert len(tables.tradeoff_table(tradeoff)) == 2 and tradeoff.by_seed().empty
-    assert tables.tradeoff_verdict(tradeoff).data.split("\n\n")[:2] == [
-        "**Asked for 400x.** Out of reach: Dense (seeds 0), hybrid (seeds 0).", "**On the front of the means:** none."]
+    assert tables.tradeoff_verdict(replace(tradeoff, controls=tradeoff.controls.assign(valid_loss=0.1))).data == (
+        "**Asked for 400x.** Out of reach: Dense (seeds 0), hybrid (seeds 0).\n\n**On the front of the means:** none.")
     assert plots.tradeoff_figure(tradeoff.results, tradeoff.summary, tables.published_table()).axes
     assert plots.interval_figure(tradeoff.results, tradeoff.summary).axes
     assert tables.record_tradeoff(tradeoff)["results"] == []
@@ -739,8 +739,15 @@ def test_a_width_that_cannot_be_packed_when_it_is_trained_gives_way_to_the_next(
         return pack(model, plan, original)
 
     signals = study.calibrate(dense[0], study.calibration_batches(tiny_task))
-    first, second, *_ = ({entry.format.bits for entry in plan.blocks.values()}
-                         for plan in budget.uniform_plans(dense[0], TopK, 6, 6.0, signals))
+    widths = []
+
+    def passed_over(plan):
+        widths.append({entry.format.bits for entry in plan.blocks.values()})
+        raise budget.OutOfReach("the next one")
+
+    with pytest.raises(budget.OutOfReach):
+        budget.first_uniform(dense[0], TopK, 6, 6.0, signals, passed_over)
+    first, second, *_ = widths
     assert first == {6}
     monkeypatch.setattr(budget, "pack", refuse)
     row = study._point(tiny_task, dense[0], "TopK", 6.0, 0, 6, None, study.Retraining(1, 1, 0.0, None))

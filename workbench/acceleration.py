@@ -20,7 +20,7 @@ from workbench.array.mapping import constants_kept, words_taken
 from workbench.array.schedule import COUNTED_AS, schedule_mapping
 from workbench.array.spec import ceil_div
 from workbench.array.stack import FORMS as FORMS_OF_STACK
-from workbench.budget import OutOfReach, first_within_reach, pack_within_reach
+from workbench.budget import OutOfReach, pack_within_reach
 from workbench.constrain import attach, bake, pack
 from workbench.fixedpoint import TABLES, QFormat
 from workbench.methods import (
@@ -142,8 +142,8 @@ def _reached(task, dense, method, target_cr_disk, seed, bits, searched, retraini
         row = study.small_control(task, dense, target_cr_disk, seed, retraining)
         return [row | point | study.strength_of(row) | {"label": method}]
     start = study.point_start(dense, method, target_cr_disk)
-    plans = study.point_plans(task, start, method, target_cr_disk, bits, searched)
-    return first_within_reach(plans, lambda plan: _rows(task, dense, method, start, plan, seed, retraining, point))
+    return study.made_point(task, start, method, target_cr_disk, bits, searched,
+                            lambda plan: _rows(task, dense, method, start, plan, seed, retraining, point))
 
 
 def _rows(task, dense, method, start, plan, seed, retraining, point):

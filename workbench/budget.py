@@ -1,7 +1,7 @@
 """Plans that fill a budget of bits: of a family of methods the member that stores the most within a compression ratio."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -72,45 +72,36 @@ def largest_member(weights: list[torch.Tensor], family: type[Method], bits: int,
 
 
 def uniform_plan(model: torch.nn.Module, family: type[Method], bits: int, target_cr_disk: float, signals) -> Plan:
-    """The first of uniform_plans whose integers can be packed. OutOfReach when there is none."""
+    """One method and one weight width for every block: the largest plan of the family that meets target_cr_disk.
+
+    Of the widths from 2 to 8 bits it is the one nearest to `bits` (of two the wider) whose largest plan takes at least
+    95 % of the target's bits; where no width does, the one that takes most, of equals the nearest to `bits`. So families
+    that come in coarse steps, as circulant blocks do, are compared at their fairest. Sizes are taken with every kept
+    weight non-zero, so that retraining cannot push the ratio under the target; but a schedule that chooses the kept weights
+    later can, by a fraction of a percent, since the padding of relative indices depends on where they lie. A width whose plan
+    `pack` refuses is passed over. OutOfReach when no width meets it.
+    """
     def packed(plan):
         pack_within_reach(model, plan)
         return plan
 
-    return first_within_reach(uniform_plans(model, family, bits, target_cr_disk, signals), packed)
+    return first_uniform(model, family, bits, target_cr_disk, signals, packed)
 
 
-def uniform_plans(model: torch.nn.Module, family: type[Method], bits: int, target_cr_disk: float, signals) -> Iterator[Plan]:
-    """One method and one weight width for every block: of each width the largest plan of the family that meets target_cr_disk,
-    the best first.
-
-    Of the widths from 2 to 8 bits that is the one nearest to `bits` (of two the wider) whose largest plan takes at least
-    95 % of the target's bits; where no width does, the one that takes most, of equals the nearest to `bits`. So families
-    that come in coarse steps, as circulant blocks do, are compared at their fairest. Sizes are taken with every kept
-    weight non-zero, so that retraining cannot push the ratio under the target; but a schedule that chooses the kept weights
-    later can, by a fraction of a percent, since the padding of relative indices depends on where they lie. OutOfReach when no
-    width meets it.
-    """
+def first_uniform(model: torch.nn.Module, family: type[Method], bits: int, target_cr_disk: float, signals, make: Callable):
+    """make(plan) of the first width, in the order of uniform_plan, for whose plan that is not OutOfReach."""
     check_target(target_cr_disk)
     check_bits(bits)
     weights = [weight(model, name) for name in blocks(model)]
     budget_bits = 32 * dense_weights(blocks(model)) / target_cr_disk
-    choices = list(_by_preference(weights, family, bits, budget_bits))
-    if not choices:
-        raise OutOfReach(f"no uniform {family.__name__} of {WIDTHS[0]} to {WIDTHS[-1]} bits meets cr_disk {target_cr_disk}")
-    for method, width in choices:
-        yield uniform(model, method, width, signals)
-
-
-def first_within_reach(plans: Iterable[Plan], make: Callable):
-    """make(plan) of the first of the plans for which that is not OutOfReach; where it is for all, the reason of the first."""
     refusals = []
-    for plan in plans:
+    for method, width in _by_preference(weights, family, bits, budget_bits):
         try:
-            return make(plan)
+            return make(uniform(model, method, width, signals))
         except OutOfReach as error:
-            refusals.append(error)
-    raise refusals[0]
+            refusals.append(str(error))
+    none = f"no uniform {family.__name__} of {WIDTHS[0]} to {WIDTHS[-1]} bits meets cr_disk {target_cr_disk}"
+    raise OutOfReach(": ".join([none, *refusals[:1]]))
 
 
 def _by_preference(weights, family, bits, budget_bits):

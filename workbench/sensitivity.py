@@ -314,7 +314,7 @@ class Strength:
 def hybrid_plan(model: torch.nn.Module, sensitive: list[str], strength: Strength, target_cr_disk: float, signals) -> Plan:
     """Sensitive gates Top-k, the others block-circulant, with the largest kept fraction that meets target_cr_disk.
 
-    The size is taken with every kept weight non-zero, as in uniform_plans. OutOfReach when no kept fraction meets it.
+    The size is taken with every kept weight non-zero, as in uniform_plan. OutOfReach when no kept fraction meets it.
     """
     check_target(target_cr_disk)
     known = blocks(model)

@@ -11,7 +11,7 @@ import math
 import multiprocessing
 import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from workbench import budget, constrain, fixedpoint, gates, methods, models, qua
 from workbench import plan as plan_module
 from workbench.allocation import choices_to_measure, search_allocation
 from workbench.array.cost import BASELINE
-from workbench.budget import OutOfReach, check_bits, check_target, first_within_reach, uniform_plan, uniform_plans
+from workbench.budget import OutOfReach, check_bits, check_target, first_uniform, uniform_plan
 from workbench.constrain import attach, bake, pack
 from workbench.emulation import attach_emulated
 from workbench.gates import blocks, dense_weights, weight
@@ -525,7 +525,7 @@ def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], 
 
 def search_plans(task: Task, dense: dict, methods: list[str], target_cr_disks: list[float], bits: int, epochs: int,
                  workers: int, device: str = "cpu") -> dict[str, dict]:
-    """Method -> target -> what point_plans takes, for those of the methods whose plans are searched."""
+    """Method -> target -> what made_point takes, for those of the methods whose plans are searched."""
     found = {HYBRID: search_hybrids(task, dense, target_cr_disks, epochs, workers, device)} if HYBRID in methods else {}
     if ALLOCATION in methods:
         found[ALLOCATION] = search_allocations(task, dense, target_cr_disks, bits, epochs, workers, device)
@@ -580,8 +580,8 @@ def _point(task, dense, method, target_cr_disk, seed, bits, found, retraining) -
             row = small_control(task, dense, target_cr_disk, seed, retraining)
         else:
             start = point_start(dense, method, target_cr_disk)
-            plans = point_plans(task, start, method, target_cr_disk, bits, found)
-            row = first_within_reach(plans, lambda plan: _compressed(task, dense, start, plan, method, seed, retraining))
+            row = made_point(task, start, method, target_cr_disk, bits, found,
+                             lambda plan: _compressed(task, dense, start, plan, method, seed, retraining))
     except OutOfReach as error:
         return point | {"reason": str(error)}
     return row | point | strength_of(row) | {"plan": None, "packed": None}
@@ -592,21 +592,20 @@ def point_start(dense, method: str, target_cr_disk: float):
     return remove_units(dense, _units_within(dense, target_cr_disk)) if method == UNITS else dense
 
 
-def point_plans(task: Task, model, method: str, target_cr_disk: float, bits: int, found) -> Iterator[Plan]:
-    """The uniform plans of a method, the best first; or what its search found, of search_hybrids or search_allocations; or of
-    hidden units, removed before, CONTROL_BITS for all. OutOfReach where there is none. Those after the first are for integers
-    that cannot be packed, which may show after retraining only."""
+def made_point(task: Task, model, method: str, target_cr_disk: float, bits: int, found, make: Callable):
+    """make(plan) of what a method's search found, of search_hybrids or search_allocations; of hidden units, removed before, of
+    CONTROL_BITS for all; else of the method's uniform plan, of the next width where make finds it OutOfReach: that integers
+    cannot be packed may show after retraining only. OutOfReach where there is none."""
     signals = calibrate(model, calibration_batches(task))
     if isinstance(found, OutOfReach):
         raise found
     if method == UNITS:
-        yield uniform(model, Dense(), CONTROL_BITS, signals)
-    elif method == HYBRID:
-        yield hybrid_plan(model, *found, target_cr_disk, signals)
-    elif method == ALLOCATION:
-        yield Plan({name: plan_block(weight(model, name), *choice) for name, choice in found.items()}, signals)
-    else:
-        yield from uniform_plans(model, METHODS[method], bits, target_cr_disk, signals)
+        return make(uniform(model, Dense(), CONTROL_BITS, signals))
+    if method == HYBRID:
+        return make(hybrid_plan(model, *found, target_cr_disk, signals))
+    if method == ALLOCATION:
+        return make(Plan({name: plan_block(weight(model, name), *choice) for name, choice in found.items()}, signals))
+    return first_uniform(model, METHODS[method], bits, target_cr_disk, signals, make)
 
 
 def _units_within(dense, target_cr_disk) -> int:
