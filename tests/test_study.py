@@ -594,6 +594,28 @@ def test_a_retraining_that_does_harm_is_not_kept_where_so_asked(tiny_task, dense
     assert good.results["valid_loss"][0] < kept_row["valid_loss"] and kept.results.equals(good.results)
 
 
+def test_the_searches_of_a_tradeoff_judge_a_candidate_as_it_would_be_kept(tiny_task, dense, in_process, monkeypatch):
+    """Where retraining harms, by the losses before it; where it helps, by those after it."""
+    monkeypatch.setattr(study, "choices_to_measure", lambda model, families: [TopK(0.25)] if TopK in families else [])
+    monkeypatch.setattr(study, "strengths", lambda units: [STRENGTH, replace(STRENGTH, circulant_bits=5)])
+
+    def losses(**more):
+        found = {}
+        with monkeypatch.context() as patch:
+            for name, search in (("search_hybrid", study.search_hybrid), ("search_allocation", study.search_allocation)):
+                patch.setattr(study, name, lambda *a, search=search, name=name, **k: found.setdefault(name, search(*a, **k)))
+            study.tradeoff(tiny_task, {0: dense[0]}, ["hybrid", "allocation"], [6.0], **ARGUMENTS | {"search_epochs": 1} | more)
+        return {name: sorted(table["valid_loss"]) for name, table in found.items()}
+
+    start, harmed = losses(search_epochs=0), losses(retrain_lr=10.0)
+    assert start.keys() == {"search_hybrid", "search_allocation"} and len(start["search_hybrid"]) == 2
+    assert all(b < a for name in start for a, b in zip(harmed[name], start[name], strict=True))
+    assert losses(retrain_lr=10.0, keep_start=True) == start
+    helped = losses()
+    assert all(b > a for name in start for a, b in zip(helped[name], start[name], strict=True))
+    assert losses(keep_start=True) == helped
+
+
 def test_an_iterative_hybrid_compresses_its_circulant_gates_first(tiny_task, dense, in_process, monkeypatch):
     followed = []
     monkeypatch.setattr(study, "fit", lambda *a, **k: followed.append(k.get("retraining")) or fit(*a, **k))

@@ -15,7 +15,7 @@ from workbench.gates import blocks, dense_weights, weight, weights
 from workbench.methods import METHODS, Method, method_from_label
 from workbench.plan import Plan, plan_block
 from workbench.quantise import calibrate
-from workbench.sensitivity import Loop, batches_of, check_place, retraining_curve
+from workbench.sensitivity import Loop, batches_of, check_place, outcome, retraining_curve
 from workbench.tasks import LanguageTask, Task
 
 MOST_UNITS = 1_000_000  # of a budget that are told apart
@@ -124,14 +124,15 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
 
 
 def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, table: pd.DataFrame, target_cr_disk: float, *,
-                      bits: int, epochs: int, seed: int, device: str | None = None) -> pd.DataFrame:
+                      bits: int, epochs: int, seed: int, device: str | None = None, keep_start: bool = False) -> pd.DataFrame:
     """Several plans that meet the target, each with its validation loss after `epochs` of retraining, best first.
 
     Losses of single blocks before any retraining compare strengths of one method well and methods badly, and blocks do not add
     up where little is left. So the candidates are the allocation over each method family of the table alone, that over all
     together, and beside them each family's uniform plan of about `bits` bits; what decides is the model as a whole. table: as
     sensitivity_table gives it, for example over choices_to_measure. Columns: candidate, plan, cr_disk, valid_loss,
-    valid_accuracy. device: as of sensitivity_table. OutOfReach when none meets it.
+    valid_accuracy. device: as of sensitivity_table. keep_start: a candidate that retraining makes worse counts as it was
+    before. OutOfReach when none meets it.
     """
     check_place(task, device)
     signals = calibrate(model, batches_of(task, epochs))
@@ -149,9 +150,9 @@ def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
         except OutOfReach as error:
             refused.append(str(error))
             continue
-        last = retraining_curve(model, plan, task, epochs, seed, candidate, device).iloc[-1]
-        rows.append({"candidate": candidate, "plan": plan, "cr_disk": packed.cr_disk, "valid_loss": last["loss"],
-                     "valid_accuracy": last["accuracy"]})
+        found = outcome(retraining_curve(model, plan, task, epochs, seed, candidate, device), keep_start)
+        rows.append({"candidate": candidate, "plan": plan, "cr_disk": packed.cr_disk, "valid_loss": found["loss"],
+                     "valid_accuracy": found["accuracy"]})
     if not rows:
         raise OutOfReach(f"no allocation meets cr_disk {target_cr_disk}: " + "; ".join(refused))
     return pd.DataFrame(rows).sort_values("valid_loss", kind="stable", ignore_index=True)

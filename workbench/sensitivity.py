@@ -182,6 +182,13 @@ def retraining_curve(model, plan, task, epochs, seed, what, device=None) -> pd.D
     return pd.DataFrame(rows, columns=["loss", "accuracy"])
 
 
+def outcome(curve: pd.DataFrame, keep_start: bool) -> pd.Series:
+    """What a search judges a candidate by: the last row of its retraining_curve, or with keep_start the first, where that has
+    no more loss."""
+    first, last = curve.iloc[0], curve.iloc[-1]
+    return first if keep_start and first["loss"] <= last["loss"] else last
+
+
 def _task_curve(model, task, epochs, seed):
     before = evaluate(model, task, "valid")
     yield before.loss, before.accuracy
@@ -338,11 +345,13 @@ def hybrid_plan(model: torch.nn.Module, sensitive: list[str], strength: Strength
 
 
 def search_hybrid(model: torch.nn.Module, task: Task | LanguageTask | Loop, sensitive: list[str], target_cr_disk: float,
-                  strengths: list[Strength], *, epochs: int, seed: int, device: str | None = None) -> pd.DataFrame:
+                  strengths: list[Strength], *, epochs: int, seed: int, device: str | None = None,
+                  keep_start: bool = False) -> pd.DataFrame:
     """Every strength that meets the target, with its validation loss after `epochs` of retraining, best first.
 
     Columns: strength, keep (fraction of the sensitive gates, None without one), cr_disk, valid_loss, valid_accuracy.
-    device: as of sensitivity_table. OutOfReach when none meets it.
+    device: as of sensitivity_table. keep_start: a candidate that retraining makes worse counts as it was before. OutOfReach
+    when none meets it.
     """
     check_target(target_cr_disk)
     check_place(task, device)
@@ -355,10 +364,10 @@ def search_hybrid(model: torch.nn.Module, task: Task | LanguageTask | Loop, sens
         except OutOfReach as error:
             refused.append(str(error))
             continue
-        curve = retraining_curve(model, plan, task, epochs, seed, str(strength), device)
+        found = outcome(retraining_curve(model, plan, task, epochs, seed, str(strength), device), keep_start)
         keeps = [e.method.keep for e in plan.blocks.values() if isinstance(e.method, TopK)]
         rows.append({"strength": strength, "keep": keeps[0] if keeps else None, "cr_disk": packed.cr_disk,
-                     "valid_loss": curve["loss"].iloc[-1], "valid_accuracy": curve["accuracy"].iloc[-1]})
+                     "valid_loss": found["loss"], "valid_accuracy": found["accuracy"]})
     if not rows:
         raise OutOfReach(f"no hybrid plan meets cr_disk {target_cr_disk}: " + "; ".join(refused))
     return pd.DataFrame(rows).sort_values("valid_loss", kind="stable", ignore_index=True)

@@ -498,12 +498,13 @@ def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], 
     scratch for dense_epochs and then, in 8 bits, for epochs. Losses are against the dense control, retrained alike once per
     seed. schedule: of SCHEDULES, how a model comes into its plan. retrain_lr: peak of the learning rate of every retraining, in
     searches and of the control too; None for that of the task's recipe. keep_start: where a model, the control included, has
-    less validation loss before its retraining (in its plan, in float), it is measured as it was then. Points that a method
-    cannot reach are listed.
+    less validation loss before its retraining (in its plan, in float), it is measured as it was then; searches judge so too.
+    Points that a method cannot reach are listed.
     """
     _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device, retrain_lr, keep_start)
     retraining = Retraining(dense_epochs, epochs, distillation_weight, checkpoints, schedule, device, retrain_lr, keep_start)
-    found = search_plans(_at_rate(task, retrain_lr), dense, methods, target_cr_disks, bits, search_epochs, workers, device)
+    found = search_plans(_at_rate(task, retrain_lr), dense, methods, target_cr_disks, bits, search_epochs, workers, device,
+                         keep_start)
     jobs = [(_point, task, model, method, target, seed, bits, found.get(method, {}).get(target), retraining)
             for method in sorted(methods, key=lambda method: method != SMALL)  # the longest first
             for target in target_cr_disks for seed, model in dense.items()]
@@ -524,49 +525,53 @@ def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], 
 
 
 def search_plans(task: Task, dense: dict, methods: list[str], target_cr_disks: list[float], bits: int, epochs: int,
-                 workers: int, device: str = "cpu") -> dict[str, dict]:
+                 workers: int, device: str = "cpu", keep_start: bool = False) -> dict[str, dict]:
     """Method -> target -> what made_point takes, for those of the methods whose plans are searched."""
-    found = {HYBRID: search_hybrids(task, dense, target_cr_disks, epochs, workers, device)} if HYBRID in methods else {}
+    found = {}
+    if HYBRID in methods:
+        found[HYBRID] = search_hybrids(task, dense, target_cr_disks, epochs, workers, device, keep_start)
     if ALLOCATION in methods:
-        found[ALLOCATION] = search_allocations(task, dense, target_cr_disks, bits, epochs, workers, device)
+        found[ALLOCATION] = search_allocations(task, dense, target_cr_disks, bits, epochs, workers, device, keep_start)
     return found
 
 
-def search_hybrids(task: Task, dense: dict, target_cr_disks: list[float], epochs: int, workers: int,
-                   device: str = "cpu") -> dict:
+def search_hybrids(task: Task, dense: dict, target_cr_disks: list[float], epochs: int, workers: int, device: str = "cpu",
+                   keep_start: bool = False) -> dict:
     """Target -> (sensitive gates, Strength), found on the validation split, or the OutOfReach that says why none is."""
     table = sensitivity_over_seeds(task, dense, [TopK(0.125), BlockCirculant(8)], bits=8, epochs=0, workers=workers,
                                    device=device)
     sensitive = sensitive_gates(classify(table))
     seed, model = next(iter(dense.items()))
-    jobs = [(task, model, sensitive, target, seed, epochs, device) for target in target_cr_disks]
+    jobs = [(task, model, sensitive, target, seed, epochs, device, keep_start) for target in target_cr_disks]
     return dict(zip(target_cr_disks, parallel(_search_hybrid, jobs, workers, "hybrid plans"), strict=True))
 
 
-def _search_hybrid(task, model, sensitive, target_cr_disk, seed, epochs, device):
+def _search_hybrid(task, model, sensitive, target_cr_disk, seed, epochs, device, keep_start):
     candidates = strengths(_units(model))
     try:
-        found = search_hybrid(model, task, sensitive, target_cr_disk, candidates, epochs=epochs, seed=seed, device=device)
+        found = search_hybrid(model, task, sensitive, target_cr_disk, candidates, epochs=epochs, seed=seed, device=device,
+                              keep_start=keep_start)
     except OutOfReach as error:
         return error
     return sensitive, found["strength"].iloc[0]
 
 
 def search_allocations(task: Task, dense: dict, target_cr_disks: list[float], bits: int, epochs: int, workers: int,
-                       device: str = "cpu") -> dict:
+                       device: str = "cpu", keep_start: bool = False) -> dict:
     """Target -> {block: (method, width)}, found on the validation split with the first seed, or the OutOfReach that says why
     none is."""
     seed, model = next(iter(dense.items()))
     families = [choices_to_measure(model, [family]) for family in METHODS.values()]
     jobs = [(model, task, choices, ALLOCATION_BITS, 0, seed, device) for choices in families if choices]
     table = pd.concat(parallel(_sensitivity, jobs, workers, "choices"), ignore_index=True)
-    jobs = [(task, model, table, target, bits, seed, epochs, device) for target in target_cr_disks]
+    jobs = [(task, model, table, target, bits, seed, epochs, device, keep_start) for target in target_cr_disks]
     return dict(zip(target_cr_disks, parallel(_search_allocation, jobs, workers, "allocations"), strict=True))
 
 
-def _search_allocation(task, model, table, target_cr_disk, bits, seed, epochs, device):
+def _search_allocation(task, model, table, target_cr_disk, bits, seed, epochs, device, keep_start):
     try:
-        found = search_allocation(model, task, table, target_cr_disk, bits=bits, epochs=epochs, seed=seed, device=device)
+        found = search_allocation(model, task, table, target_cr_disk, bits=bits, epochs=epochs, seed=seed, device=device,
+                                  keep_start=keep_start)
     except OutOfReach as error:
         return error
     return {name: (entry.method, entry.format.bits) for name, entry in found["plan"].iloc[0].blocks.items()}
