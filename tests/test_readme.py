@@ -24,6 +24,23 @@ def test_the_ready_sweep_files_are_valid(path):
     assert all(values["workers"] == 1 and values["checkpoints"] == "checkpoints" for values in asked.parameters)
 
 
+def test_the_short_table_says_what_the_recorded_ones_do():
+    """Of each recorded table with an allocation, one row: its mean loss, the least of a method alone, the small network's."""
+    readme, found = (REPOSITORY / "README.md").read_text(), 0
+    for path in sorted((REPOSITORY / "docs" / "measured").glob("*.csv")):
+        table = pd.read_csv(path)
+        if "allocation" not in set(table["method"]) or "loss (points)" not in table:
+            continue
+        losses, cells = table.pivot(index="method", columns="target_cr_disk", values="loss (points)"), []
+        alone = losses.drop(index=["allocation", "hybrid", "small dense"], errors="ignore")
+        for target in (10, 20, 40, 80, 160):
+            cells.append(f"{losses[target]['allocation']:.2f} ({alone[target].idxmin()} {alone[target].min():.2f}, small dense "
+                         f"{losses[target]['small dense']:.2f})" if target in losses else "not run")
+        assert f"](docs/measured/{path.name}) | {' | '.join(cells)} |\n" in readme, path.name
+        found += 1
+    assert found >= 5
+
+
 def test_the_worked_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
