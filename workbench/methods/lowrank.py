@@ -15,6 +15,8 @@ class LowRank:
 
     Stored, and trained, are the factors, as one (out + in, rank) matrix: U above V transposed. Both have the block's number
     format, so each singular value is shared out such that its column of U and its row of V get entries of equal mean square.
+    AdamW moves every entry of both by about its learning rate, and their product the further the higher the rank: a high one
+    may need a smaller rate than the dense matrix.
     A product does not give back the factors that it was made of. Who has them gives them as `stored`; they are used where
     their product is w.
     """
