@@ -350,9 +350,10 @@ def test_a_larger_matrix_alone_is_no_stable_ranking():
 
 
 def test_a_shown_table_has_four_digits_and_no_remainder_of_rounding():
-    shown = tables.present(pd.DataFrame({"mean": [np.mean([0.1, 0.2, -0.3]), 1e-9, 0.123456, 12345.6, np.nan, 2.0]}))
+    zeros = [np.mean([0.1, 0.2, -0.3]), np.std([76.1, np.nextafter(76.1, 77)])]
+    shown = tables.present(pd.DataFrame({"mean": [*zeros, 1e-9, 0.123456, 12345.6, np.nan, 2.0]}))
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", shown.to_html())
-    assert cells == ["0", "1e-09", "0.1235", "12,346", "", "2"]
+    assert cells == ["0", "0", "1e-09", "0.1235", "12,346", "", "2"]
 
 
 def test_a_correlation_on_the_threshold_is_stable():

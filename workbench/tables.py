@@ -69,7 +69,7 @@ def _cell(value):
         return ""
     if not isinstance(value, Number) or isinstance(value, bool):
         return value
-    if abs(value) < 1e-15:  # what rounding leaves of a mean that is 0
+    if abs(value) < 1e-12:  # what rounding leaves of a mean or a deviation that is 0, of percentages too
         return "0"
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
 
