@@ -71,5 +71,5 @@ def test_the_measured_tables_stand_in_it(path):
     rows = grid(table).itertuples(index=False, name=None)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     points = ["method", "target_cr_disk"] if "setting" in table else ["method"]
-    assert len(lines) == len(table[points].drop_duplicates()) > 2
+    assert len(lines) == len(table[points].drop_duplicates()) > 3
     assert [line for line in lines if f"\n{line}\n" not in readme] == []
