@@ -327,6 +327,25 @@ def test_baked_models_are_plain(model, plan, x):
     copy.deepcopy(model).load_state_dict(baked.state_dict())
 
 
+def test_without_gradients_recurrent_weights_stay_parameters(model, plan, x):
+    compressed = compress(model, plan)
+    expected, names = bake(compressed), [name for name, _ in bake(compressed).named_parameters()]
+    with torch.no_grad():
+        baked, again = bake(compressed), compress(compressed, plan)
+    for made in (baked, bake(again)):
+        assert [name for name, _ in made.named_parameters()] == names and not list(made.buffers())
+        assert all(p.requires_grad for p in made.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(made.parameters(), expected.parameters(), strict=True))
+    made(x).sum().backward()
+
+
+def test_a_frozen_layer_stays_frozen_and_its_weights_parameters(model, plan, x):
+    model.body["rnn"].requires_grad_(False)
+    baked = bake(compress(model, plan))
+    assert {name for name, p in baked.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
+    assert sorted(name for name, _ in baked.named_parameters()) == sorted(name for name, _ in model.named_parameters())
+
+
 def test_baking_a_plain_model_copies_it(model, x):
     baked = bake(model)
     assert baked is not model and torch.equal(baked(x), model(x))
@@ -680,3 +699,20 @@ def test_attach_refuses_packed_models_of_other_models(model, plan):
     one_way.body["rnn"] = nn.LSTM(6, 8, num_layers=3)
     with pytest.raises(ValueError, match=r"with the layers body\.rnn\.l0, body\.rnn\.l1, body\.rnn\.l2, got body\.rnn\.l0"):
         attach(one_way, packed)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_attach_refuses_a_layer_whose_hooks_would_be_lost(model, plan, register):
+    packed = pack(model, plan)
+    hook = getattr(model.body["rnn"], register)(lambda *args: None)
+    with pytest.raises(ValueError, match=r"attach replaces 'body\.rnn', which has forward hooks: remove them"):
+        attach(model, packed)
+    hook.remove()
+    attach(model, packed)
+
+
+def test_the_integer_engine_takes_bfloat16(model, plan, x):
+    integers = attach(model, pack(model, plan)).body["rnn"]
+    output, _ = integers(x.bfloat16())
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, integers(x.bfloat16().float())[0].bfloat16())

@@ -1,8 +1,9 @@
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
-from workbench.gates import Layer, blocks, check_supported, get_block, layers, parameters_of, rnns, weight
+from workbench.gates import Layer, blocks, get_block, layers, parameters_of, rnns, weight
 from workbench.packed import GATES
 
 
@@ -90,7 +91,64 @@ def test_unknown_block_lists_the_known_ones():
 ])  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(rnn, message):
     with pytest.raises(ValueError, match=message):
-        check_supported(Nested(rnn))
+        rnns(Nested(rnn))
+
+
+class Doubled(nn.LSTM):
+    def forward(self, input, hx=None):
+        output, hx = super().forward(input, hx)
+        return 2 * output, hx
+
+
+class Renamed(nn.LSTM):
+    """A subclass that computes what its parent does."""
+
+
+def own_forward():
+    rnn = nn.GRU(3, 4)
+    rnn.forward = lambda input: input
+    return rnn
+
+
+def changed(change, *args):
+    rnn = nn.LSTM(3, 4)
+    change(rnn, "weight_hh_l0", *args)
+    return rnn
+
+
+def tied(first, second):
+    second.weight_hh_l0 = first.weight_hh_l0
+    return nn.Sequential(first, second)
+
+
+def tied_to_a_head():
+    rnn, head = nn.LSTM(3, 4), nn.Linear(4, 16, bias=False)
+    head.weight = rnn.weight_hh_l0
+    return nn.Sequential(head, rnn)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:torch.quantize_per:UserWarning")
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Doubled(3, 4), r"'encoder\.1\.1' is a Doubled with a forward of its own, .* what nn\.LSTM computes"),
+    (own_forward, r"'encoder\.1\.1' is a GRU with a forward of its own, .* what nn\.GRU computes"),
+    (lambda: torch.ao.nn.quantizable.LSTM(3, 4), r"'encoder\.1\.1' is the LSTM of torch\.ao\.nn\.quantizable"),
+    (lambda: torch.ao.nn.quantized.dynamic.GRU(3, 4), r"'encoder\.1\.1' is the GRU of torch\.ao\.nn\.quantized\.dyn"),
+    (lambda: torch.ao.nn.quantized.dynamic.LSTMCell(3, 4), r"'encoder\.1\.1' is the LSTMCell of torch\.ao\.nn\."),
+    (lambda: torch.jit.script(nn.LSTM(3, 4)), r"'encoder\.1\.1' is the LSTM of torch\.jit.*: the workbench takes"),
+    (lambda: changed(nn.utils.prune.random_unstructured, 0.5), r"weight_hh_l0 of 'encoder\.1\.1' is no plain parameter"),
+    (lambda: changed(nn.utils.weight_norm), r"weight_hh_l0 of 'encoder\.1\.1' is no plain parameter, as of a pruned or weight-"),
+    (lambda: changed(nn.utils.parametrizations.weight_norm), r"weight_hh_l0 of 'encoder\.1\.1' has the parametrization _"),
+    (lambda: tied(nn.LSTM(3, 4), nn.LSTM(5, 4)), r"1\.1\.1\.weight_hh_l0 and encoder\.1\.1\.0\.weight_hh_l0 are one tied"),
+    (tied_to_a_head, r"encoder\.1\.1\.1\.weight_hh_l0 and encoder\.1\.1\.0\.weight are one tied parameter"),
+])  # fmt: skip
+def test_what_would_go_wrong_in_silence_is_refused_by_name_beside_a_layer_that_is_taken(make, message):
+    with pytest.raises(ValueError, match=message):
+        blocks(Nested(nn.Sequential(nn.LSTM(3, 4), make())))
+
+
+def test_a_module_under_two_names_and_a_subclass_that_computes_the_same_are_taken():
+    rnn = Renamed(3, 4)
+    assert list(rnns(nn.ModuleDict({"a": rnn, "b": rnn, "c": nn.Linear(4, 4)}))) == ["a"]
 
 
 @pytest.mark.filterwarnings("ignore:.*(proj_size|LSTM with projections).*:UserWarning")
@@ -99,4 +157,4 @@ def test_what_is_not_supported_is_refused_by_name(rnn, message):
     nn.GRU(3, 4, num_layers=2, bidirectional=True, batch_first=True, bias=False),
 ])  # fmt: skip
 def test_what_is_supported_passes(rnn):
-    check_supported(Nested(rnn))
+    assert list(rnns(Nested(rnn))) == ["encoder.1"]

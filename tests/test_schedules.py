@@ -269,6 +269,16 @@ def test_fit_refuses_schedules_that_do_not_fit(tiny_task):
         wb.fit(late.model, tiny_task, seed=0, retraining=late)
 
 
+def test_a_step_without_gradients_leaves_every_weight_trainable(model):
+    schedule = wb.gradual(model, hybrid(model), stages=4, until=0.5)
+    names = [name for name, _ in schedule.model.named_parameters()]
+    optimizer = torch.optim.SGD(schedule.model.parameters(), 0.1)
+    with torch.no_grad():
+        assert schedule.step(0.3, optimizer)
+    assert [name for name, p in schedule.model.named_parameters() if p.requires_grad] == names
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(map(id, schedule.model.parameters()))
+
+
 # --- messages
 
 
@@ -287,6 +297,8 @@ def test_fit_refuses_schedules_that_do_not_fit(tiny_task):
     (lambda m, p: wb.one_shot(m, p).step(1.5), r"needs a progress in \[0, 1\], got 1.5"),
     (lambda m, p: wb.gradual(m, p).step(0.5, torch.optim.SGD(m.parameters(), 1)),
      "needs an optimizer of its model's parameters, got one that holds none of the recurrent weights"),
+    (lambda m, p: (late := wb.gradual(m, p)).step(0.5, torch.optim.LBFGS(late.model.parameters())),
+     "cannot exchange parameters inside LBFGS, which keeps lists of its own: call step without it, and make it anew"),
 ])  # fmt: skip
 def test_messages(model, make, message):
     with pytest.raises(ValueError, match=message):

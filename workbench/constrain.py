@@ -12,7 +12,6 @@ from workbench.fixedpoint import TABLES
 from workbench.gates import (
     blocks,
     cell_name,
-    check_supported,
     dense_weights,
     get_block,
     layers,
@@ -91,7 +90,11 @@ def make_plain(model: nn.Module) -> None:
             rnn.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
             rnn.factors = {block: factors for name in names for block, factors in _shown(rnn, name).items()}
             for name in names:
+                trained = any(stored.requires_grad for stored in rnn.parametrizations[name].parameters())
                 parametrize.remove_parametrizations(rnn, name, leave_parametrized=True)
+                values = getattr(rnn, name).detach()
+                delattr(rnn, name)  # torch leaves a buffer of a frozen weight, and of any without gradients
+                setattr(rnn, name, nn.Parameter(values, trained))
             rnn._init_flat_weights()
         if hasattr(rnn, "unquantise"):  # of an emulated model
             rnn.unquantise()
@@ -106,7 +109,6 @@ def compress(model: nn.Module, plan) -> nn.Module:
     evaluates the constraint twice. ValueError for layers that are not supported and plans that do not fit.
     """
     plan = Plan.read(plan)
-    check_supported(model)
     model = bake(model)
     plan.check(model)
     constrain_weights(model, plan)
@@ -132,7 +134,6 @@ def pack(model: nn.Module, plan, original: nn.Module | None = None) -> PackedMod
     decided here: a row that could leave the accumulator, or a bias that does not fit 32 bits, is Unpackable, a ValueError.
     """
     plan = Plan.read(plan)
-    check_supported(model)
     model = bake(model)
     plan.check(model)
     known, packed, rnn_bias_params = blocks(model), {}, 0
@@ -178,12 +179,14 @@ def attach(model: nn.Module, packed: PackedModel, layers_as: type["IntegerRNN"] 
     Takes what nn.LSTM and nn.GRU take: batch_first or not, a single unbatched sequence, initial states, packed sequences. No
     gradient. layers_as: what stands for a recurrent module, IntegerRNN by default.
     """
-    check_supported(model)
     model = bake(model)
     if sorted(packed.layers) != sorted(layers(model)):
         raise ValueError(f"attach needs a packed model with the layers {', '.join(layers(model))}, "
                          f"got {', '.join(packed.layers)}")
     for path, rnn in rnns(model).items():
+        if rnn._forward_hooks or rnn._forward_pre_hooks:
+            raise ValueError(f"attach replaces {path!r}, which has forward hooks: remove them, and register them on what "
+                             "stands in its place")
         for layer in layers_of(rnn, path):
             found, w_ih = packed.layers[layer.name], getattr(rnn, f"weight_ih_{layer.suffix}")
             expected = cell_name(rnn), w_ih.shape[1], rnn.hidden_size, rnn.proj_size or rnn.hidden_size
@@ -250,6 +253,7 @@ class IntegerRNN(nn.Module):
 
     def _quantised(self, what, fmt, values):
         try:
-            return fmt.quantise(values.detach().cpu())
+            # NumPy knows no bfloat16.
+            return fmt.quantise(values.detach().cpu().to(torch.promote_types(values.dtype, torch.float32)))
         except ValueError as error:
             raise ValueError(f"the integer engine of {self.path!r} cannot take {what}: {error}") from error

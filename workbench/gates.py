@@ -4,8 +4,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from workbench.packed import GATES, PROJECTION
+
+RECURRENT = {"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"}  # names of torch's recurrent modules, in every namespace
+OWN = ("torch", "workbench")  # whose forward of an nn.LSTM or nn.GRU is known
 
 
 @dataclass(frozen=True)
@@ -56,23 +60,59 @@ def _prefix(rnn: str) -> str:
 
 
 def rnns(model: nn.Module) -> dict[str, nn.RNNBase]:
-    """Module path -> nn.LSTM or nn.GRU ("" when the model itself is one). A model without one raises ValueError."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, (nn.LSTM, nn.GRU))}
+    """Module path -> nn.LSTM or nn.GRU ("" when the model itself is one).
+
+    ValueError for a model without one, and for one with a recurrent module that the workbench does not take, by name, so that
+    none is left out or replaced in silence: another kind, a forward of its own, weights that are not plain parameters (pruned,
+    parametrized by others) or that another module has too.
+    """
+    found, owners = {}, {}  # owners: id of a parameter -> (whether of an nn.LSTM or nn.GRU, its name)
+    for path, module in model.named_modules():
+        recurrent = isinstance(module, (nn.LSTM, nn.GRU))
+        if recurrent:
+            _check_rnn(path, module)
+            found[path] = module
+        else:
+            _check_other(path, module)
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            mine = recurrent, f"{_prefix(path)}{name}"
+            other = owners.setdefault(id(parameter), mine)
+            if other is not mine and (recurrent or other[0]):
+                raise ValueError(f"{mine[1]} and {other[1]} are one tied parameter: the workbench takes recurrent layers with "
+                                 "weights of their own")
     if not found:
         raise ValueError(f"the workbench compresses nn.LSTM and nn.GRU, and found neither in {type(model).__name__}")
     return found
 
 
+def _check_other(path, module):
+    """Recurrent kinds of torch are known by their names, as those for quantisation and script are no relatives of nn.LSTM."""
+    kind = getattr(module, "original_name", type(module).__name__)  # of a scripted module the first
+    space = type(module).__module__
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase) or (kind in RECURRENT and space.split(".")[0] == "torch"):
+        name = f"an nn.{kind}" if space == "torch.nn.modules.rnn" else f"the {kind} of {space}"
+        raise ValueError(f"{path!r} is {name}: the workbench takes nn.LSTM and nn.GRU")
+
+
+def _check_rnn(path, rnn):
+    if "forward" in vars(rnn) or type(rnn).forward.__module__.split(".")[0] not in OWN:
+        raise ValueError(f"{path!r} is a {type(rnn).__name__} with a forward of its own, which integers would not run: the "
+                         f"workbench takes what nn.{cell_name(rnn)} computes; put the rest into a module around it")
+    plain = dict(rnn.named_parameters(recurse=False, remove_duplicate=False))
+    biases = [f"bias_{part}_{layer.suffix}" for layer in layers_of(rnn) for part in ("ih", "hh") if rnn.bias]
+    for name in parameters_of(rnn) + biases:
+        if parametrize.is_parametrized(rnn, name):
+            kind = type(rnn.parametrizations[name][0])
+            if kind.__module__.split(".")[0] != "workbench":
+                raise ValueError(f"{name} of {path!r} has the parametrization {kind.__name__}: the workbench takes plain "
+                                 "parameters; remove it first (torch.nn.utils.parametrize.remove_parametrizations)")
+        elif name not in plain:
+            raise ValueError(f"{name} of {path!r} is no plain parameter, as of a pruned or weight-normalised module: make it "
+                             "one first (torch.nn.utils.prune.remove, torch.nn.utils.remove_weight_norm)")
+
+
 def cell_name(rnn: nn.RNNBase) -> str:
     return "LSTM" if isinstance(rnn, nn.LSTM) else "GRU"
-
-
-def check_supported(model: nn.Module) -> None:
-    """Refuse by name the recurrent modules that the workbench does not take, so that none is left out in silence."""
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not isinstance(module, (nn.LSTM, nn.GRU)):
-            raise ValueError(f"{name!r} is an nn.{type(module).__name__}: the workbench takes nn.LSTM and nn.GRU")
-    rnns(model)
 
 
 def layers_of(rnn: nn.RNNBase, path: str = "") -> list[Layer]:

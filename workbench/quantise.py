@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from workbench.fixedpoint import QFormat
-from workbench.gates import Layer, cell_name, check_supported, layers, layers_of, rnns
+from workbench.gates import Layer, cell_name, layers, layers_of, rnns
 from workbench.packed import SIGNALS, PackedLayer, signals_of
 
 # Finest weight and finest signal: with a 16-bit hidden state (15 fraction bits) the 32-bit bias then still reaches 4.
@@ -128,7 +128,6 @@ def _check_clip(clip):
 
 def observe(model: nn.Module, batches) -> "Observation":
     """How large every signal of every layer becomes on the batches: what calibrate chooses formats from, for any widths."""
-    check_supported(model)
     seen = defaultdict(_Magnitudes)
     for path, call in recurrent_calls(model, batches):
         for layer, signals, alive, first in float_signals(rnns(model)[path], *call, path=path):

@@ -67,6 +67,9 @@ class RetrainingSchedule:
         stage = bisect_right([start for start, _ in self.stages], progress) - 1
         if stage <= self.entered:
             return False
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("a retraining schedule cannot exchange parameters inside LBFGS, which keeps lists of its own: "
+                             "call step without it, and make it anew where that gives True")
         old = _parameters(self.model)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
         if optimizer is not None and not any(id(p) in held for p in old):

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from workbench.budget import OutOfReach, check_target, largest_member, pack_within_reach
 from workbench.constrain import compress
-from workbench.gates import blocks, check_supported, dense_weights, weight
+from workbench.gates import blocks, dense_weights, weight
 from workbench.methods import BlockCirculant, Dense, Method, TopK, method_label
 from workbench.models import seeded
 from workbench.plan import Plan, pack_block, plan_block, uniform
@@ -98,7 +98,6 @@ def check_sensitivity(model: torch.nn.Module, methods: list[Method], bits: int |
             raise ValueError(f"a sensitivity measurement needs different {what}, got {', '.join(map(str, asked)) or 'none'}")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
         raise ValueError(f"a sensitivity measurement needs whole epochs of at least 0, got {epochs!r}")
-    check_supported(model)
     for name in blocks(model):
         for method in methods:
             for width in widths:

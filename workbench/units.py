@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from workbench.constrain import bake
-from workbench.gates import check_supported, layers, layers_of, rnns
+from workbench.gates import layers, layers_of, rnns
 from workbench.packed import check_whole
 
 Consumers = dict[str, list[str]]
@@ -30,7 +30,6 @@ class _Taker(NamedTuple):
 def unit_scores(model: nn.Module, consumers: Consumers | None = None) -> dict[str, torch.Tensor]:
     """Layer name -> (hidden_size,) L2 norm of all weights that belong to each unit, biases apart. consumers: see
     remove_units."""
-    check_supported(model)
     model = bake(model)
     return _scores(model, _takers(model, consumers, rnns(model)))
 
@@ -46,7 +45,6 @@ def remove_units(model: nn.Module, keep: int | dict[str, Iterable[int]], consume
     at the output in another way, or makes initial states of a size of its own, cannot be seen here. A compressed model is
     baked first. Ratios of the smaller model count against the full one with pack(..., original=model).
     """
-    check_supported(model)
     model = bake(model)
     known = layers(model)
     shrinking = {known[name].rnn for name in keep if name in known} if isinstance(keep, dict) else rnns(model)
