@@ -8,30 +8,36 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench.array.mapping import map_block
-from workbench.array.spec import ArraySpec
+from workbench.array.mapping import Region, map_block, stored_forms, tile_unit
+from workbench.array.schedule import schedule_layers
+from workbench.array.spec import ArraySpec, ceil_div
 from workbench.budget import OutOfReach, check_target, full_block, pack_within_reach, strongest_member, uniform_plan
 from workbench.gates import blocks, dense_weights, weight, weights
 from workbench.methods import METHODS, Method, method_from_label
+from workbench.packed import PackedModel
 from workbench.plan import Plan, plan_block
 from workbench.quantise import calibrate
 from workbench.sensitivity import Loop, batches_of, check_place, outcome, retraining_curve
 from workbench.tasks import LanguageTask, Task
 
 MOST_UNITS = 1_000_000  # of a budget that are told apart
+STEPS = 16  # that a plan is scheduled for: enough to find its steady state
+MEASURED = ("block", "method", "bits", "excess_loss")  # columns of a table that choices are made by
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)  # of the weights that a choice to be measured stores
 
 
 @dataclass(frozen=True)
 class Allocation:
     """plan: what was chosen. table: one row per block and measured choice, with the columns block, method, bits (of a weight),
-    bytes (with every kept weight non-zero), cycles (where an array was given), excess_loss (as measured), predicted_loss (what
-    the choice was made by), chosen. budget: what there was of `cost`, "bytes", "cycles" or "predicted_loss"."""
+    bytes (with every kept weight non-zero), cycles and load_cycles (block_cycles, where an array was given), excess_loss (as
+    measured), predicted_loss (what the choice was made by), chosen. budget: what there was of `cost`, "bytes", "cycles" or
+    "predicted_loss". step_cycles: of the plan on the array, where one was given (see step_cycles)."""
 
     plan: Plan
     table: pd.DataFrame
     cost: str
     budget: float
+    step_cycles: float | None = None
 
     @property
     def chosen(self) -> pd.DataFrame:
@@ -42,7 +48,8 @@ class Allocation:
         """The choice, for the eye: the chosen row of every block, beside it the alternative of least loss per unit of the cost
         that it saves (saves, for_loss) and that of most gain per unit that it takes more (takes, for_gain). To check: what an
         alternative takes more must come from what is left of the budget and from what another block saves, and where blocks
-        are free to choose no such exchange gains more than it loses. The last row sums up; its `method` is the budget."""
+        are free to choose no such exchange gains more than it loses. The last row sums up; its `method` is the budget, its
+        cycles are those of the plan's schedule, in which blocks overlap and wait."""
         cost = "bytes" if self.cost == "predicted_loss" else self.cost
         rows = []
         for row in self.chosen.to_dict("records"):
@@ -53,8 +60,9 @@ class Allocation:
             row |= {"takes": -saved[more.idxmax()], "for_gain": -lost[more.idxmax()]} if len(more) else {}
             rows.append(row)
         frame = pd.DataFrame(rows, columns=[*self.chosen.columns, "saves", "for_loss", "takes", "for_gain"])
-        total = {name: frame[name].sum() for name in ("bytes", "cycles", "excess_loss", "predicted_loss") if name in frame}
+        total = {name: frame[name].sum() for name in ("bytes", "load_cycles", "excess_loss", "predicted_loss") if name in frame}
         total |= {"block": "all", "method": f"{self.cost} of at most {self.budget:g}"}
+        total |= {} if self.step_cycles is None else {"cycles": self.step_cycles}
         return pd.concat([frame, pd.DataFrame([total])], ignore_index=True)[frame.columns]
 
 
@@ -76,12 +84,18 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
              array: ArraySpec | None = None, sensitive: list[str] | None = None) -> Allocation:
     """The choices of least predicted loss, summed over the blocks, within one budget.
 
-    The budget is one of: target_cr_disk; target_bytes, of all blocks; most_cycles, the sum of what each block takes alone on
-    the whole `array` (block_cycles), in a time step; or most_loss, predicted: then the bytes are what is least. table: as
-    sensitivity_table gives it, over any methods and widths; several seeds count by their mean. Blocks are taken to add up, in
-    loss, bytes and cycles. Within a block and a method a larger choice is never predicted worse than a smaller one (what
-    would be is measurement noise): it gets the largest loss measured at its size or above. The best sum is found by a dynamic
-    programme, exact up to a millionth of the budget. Of equal ones the cheaper is taken. signals: of the plan.
+    The budget is one of: target_cr_disk; target_bytes, of all blocks; most_cycles, of a time step on the `array`
+    (step_cycles); or most_loss, predicted: then the bytes are what is least. table: as sensitivity_table gives it, over any
+    methods and widths; several seeds count by their mean. Blocks are taken to add up, in loss and bytes. Within a block and a
+    method a larger choice is never predicted worse than a smaller one (what would be is measurement noise): it gets the
+    largest loss measured at its size or above. The best sum is found by a dynamic programme, exact up to a millionth of the
+    budget. Of equal ones the cheaper is taken. signals: of the plan.
+
+    Cycles do not add up, as blocks overlap, wait for each other and may be streamed. So the programme gives the plans of least
+    loss for every sum of the blocks' own cycles (block_cycles; once of those that multiply, once of those that load), and the
+    largest sum whose plan keeps the budget when it is scheduled is found by bisection; where none does, over each method family
+    alone. So the cycles are those of a schedule, but another plan within the budget may lose less. A plan that cannot be packed
+    counts as beyond it; ValueError for one that the array does not hold.
 
     sensitive: gates; then the rule of two classes (Wu 2026) instead: all blocks of these gates share one measured choice of
     TopK, all others one of BlockCirculant. ValueError for a table of other blocks, OutOfReach where nothing is within the
@@ -95,32 +109,48 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
                          + (" and ".join(asked) or "none"))
     if signals is None:
         raise ValueError("allocate needs the signals of the plan, as calibrate gives them")
-    if unknown := set(table["block"]) ^ set(known):
-        raise ValueError(f"allocate needs a table of every block of the model, these differ: {', '.join(sorted(unknown))}")
+    _check_table(table, known)
     ((name, value),) = asked.items()
     cost, budget = _budget(name, value, known, array)
     choices = _choices(model, table, array)
+
+    def planned(picked):
+        entries = {row.block: plan_block(weight(model, row.block), method_from_label(row.method), row.bits)
+                   for row in choices.loc[picked].itertuples()}
+        return Plan({block: entries[block] for block in known}, signals)
+
     options = _classes(choices, known, sensitive) if sensitive is not None else [
         [[row] for row in choices.index[choices["block"] == block]] for block in known]
-    sizes, losses = choices["bytes" if cost == "predicted_loss" else cost], choices["predicted_loss"]
-    groups = [tuple(np.array([values[rows].sum() for rows in group]) for values in (sizes, losses)) for group in options]
-    reach = sum(int(size.max()) for size, _ in groups) if cost == "predicted_loss" else int(budget)
-    unit = max(1, math.ceil(reach / MOST_UNITS))  # sizes are rounded up to it, so that the budget is kept
-    groups = [(-(-size // unit), loss) for size, loss in groups]
-    room = sum(int(size.max()) for size, _ in groups) if cost == "predicted_loss" else reach // unit
-    chosen = _least_loss(groups, room, budget if cost == "predicted_loss" else None)
-    if chosen is None:
-        limit = f"cr_disk {value}" if name == "target_cr_disk" else f"{name} {value:g}"
-        if cost == "predicted_loss":
-            raise OutOfReach(f"allocate cannot reach {limit}: the least is {sum(loss.min() for _, loss in groups):.4g}")
-        least = sum(int(size.min()) for size, _ in groups) * unit
-        raise OutOfReach(f"allocate cannot reach {limit}: the smallest choices take {least} {cost} of {int(budget)}")
-    picked = [row for group, n in zip(options, chosen, strict=True) for row in group[n]]
-    choices["chosen"] = choices.index.isin(picked)
-    plan = {row.block: plan_block(weight(model, row.block), method_from_label(row.method), row.bits)
-            for row in choices.loc[picked].itertuples()}
-    columns = ["block", "method", "bits", "bytes", *(["cycles"] if array else []), "excess_loss", "predicted_loss", "chosen"]
-    return Allocation(Plan({block: plan[block] for block in known}, signals), choices[columns], cost, budget)
+    def programme(sizes, options, most=None):
+        """(the least loss within each number of units of these sizes' sum, the rows that are chosen there)"""
+        groups = [tuple(np.array([values[rows].sum() for rows in group]) for values in (sizes, choices["predicted_loss"]))
+                  for group in options]
+        reach = sum(int(size.max()) for size, _ in groups) if most is None else most
+        unit = max(1, math.ceil(reach / MOST_UNITS))  # sizes are rounded up to it, so that a budget is kept
+        groups = [(-(-size // unit), loss) for size, loss in groups]
+        least, picks = _least_losses(groups, sum(int(size.max()) for size, _ in groups) if most is None else reach // unit)
+        return least, lambda place: [row for group, n in zip(options, _choice_at(groups, picks, int(place)), strict=True)
+                                     for row in group[n]]
+
+    if cost == "cycles":
+        alone = [] if sensitive is not None else _of_one_family(choices, known)
+        chosen = _within_cycles(choices, programme, lambda rows: _cycles_of(model, planned(rows), array), budget,
+                                [options, *alone])
+    else:
+        least, chosen_at = programme(choices["bytes"], options, int(budget) if cost == "bytes" else None)
+        within = np.flatnonzero(least <= budget) if cost == "predicted_loss" else np.flatnonzero(np.isfinite(least))[-1:]
+        if not within.size:
+            limit = f"cr_disk {value}" if name == "target_cr_disk" else f"{name} {value:g}"
+            if cost == "predicted_loss":
+                raise OutOfReach(f"allocate cannot reach {limit}: the least is {least.min():.4g}")
+            smallest = sum(min(choices["bytes"][rows].sum() for rows in group) for group in options)
+            raise OutOfReach(f"allocate cannot reach {limit}: the smallest choices take {smallest} bytes of {int(budget)}")
+        chosen = chosen_at(within[0])
+    choices["chosen"], plan = choices.index.isin(chosen), planned(chosen)
+    columns = ["block", "method", "bits", "bytes", *(["cycles", "load_cycles"] if array else []), "excess_loss",
+               "predicted_loss", "chosen"]
+    cycles = step_cycles(pack_within_reach(model, plan), array) if array else None
+    return Allocation(plan, choices[columns], cost, budget, cycles)
 
 
 def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, table: pd.DataFrame, target_cr_disk: float, *,
@@ -158,6 +188,17 @@ def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     return pd.DataFrame(rows).sort_values("valid_loss", kind="stable", ignore_index=True)
 
 
+def _check_table(table, known):
+    if missing := [column for column in MEASURED if column not in table]:
+        raise ValueError(f"allocate needs a table with the columns {', '.join(MEASURED)}, got none named {', '.join(missing)}")
+    if unknown := set(table["block"]) ^ set(known):
+        raise ValueError(f"allocate needs a table of every block of the model, these differ: {', '.join(sorted(unknown))}")
+    bad = table[~(table["excess_loss"] > -math.inf) | (table["bits"] % 1 != 0)]
+    for row in bad.head(1).to_dict("records"):
+        raise ValueError("allocate needs whole bits and an excess_loss that is a number (inf for a choice that is none), got "
+                         f"{row['excess_loss']} of {row['method']} in {row['bits']} bits for {row['block']}")
+
+
 def _budget(name, value, known, array) -> tuple[str, float]:
     """(column that is limited, its limit)"""
     if name == "target_cr_disk":
@@ -165,6 +206,8 @@ def _budget(name, value, known, array) -> tuple[str, float]:
         return "bytes", int(4 * dense_weights(known) / value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"allocate needs a number as {name}, got {value!r}")
+    if name != "most_loss" and value <= 0:
+        raise ValueError(f"allocate needs {name} above 0, got {value!r}")
     if name == "most_cycles" and array is None:
         raise ValueError("allocate needs the array whose most_cycles are given")
     return {"target_bytes": "bytes", "most_cycles": "cycles", "most_loss": "predicted_loss"}[name], value
@@ -172,21 +215,75 @@ def _budget(name, value, known, array) -> tuple[str, float]:
 
 def _choices(model, table, array):
     """One row per block and choice: mean excess loss of the seeds, bytes, cycles of an array, predicted loss."""
-    choices = table.groupby(["block", "method", "bits"], sort=False, as_index=False)["excess_loss"].mean()
+    choices = table.astype({"bits": int}).groupby(["block", "method", "bits"], sort=False, as_index=False)["excess_loss"].mean()
     full = [full_block(weight(model, row.block), method_from_label(row.method), row.bits) for row in choices.itertuples()]
     choices["bytes"] = [packed.storage_bits // 8 for packed in full]
     if array is not None:
-        choices["cycles"] = [block_cycles(packed, array) for packed in full]
+        choices[["cycles", "load_cycles"]] = [block_cycles(packed, array) for packed in full]
     choices = choices.sort_values("bytes", ascending=False, kind="stable")
     choices["predicted_loss"] = choices.groupby(["block", "method"])["excess_loss"].cummax()
     return choices.sort_index()
 
 
-def block_cycles(packed, array: ArraySpec) -> int:
-    """Cycles of a packed block alone on the whole array, without the loader: multiply-accumulates of the fullest PE, then the
-    drain of its rows. Blocks of a layer overlap, so a schedule takes fewer cycles than their sum."""
-    mapped = map_block(packed, array.rows, array.cols)
-    return int(mapped.macs.max() + mapped.local_rows.max()) + array.mac_latency + (array.cols - 1) * array.link_cycles
+def block_cycles(packed, array: ArraySpec) -> tuple[int, int]:
+    """What a packed block adds to a step of the whole array, alone: cycles of the multiply-accumulates in its fullest PE, and
+    of the loader where its weights are streamed. Of a circulant block's whole and split tiles the fewer of each, of a low-rank
+    one both products."""
+    region, cycles, bits = Region(0, 0, array.rows, array.cols), 0, 0
+    for form in stored_forms(packed):
+        both = [map_block(form, array.rows, array.cols, tile_unit(form, region, array.acc_depth, split))
+                for split in (False, True)]
+        cycles += array.mac_ii * min(int(mapped.macs.max()) for mapped in both)
+        bits += min(mapped.on_chip_bits for mapped in both)
+    return cycles, ceil_div(bits, array.load_bits_per_cycle)
+
+
+def step_cycles(packed: PackedModel, array: ArraySpec) -> float:
+    """Cycles of a time step in the steady state, the layers one after the other, each alone on the whole array."""
+    return sum(schedule.steady_state_cycles for schedule in schedule_layers(packed.layers, array, STEPS).values())
+
+
+def _cycles_of(model, plan, array):
+    try:
+        return step_cycles(pack_within_reach(model, plan), array)
+    except OutOfReach:
+        return math.inf
+
+
+def _within_cycles(choices, programme, cycles_of, most: float, tried) -> list:
+    """The rows of least predicted loss whose plan takes no more than `most` cycles, of the programme over the first of `tried`
+    (options of every block) or, where that has none, over any other. OutOfReach where none has."""
+    fewest = math.inf
+
+    def within(options):
+        """Of each of both sums the largest that keeps the budget, by bisection over those where the least loss falls."""
+        nonlocal fewest
+        for column in ("cycles", "load_cycles"):
+            least, chosen_at = programme(choices[column], options)
+            places = np.flatnonzero(least < np.concatenate([[np.inf], least[:-1]]))
+            low, high = 0, len(places) - 1
+            first, last = (cycles_of(chosen_at(places[n])) for n in (low, high))
+            fewest = min(fewest, first, last)
+            if last <= most:
+                yield chosen_at(places[high])
+            elif first <= most:
+                while high - low > 1:
+                    middle = (low + high) // 2
+                    low, high = (middle, high) if cycles_of(chosen_at(places[middle])) <= most else (low, middle)
+                yield chosen_at(places[low])
+
+    found = list(within(tried[0])) or [rows for options in tried[1:] for rows in within(options)]
+    if not found:
+        raise OutOfReach(f"allocate cannot reach most_cycles {most:g}: the fewest of the plans that it tried are {fewest:g}")
+    return min(found, key=lambda rows: choices["predicted_loss"][rows].sum())
+
+
+def _of_one_family(choices, known) -> list:
+    """For each method family that has choices for every block, these."""
+    of = choices["method"].str.split(" ").str[0]
+    rows = [[[[row] for row in choices.index[(choices["block"] == block) & (of == family)]] for block in known]
+            for family in of.unique()]
+    return [options for options in rows if all(options)]
 
 
 def _classes(choices, known, sensitive):
@@ -205,23 +302,28 @@ def _classes(choices, known, sensitive):
     return options
 
 
-def _least_loss(groups, budget: int, most_loss: float | None = None) -> list[int] | None:
-    """groups: per block (sizes, losses); the index of each block's choice, of least total loss within the budget, or None.
-    most_loss: of least total size instead, among those of no more total loss, within the budget too."""
-    best, picks = np.zeros(budget + 1), []  # best[b]: least loss of the blocks so far within b
+def _least_losses(groups, budget: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """groups: per block (sizes, losses). (budget + 1,) the least total loss within each budget, inf where nothing is, and per
+    block the choice that it takes there, of equal ones the smaller."""
+    best, picks = np.zeros(budget + 1), []  # of the blocks so far
     for sizes, losses in groups:
-        totals = np.full((len(sizes), budget + 1), np.inf)
-        for n, (size, loss) in enumerate(zip(sizes, losses, strict=True)):
-            if size <= budget:
-                totals[n, size:] = best[: budget + 1 - size] + loss
-        order = np.argsort(sizes, kind="stable")  # of equal losses the smaller choice
-        pick = order[totals[order].argmin(axis=0)]
-        best = totals[pick, np.arange(budget + 1)]
-        picks.append(pick.astype(np.int32))
-    within = np.flatnonzero(best <= most_loss) if most_loss is not None else np.flatnonzero(np.isfinite(best))[-1:]
-    if not within.size:
-        return None
-    place, chosen = int(within[0]), []
+        total, pick, lowest = np.full(budget + 1, np.inf), np.zeros(budget + 1, dtype=np.int32), np.inf
+        for n in np.lexsort((losses, sizes)):
+            size, loss = int(sizes[n]), losses[n]
+            if size > budget or loss >= lowest:  # a smaller choice loses no more
+                continue
+            lowest, with_it = loss, best[: budget + 1 - size] + loss
+            better = with_it < total[size:]
+            np.copyto(total[size:], with_it, where=better)
+            pick[size:][better] = n
+        best = total
+        picks.append(pick)
+    return best, picks
+
+
+def _choice_at(groups, picks, place: int) -> list[int]:
+    """The index of each block's choice within a budget of `place`."""
+    chosen = []
     for (sizes, _), pick in zip(reversed(groups), reversed(picks), strict=True):
         chosen.append(int(pick[place]))
         place -= int(sizes[chosen[-1]])

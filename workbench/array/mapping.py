@@ -499,14 +499,17 @@ def array_blocks(layer: PackedLayer, parts=None) -> dict[tuple[str, str], object
     stored = {}
     for part, gate in (p for p in layer.products if p[0] in (parts or PARTS)):
         block = layer.block(part, gate)
-        if isinstance(block, PackedLowRank):
-            stored[part, gate] = PackedDense(block.right, block.fmt)
-            stored[f"{part}.{gate}", gate] = PackedDense(block.left, block.fmt)
-        elif is_spectral(block):
-            stored[f"{part}.fft{block.block}", gate] = block
-        else:
-            stored[part, gate] = block
+        v, *u = stored_forms(block)
+        stored[f"{part}.fft{block.block}" if is_spectral(block) else part, gate] = v
+        stored |= {(f"{part}.{gate}", gate): form for form in u}
     return stored
+
+
+def stored_forms(block) -> list:
+    """What the array stores and multiplies for a packed block, one after the other: of a low-rank one V, then U."""
+    if isinstance(block, PackedLowRank):
+        return [PackedDense(block.right, block.fmt), PackedDense(block.left, block.fmt)]
+    return [block]
 
 
 def array_sums(layer: PackedLayer) -> dict[str, tuple[tuple[str, str], ...]]:
