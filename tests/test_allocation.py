@@ -220,6 +220,14 @@ def test_several_seeds_count_by_their_mean(model, signals):
     assert np.allclose(both.table["excess_loss"], one["excess_loss"] + 0.5)
 
 
+@pytest.mark.filterwarnings("ignore:.*(proj_size|LSTM with projections).*:UserWarning")
+def test_families_without_a_member_for_every_block_are_left_out_with_a_warning():
+    model = nn.LSTM(12, 64, proj_size=15)
+    with pytest.warns(UserWarning, match="leaves out BlockCirculant: no BlockCirculant of its ladder takes .*15x64"):
+        found = choices_to_measure(model, [BlockCirculant, TopK])
+    assert {type(method) for method in found} == {TopK}
+
+
 def test_messages(model, signals):
     table = measured(model, lambda *_: 0.0)
     with pytest.raises(OutOfReach, match="allocate cannot reach cr_disk 100: the smallest choices take .* bytes of 13"):

@@ -7,7 +7,7 @@ from workbench import budget
 from workbench.budget import OutOfReach, full_bits, largest_member, uniform_plan
 from workbench.constrain import Unpackable, pack
 from workbench.gates import blocks, weight
-from workbench.methods import METHODS, BlockCirculant, Dense, LowRank, TopK
+from workbench.methods import METHODS, BlockCirculant, BlockSparse, Dense, LowRank, Structured, TopK
 from workbench.plan import uniform
 from workbench.quantise import calibrate
 
@@ -136,6 +136,13 @@ def test_where_nothing_can_be_packed_it_says_why(model, signals, monkeypatch):
     with pytest.raises(OutOfReach, match="no uniform TopK of 2 to 8 bits meets cr_disk 8: the plan cannot be packed: layer "
                                          "l0: no multiplier"):
         uniform_plan(model, TopK, 6, 8, signals)
+
+
+@pytest.mark.parametrize("family", [BlockCirculant, Structured, BlockSparse])
+def test_where_no_power_of_two_divides_the_rows_that_is_the_reason(family):
+    model = torch.nn.LSTM(12, 75)
+    with pytest.raises(OutOfReach, match=rf"^no {family.__name__} of its ladder takes blocks of 75x12, 75x75$"):
+        uniform_plan(model, family, 6, 4, calibrate(model, [torch.randn(3, 2, 12)]))
 
 
 def test_signals_of_another_model_are_no_matter_of_size(model):

@@ -8,19 +8,21 @@ import pytest
 import scipy.stats
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 import workbench as wb
 from workbench.cheap import ALL, SCORES
 from workbench.gates import blocks
 from workbench.plan import pack_block, plan_block
+from workbench.sensitivity import sample_batch
 
 METHODS = [wb.TopK(0.25), wb.BlockCirculant(4)]
 
 
 def test_scores_by_hand():
     """A GRU of one unit whose W_ih is (4, 1) for each gate: keep one of two, so d = (0, -1). The inputs are (3, 3) and (4, 4):
-    root mean square sqrt(12.5). The losses are 2 (w01 + w11) and w01 + 4 w21 with w_i1 the second weight of gate i: gradients
-    of r 2 and 1, of z 2 and 0, of n 0 and 4; means 1.5, 1, 2; mean squares 2.5, 2, 8."""
+    root mean square sqrt(12.5). The losses are 2 (w01 + w11) and 4 w21 - w01 with w_i1 the second weight of gate i: gradients
+    of r 2 and -1, of z 2 and 0, of n 0 and 4; means 0.5, 1, 2; mean squares 2.5, 2, 8."""
     model = nn.GRU(2, 1, bias=False)
     with torch.no_grad():
         model.weight_ih_l0.copy_(torch.tensor([4.0, 1]))
@@ -29,12 +31,12 @@ def test_scores_by_hand():
     def losses(model):
         w = model.weight_ih_l0
         yield 2 * (w[0, 1] + w[1, 1]) + 0 * model.weight_hh_l0.sum()
-        yield w[0, 1] + 4 * w[2, 1] + 0 * model.weight_hh_l0.sum()
+        yield 4 * w[2, 1] - w[0, 1] + 0 * model.weight_hh_l0.sum()
 
     loop = wb.Loop(evaluate=None, batches=[torch.tensor([[[3.0, 3]], [[4, 4]]])], losses=losses)
     table = wb.cheap_sensitivity(model, loop, [wb.TopK(0.5)], bits=8).set_index("block")
     ih = table.loc[[f"weight_ih_l0.{gate}" for gate in "rzn"]]
-    assert ih["magnitude"].tolist() == [1, 1, 1] and ih["gradient"].tolist() == [1.5, 1, 2]
+    assert ih["magnitude"].tolist() == [1, 1, 1] and ih["gradient"].tolist() == [0.5, 1, 2]
     assert ih["fisher"].tolist() == [1.25, 1, 4] and ih["activation"].tolist() == pytest.approx([math.sqrt(12.5)] * 3)
     assert (table.loc[[f"weight_hh_l0.{gate}" for gate in "rzn"], list(SCORES)] == 0).all(axis=None)  # one of one is kept
     assert table["compression"].unique().tolist() == ["TopK 0.5 at 8 bits"]
@@ -45,23 +47,25 @@ def test_scores_by_hand():
 def test_scores_are_those_of_torch_s_own_gradients_and_outputs(form):
     torch.manual_seed(0)
     model = nn.Sequential(nn.LSTM(4, 8, **form))
-    x = torch.randn(6, 3, 4)
-    loop = wb.Loop(evaluate=None, batches=[x], losses=lambda model: iter([model(x)[0].square().sum()]))
+    batches = torch.randn(3, 6, 2, 4)
+    loop = wb.Loop(evaluate=None, batches=batches, losses=lambda model: (model(x)[0].square().sum() for x in batches))
     table = wb.cheap_sensitivity(model, loop, METHODS, bits=[4, 8])
     assert len(table) == 4 * len(blocks(model)) and (table[list(SCORES)] > 0).all(axis=None)
-    model(x)[0].square().sum().backward()
+    names = [name for name, _ in model[0].named_parameters()]
+    found = [torch.autograd.grad(model(x)[0].square().sum(), list(model.parameters())) for x in batches]
+    gradients = {name: torch.stack(each).double() for name, each in zip(names, zip(*found, strict=True), strict=True)}
     for row in table.itertuples():
         block = blocks(model)[row.block]
-        parameter = getattr(model[0], block.parameter)
-        w, gradient = (t[block.rows].detach().double() for t in (parameter, parameter.grad))
+        w = getattr(model[0], block.parameter)[block.rows].detach().double()
+        gradient = gradients[block.parameter][:, block.rows]  # (batches, out, in), of both signs
         entry = plan_block(w, wb.method_from_label(row.method), row.bits)
         d = torch.from_numpy(entry.format.dequantise(pack_block(w, entry).dense())) - w
-        assert row.gradient == pytest.approx((gradient * d).abs().sum().item(), rel=1e-6)
-        assert row.fisher == pytest.approx((gradient**2 * d**2).sum().item() / 2, rel=1e-6)
+        assert row.gradient == pytest.approx((gradient.mean(0) * d).abs().sum().item(), rel=1e-6)
+        assert row.fisher == pytest.approx(((gradient**2).mean(0) * d**2).sum().item() / 2, rel=1e-6)
         assert row.magnitude == pytest.approx((d**2).sum().item())
         if block.part == "hh" and not block.layer.reverse and block.layer.index == form.get("num_layers", 1) - 1:
-            h = model(x)[0][..., : w.shape[1]].detach().double()
-            assert row.activation == pytest.approx((d.abs() @ h.square().mean((0, 1)).sqrt()).sum().item(), rel=1e-5)
+            h = torch.stack([model(x)[0] for x in batches])[..., : w.shape[1]].detach().double()
+            assert row.activation == pytest.approx((d.abs() @ h.square().mean((0, 1, 2)).sqrt()).sum().item(), rel=1e-5)
 
 
 def test_a_task_gives_its_own_losses_and_everything_repeats(tiny_task, tiny_language_task):
@@ -79,9 +83,26 @@ def test_a_task_gives_its_own_losses_and_everything_repeats(tiny_task, tiny_lang
     assert (wb.cheap_sensitivity(words, tiny_language_task, METHODS, batches=2)["fisher"] > 0).all()
 
 
-def test_dropout_is_off(tiny_task):
+@pytest.mark.parametrize("own", [False, True], ids=["of a task", "of a loop"])
+def test_dropout_is_off(tiny_task, own):
     with_dropout, without = (wb.build_classifier(tiny_task, 8, seed=0, dropout=dropout) for dropout in (0.5, 0.0))
-    pd.testing.assert_frame_equal(*(wb.cheap_sensitivity(m, tiny_task, METHODS, batches=2) for m in (with_dropout, without)))
+    batch = sample_batch(tiny_task)
+    task = wb.Loop(None, [batch], losses=lambda model: [model(*batch).square().sum()]) if own else tiny_task
+    pd.testing.assert_frame_equal(*(wb.cheap_sensitivity(m, task, METHODS, batches=2) for m in (with_dropout, without)))
+    assert with_dropout.training and not torch.equal(with_dropout(*batch), without(*batch))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_padding_is_no_step(bidirectional):
+    """Packed sequences of different lengths have the activations that they have one by one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LSTM(3, 8, bidirectional=bidirectional))
+    sequences = [torch.randn(length, 3) for length in (2, 9, 4)]
+    together, one_by_one = (
+        wb.cheap_sensitivity(model, wb.Loop(None, batches, losses=lambda model: [model(sequences[1])[0].sum()]), METHODS)
+        for batches in ([pack_sequence(sequences, enforce_sorted=False)], sequences))  # fmt: skip
+    pd.testing.assert_frame_equal(together, one_by_one)
+    assert (together["activation"] > 0).all()
 
 
 def frames(seeds, truth, score, retrained=None):
@@ -140,6 +161,8 @@ def test_scores_are_ranked_against_a_measurement(tiny_task):
     ({"methods": [wb.BlockCirculant(3)]}, "block 0.weight_ih_l0.r at 8 bits: .* needs rows divisible by 3"),
     ({"task": wb.Loop(None, [torch.ones(2, 1, 3)])}, "needs a Loop with the function losses, got one without"),
     ({"task": wb.Loop(None, [torch.ones(2, 1, 3)], losses=lambda model: [])}, "needs at least one loss, got none"),
+    ({"task": wb.Loop(None, [torch.ones(2, 1, 3)], losses=lambda model: [model[0].bias_ih_l0.sum()])},
+     "needs losses that depend on every recurrent weight, got one that does not depend on weight_ih_l0 of '0'"),
 ])  # fmt: skip
 def test_messages(change, message):
     model = nn.Sequential(nn.GRU(3, 4))
@@ -147,3 +170,14 @@ def test_messages(change, message):
     arguments = {"task": loop, "methods": [wb.TopK(0.5)], "bits": 8} | change
     with pytest.raises(ValueError, match=message):
         wb.cheap_sensitivity(model, arguments.pop("task"), arguments.pop("methods"), **arguments)
+
+
+def test_frozen_layers_and_callers_without_gradients_are_measured_alike():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.GRU(3, 4)), torch.randn(2, 1, 3)
+    loop = wb.Loop(None, [x], losses=lambda model: [model(x)[0].square().sum()])
+    expected = wb.cheap_sensitivity(model, loop, [wb.TopK(0.5)], bits=8)
+    model.requires_grad_(False)
+    with torch.no_grad():
+        pd.testing.assert_frame_equal(wb.cheap_sensitivity(model, loop, [wb.TopK(0.5)], bits=8), expected)
+    assert not any(p.requires_grad for p in model.parameters())

@@ -1,5 +1,6 @@
 """Hidden units: what is left computes what the full model does with the removed units at zero; scores and sizes by hand."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -225,3 +226,10 @@ def test_a_head_that_shares_its_weights_is_refused():
     model.head.weight = model.words.weight
     with pytest.raises(ValueError, match="needs weights of one module each, and 'head' shares its weight with 'words'"):
         wb.remove_units(model, 3, HEADS)
+
+
+@pytest.mark.parametrize("units", [np.array([1, 4, 5]), torch.tensor([5, 1, 4]), [np.int64(1), 4, torch.tensor(5)]], ids=repr)
+def test_units_may_be_numbers_of_numpy_and_torch(units):
+    x, model = torch.randn(4, 2, 3).double(), tagger("LSTM")
+    found, expected = (wb.remove_units(model, {"rnn.l0": kept}, HEADS) for kept in (units, [1, 4, 5]))
+    assert torch.equal(found(x), expected(x))

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from workbench.array.mapping import Region, map_block, stored_forms, tile_unit
 from workbench.array.schedule import schedule_layers
 from workbench.array.spec import ArraySpec, ceil_div
-from workbench.budget import OutOfReach, check_target, full_block, pack_within_reach, strongest_member, uniform_plan
+from workbench.budget import OutOfReach, check_target, full_block, ladder, pack_within_reach, strongest_member, uniform_plan
 from workbench.gates import blocks, dense_weights, weight, weights
 from workbench.methods import METHODS, Method, method_from_label
 from workbench.packed import PackedModel
@@ -68,11 +69,16 @@ class Allocation:
 
 def choices_to_measure(model: torch.nn.Module, families=None) -> list[Method]:
     """Members of each family that store about 1/2, 1/4, ... 1/64 of the weights: what sensitivity_table may measure for an
-    allocation at any ratio. families: of METHODS, all by default."""
+    allocation at any ratio. families: of METHODS, all by default; one without a member for every block, as where a power of two
+    divides no rows, is left out with a warning."""
     ws = list(weights(model).values())
     found = {}
     for family in METHODS.values() if families is None else families:
-        members = family.ladder([tuple(w.shape) for w in ws])
+        try:
+            members = ladder(ws, family)
+        except OutOfReach as error:
+            warnings.warn(f"choices_to_measure leaves out {family.__name__}: {error}", stacklevel=2)
+            continue
         for share in SHARES:
             if (member := strongest_member(members, ws, share)) is not None:
                 found[member] = None

@@ -56,18 +56,29 @@ def strongest_member(members: list[Method], weights: list[torch.Tensor], share: 
     return members[found - 1] if found else None
 
 
+def ladder(weights: list[torch.Tensor], family: type[Method]) -> list[Method]:
+    """The members of a family that these blocks can take, from the most stored values to the fewest; OutOfReach where there is
+    none, as of a circulant family where no power of two divides the rows of every block."""
+    if not (members := family.ladder([tuple(w.shape) for w in weights])):
+        raise OutOfReach(f"no {family.__name__} of its ladder takes blocks of {_shapes(weights)}")
+    return members
+
+
+def _shapes(weights):
+    return ", ".join(dict.fromkeys(f"{w.shape[0]}x{w.shape[1]}" for w in weights))
+
+
 def largest_member(weights: list[torch.Tensor], family: type[Method], bits: int, budget_bits: float) -> tuple[Method, int]:
     """The member of the family's ladder of most stored values that fits all these blocks into budget_bits, and the bits
     that they take. OutOfReach when none fits."""
-    members = family.ladder([tuple(w.shape) for w in weights])
+    members = ladder(weights, family)
 
     def size(method):
         return sum(full_bits(w, method, bits) for w in weights)
 
     first = bisect_left(members, -budget_bits, key=lambda method: -size(method))  # sizes fall along the ladder
     if first == len(members):
-        shapes = ", ".join(dict.fromkeys(f"{w.shape[0]}x{w.shape[1]}" for w in weights))
-        raise OutOfReach(f"no {family.__name__} of {bits} bits on blocks of {shapes} fits {budget_bits:.0f} bits")
+        raise OutOfReach(f"no {family.__name__} of {bits} bits on blocks of {_shapes(weights)} fits {budget_bits:.0f} bits")
     return members[first], size(members[first])
 
 
@@ -94,6 +105,7 @@ def first_uniform(model: torch.nn.Module, family: type[Method], bits: int, targe
     check_bits(bits)
     weights = [weight(model, name) for name in blocks(model)]
     budget_bits = 32 * dense_weights(blocks(model)) / target_cr_disk
+    ladder(weights, family)  # if it is empty that is the reason, whatever the width
     refusals = []
     for method, width in _by_preference(weights, family, bits, budget_bits):
         try:

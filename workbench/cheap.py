@@ -65,12 +65,19 @@ def _gradients(model, task, count, seed):
     """Block -> mean gradient of the losses, block -> mean of its squares, (out, in) float64."""
     known, rnn = blocks(model), rnns(model)
     wanted = {(block.rnn, block.parameter): getattr(rnn[block.rnn], block.parameter) for block in known.values()}
+    for parameter in wanted.values():
+        parameter.requires_grad_()  # of a frozen layer too
     sums, squares, seen = dict.fromkeys(wanted, 0.0), dict.fromkeys(wanted, 0.0), 0
-    for loss in itertools.islice(_losses(model, task, count, seed), count):
-        found = torch.autograd.grad(loss, list(wanted.values()))
-        for key, gradient in zip(wanted, found, strict=True):
-            sums[key], squares[key] = sums[key] + gradient.double(), squares[key] + gradient.double().square()
-        seen += 1
+    with torch.enable_grad():
+        for loss in itertools.islice(_losses(model, task, count, seed), count):
+            found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+            for (path, name), gradient in zip(wanted, found, strict=True):
+                if gradient is None:
+                    raise ValueError("cheap_sensitivity needs losses that depend on every recurrent weight, got one that does "
+                                     f"not depend on {name} of {path!r}")
+                sums[path, name] += gradient.double()
+                squares[path, name] += gradient.double().square()
+            seen += 1
     if not seen:
         raise ValueError("cheap_sensitivity needs at least one loss, got none")
     return ({name: totals[block.rnn, block.parameter][block.rows] / seen for name, block in known.items()}

@@ -8,6 +8,7 @@ W_hr or else the next layer's W_ih, and what reads the output. A transform of th
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -185,7 +186,7 @@ def _kept(model, keep, takers) -> dict[str, torch.Tensor]:
 
 
 def _units(name, hidden_size, units):
-    units = list(units)
+    units = [u.item() if isinstance(u, np.integer | torch.Tensor) else u for u in units]
     wrong = [u for u in units if isinstance(u, bool) or not isinstance(u, int) or not 0 <= u < hidden_size]
     if wrong or not units or len(set(units)) != len(units):
         raise ValueError(f"remove_units needs different units of {name} from 0 to {hidden_size - 1}, at least one, got "
