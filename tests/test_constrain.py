@@ -339,6 +339,17 @@ def test_without_gradients_recurrent_weights_stay_parameters(model, plan, x):
     made(x).sum().backward()
 
 
+@pytest.mark.parametrize("verb", [bake, lambda model: compress(model, mixed_plan(model))], ids=["bake", "compress"])
+def test_inside_cached_a_constrained_model_is_not_copied(model, plan, verb):
+    """It would leave weights without gradients for the next forward there."""
+    compressed = compress(model, plan)
+    with parametrize.cached():
+        verb(model)
+        with pytest.raises(ValueError, match=r"cannot be copied inside torch\.nn\.utils\.parametrize\.cached\(\)"):
+            verb(compressed)
+    verb(compressed)
+
+
 def test_a_frozen_layer_stays_frozen_and_its_weights_parameters(model, plan, x):
     model.body["rnn"].requires_grad_(False)
     baked = bake(compress(model, plan))

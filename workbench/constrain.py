@@ -73,6 +73,9 @@ def bake(model: nn.Module) -> nn.Module:
     Low-rank blocks keep their factors beside them (trained_factors), which a state_dict loses.
     """
     constrained = [rnn for rnn in rnns(model).values() if _parametrized(rnn)]
+    if constrained and parametrize._cache_enabled:
+        raise ValueError("a constrained model cannot be copied inside torch.nn.utils.parametrize.cached(), which keeps weights "
+                         "with or without their gradients: do it outside")
     for rnn in constrained:
         with torch.no_grad():
             rnn._init_flat_weights()  # after a training forward it holds non-leaf tensors, which deepcopy refuses

@@ -61,7 +61,8 @@ class RetrainingSchedule:
 
     def step(self, progress: float, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Be where the schedule is at `progress`, from 0 at the start of the training to 1 at its end. True where the
-        recurrent weights have new parameters: without an optimizer here the caller must make his anew."""
+        recurrent weights have new parameters: without an optimizer here the caller must make his anew. Not inside
+        torch.nn.utils.parametrize.cached(), which keeps the weights of the forward before."""
         if not 0 <= progress <= 1:
             raise ValueError(f"a retraining schedule needs a progress in [0, 1], got {progress}")
         stage = bisect_right([start for start, _ in self.stages], progress) - 1
