@@ -12,6 +12,7 @@ from conftest import REPOSITORY
 import workbench as wb
 
 PAGE = (REPOSITORY / "docs" / "adding_a_method.md").read_text()
+METHODS = set(wb.METHODS)  # before the page has added its own
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +43,24 @@ def test_its_method_keeps_the_contract(page, n, m, shape):
     method = page[0]["NofM"](n, m)
     for check in (
         test_methods.test_project_is_idempotent_and_leaves_its_input, test_methods.test_nothing_in_the_set_is_nearer,
+        test_methods.test_zero_weights_are_stored_like_any,
         test_methods.test_pack_holds_the_quantised_projection, test_methods.test_json_round_trip,
         test_methods.test_constrained_weights_are_the_quantised_projection, test_methods.test_the_constrained_set_is_trained_in,
         test_methods.test_the_gradient_is_that_of_the_expansion, test_methods.test_float32_training_shows_the_same_grid,
     ):
         check(method, shape)
+
+
+def test_the_page_lists_the_places_that_name_every_method():
+    """All of them, apart from tests, which may use every method without listing them, and a study that chooses its own."""
+    places = re.findall(r"^\d\. `(.+?)`: ", PAGE, re.MULTILINE)
+    files = {place for pattern in ("README.md", "benchmarks/*.py", "notebooks/*.ipynb", "tests/*.py", "workbench/**/*.py")
+             for place in REPOSITORY.glob(pattern)}
+    known = {str(path.relative_to(REPOSITORY)): set(re.findall(r"\w+", path.read_text())) for path in files}
+    assert [(place, METHODS - known[place]) for place in places if not known[place] >= METHODS] == []
+    listing = {place for place, words in known.items() if words >= METHODS and not place.startswith("tests/")}
+    assert listing - {"workbench/acceleration.py"} <= set(places)
+    assert len(places) == 7 and "seven places" in PAGE
 
 
 def test_its_ladder_falls(page):

@@ -254,6 +254,44 @@ def test_fit_follows_a_schedule_and_resumes_within_it(tiny_task, tmp_path, name)
         wb.fit(other.model, tiny_task, seed=1, epochs=4, retraining=other, progress=False, teacher=dense, checkpoint=path)
 
 
+class Contrary(nn.Module):
+    """A teacher that says the opposite of the labels: what lies above 0 on average goes down."""
+
+    def forward(self, x, lengths):
+        above = 4 * x.sum((1, 2)) / lengths
+        return torch.stack([above, -above], 1)
+
+
+@every
+def test_a_teacher_is_followed_under_every_schedule(tiny_task, make):
+    """At weight 1 the labels do not matter, at weight 0 the teacher does not."""
+    dense = wb.build_classifier(tiny_task, 16, seed=0, cell="GRU")
+    methods = {"n": wb.TopK(0.25), "r": wb.BlockCirculant(8), "z": wb.Structured(4)}
+    plan = Plan({name: plan_block(weight(dense, name), methods[block.gate], 8) for name, block in blocks(dense).items()},
+                wb.calibrate(dense, [(torch.randn(2, 4, 3), torch.tensor([4, 4]))]))
+    train = tiny_task.splits["train"]
+    swapped = replace(tiny_task, splits=tiny_task.splits | {"train": replace(train, labels=1 - train.labels)})
+
+    def trained(task, **settings):
+        schedule = make(dense, plan)
+        wb.fit(schedule.model, task, seed=1, epochs=8, lr=2e-2, select_after=0.9, retraining=schedule, progress=False,
+               **settings)
+        assert wb.pack(schedule.model, plan).cr_disk > 5
+        return schedule.model
+
+    def same(one, other):
+        return all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+    def accuracy(model):
+        return wb.evaluate(model, tiny_task, "train").accuracy
+
+    taught, ignoring, mixed = (trained(tiny_task, teacher=Contrary(), distillation_weight=share) for share in (1.0, 0.0, 0.5))
+    assert same(taught, trained(swapped, teacher=Contrary(), distillation_weight=1.0))
+    assert same(ignoring, trained(tiny_task)) and not same(ignoring, trained(swapped))
+    assert accuracy(taught) < 20 and accuracy(ignoring) > 80
+    assert not same(mixed, taught) and not same(mixed, ignoring)
+
+
 def test_fit_refuses_schedules_that_do_not_fit(tiny_task):
     dense = wb.build_classifier(tiny_task, 16, seed=0)
     signals = wb.calibrate(dense, [(torch.randn(2, 4, 3), torch.tensor([4, 4]))])
