@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from workbench.allocation import _choice_at, _least_losses, allocate, block_cycles, choices_to_measure, step_cycles
+from workbench import allocation
+from workbench.allocation import _choice_at, _least_losses, allocate, choices_to_measure, cycles_alone, cycles_in_turn
 from workbench.array import preset, schedule_layer
 from workbench.budget import OutOfReach, full_block
 from workbench.constrain import pack
+from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, dense_weights
 from workbench.methods import METHODS, BlockCirculant, Dense, LowRank, TopK
 from workbench.quantise import calibrate
@@ -82,8 +84,8 @@ def test_cycles_of_a_block_by_hand():
     assert (array.rows, array.cols, array.mac_ii) == (4, 4, 1)
     for shape, method, cycles in (((8, 6), Dense(), (4, 6)), ((8, 8), BlockCirculant(2), (4, 4)),
                                   ((8, 8), BlockCirculant(8), (4, 1)), ((8, 6), LowRank(2), (2 + 2, 4))):
-        assert block_cycles(full_block(torch.ones(shape), method, 8), array) == cycles, method
-    assert block_cycles(full_block(torch.ones(8, 6), Dense(), 2), array.with_(mac_ii=3)) == (3 * 4, 2)
+        assert cycles_alone(full_block(torch.ones(shape), method, 8), array) == cycles, method
+    assert cycles_alone(full_block(torch.ones(8, 6), Dense(), 2), array.with_(mac_ii=3)) == (3 * 4, 2)
 
 
 @pytest.mark.parametrize("methods", [("Dense", "TopK 0.5", "TopK 0.125"), ("Dense", "LowRank 1", "BlockCirculant 4")])
@@ -101,19 +103,65 @@ def test_a_cycle_budget_is_kept_by_the_schedule_and_used(model, signals, array, 
     alone = {method: allocate(model, table[table["method"] == method], target_bytes=10**6, signals=signals, array=array)
              for method in methods}
     cycles = {method: scheduled(found) for method, found in alone.items()}
-    assert {method: found.step_cycles for method, found in alone.items()} == cycles
-    assert step_cycles(pack(model, alone["Dense"].plan), array) == cycles["Dense"]
+    assert {method: found.scheduled_cycles for method, found in alone.items()} == cycles
+    assert cycles_in_turn(pack(model, alone["Dense"].plan), array) == cycles["Dense"]
     assert alone["Dense"].explain()["cycles"].iloc[-1] == cycles["Dense"]
     most, least = max(cycles.values()), min(cycles.values())
     free = allocate(model, table, signals=signals, most_cycles=most, array=array)
     assert free.chosen["method"].eq("Dense").all() or cycles["Dense"] > most
     for budget in np.linspace(least, most, 5)[1:-1]:
         found = allocate(model, table, signals=signals, most_cycles=budget, array=array)
-        assert scheduled(found) == found.step_cycles <= budget and (found.cost, found.budget) == ("cycles", budget)
+        assert scheduled(found) == found.scheduled_cycles <= budget and (found.cost, found.budget) == ("cycles", budget)
         within = [alone[method].chosen["predicted_loss"].sum() for method in methods if cycles[method] <= budget]
         assert found.chosen["predicted_loss"].sum() <= min(within)
     with pytest.raises(OutOfReach, match=r"cannot reach most_cycles 1: the fewest of the plans that it tried are [\d.]+$"):
         allocate(model, table, signals=signals, most_cycles=1, array=array)
+
+
+def test_what_the_array_does_not_hold_is_beyond_the_budget(model, signals):
+    array = preset("group4x4").with_(word_bits=8)
+    signals = {layer: {name: QFormat(8, 6, fmt.signed) for name, fmt in of.items()} for layer, of in signals.items()}
+    table = measured(model, lambda name, method, bits: 2.0**-bits, ["Dense"], (8, 12))
+    found = allocate(model, table, signals=signals, most_cycles=10**6, array=array)
+    assert found.chosen["bits"].eq(8).all() and found.scheduled_cycles < 10**6
+    shown = allocate(model, table, signals=signals, target_bytes=10**6, array=array)
+    assert shown.chosen["bits"].eq(12).all() and shown.scheduled_cycles == np.inf
+    with pytest.raises(OutOfReach, match=r"cannot reach most_cycles 1e\+06: the array has words of 8 bits"):
+        allocate(model, table[table["bits"] == 12], signals=signals, most_cycles=10**6, array=array)
+
+
+@pytest.mark.parametrize("budget", [{"target_bytes": 10**6}, {"most_loss": 10**6},
+                                    {"most_cycles": 10**6, "array": preset("group4x4")}], ids=str)
+def test_a_choice_of_infinite_loss_is_none(model, signals, budget):
+    def loss(name, method, bits):
+        return np.inf if method == "Dense" and (bits == 8 or name.endswith("hh_l0.n")) else 1.0
+
+    table = measured(model, loss)
+    found = allocate(model, table, signals=signals, **budget)
+    assert found.chosen["predicted_loss"].tolist() == [1.0] * 6
+    dense = found.table[found.table["method"] == "Dense"].set_index(["block", "bits"])["predicted_loss"]
+    assert dense["0.weight_ih_l0.r", 8] == np.inf and dense["0.weight_ih_l0.r", 4] == 1
+    with pytest.raises(ValueError, match="a choice of finite loss for every block, got none for 0.weight_hh_l0.n"):
+        allocate(model, table[table["method"] == "Dense"], signals=signals, **budget)
+
+
+def test_of_equal_losses_the_fewest_bytes_and_a_budget_that_is_just_reached(model, signals, monkeypatch):
+    """Both blocks may go down for the same loss, one saves more."""
+    table = measured(model, lambda name, method, bits: {2: 0.5, 4: 0.25, 8: 0.0}[bits], ["Dense"])
+    sizes = allocate(model, table, signals=signals, target_bytes=10**6).table.pivot(index="block", columns="bits")["bytes"]
+    budget = int(sizes[4].sum())
+    found = allocate(model, table, signals=signals, target_bytes=budget)
+    losses = {2: 0.5, 4: 0.25, 8: 0.0}
+    best = min((sum(losses[b] for b in widths), sum(sizes.loc[name, b] for name, b in zip(sizes.index, widths, strict=True)))
+               for widths in itertools.product(losses, repeat=6)
+               if sum(sizes.loc[name, b] for name, b in zip(sizes.index, widths, strict=True)) <= budget)
+    assert (found.chosen["predicted_loss"].sum(), found.chosen["bytes"].sum()) == best
+    monkeypatch.setattr(allocation, "MOST_UNITS", 7)
+    least = int(sizes[2].sum())
+    assert allocate(model, table, signals=signals, target_bytes=least).chosen["bytes"].sum() == least
+    coarse = allocate(model, table, signals=signals, target_bytes=budget)
+    assert best[0] <= coarse.chosen["predicted_loss"].sum() <= 3 and coarse.chosen["bytes"].sum() <= budget
+    assert allocate(model, table, signals=signals, target_bytes=10**6).chosen["bits"].eq(8).all()
 
 
 def test_a_feasible_cycle_budget_of_a_circulant_plan_is_taken():
@@ -122,7 +170,7 @@ def test_a_feasible_cycle_budget_of_a_circulant_plan_is_taken():
     signals = calibrate(model, [torch.randn(5, 4, 12)])
     table = pd.DataFrame({"block": list(blocks(model)), "method": "BlockCirculant 8", "bits": 8, "excess_loss": 0.0})
     found = allocate(model, table, signals=signals, most_cycles=200, array=array)
-    assert found.step_cycles == schedule_layer(pack(model, found.plan).layers["l0"], array, 100).steady_state_cycles < 200
+    assert found.scheduled_cycles == schedule_layer(pack(model, found.plan).layers["l0"], array, 100).steady_state_cycles < 200
 
 
 def test_the_rule_of_two_classes_is_the_best_of_its_pairs(model, signals):

@@ -161,6 +161,8 @@ def test_scores_are_ranked_against_a_measurement(tiny_task):
     ({"methods": [wb.BlockCirculant(3)]}, "block 0.weight_ih_l0.r at 8 bits: .* needs rows divisible by 3"),
     ({"task": wb.Loop(None, [torch.ones(2, 1, 3)])}, "needs a Loop with the function losses, got one without"),
     ({"task": wb.Loop(None, [torch.ones(2, 1, 3)], losses=lambda model: [])}, "needs at least one loss, got none"),
+    ({"task": wb.Loop(None, [torch.ones(2, 1, 3)], losses=lambda model: [torch.ones(())])},
+     "needs losses that depend on every recurrent weight, got one that does not depend on weight_ih_l0 of '0'"),
     ({"task": wb.Loop(None, [torch.ones(2, 1, 3)], losses=lambda model: [model[0].bias_ih_l0.sum()])},
      "needs losses that depend on every recurrent weight, got one that does not depend on weight_ih_l0 of '0'"),
 ])  # fmt: skip

@@ -307,6 +307,16 @@ def test_fit_refuses_schedules_that_do_not_fit(tiny_task):
         wb.fit(late.model, tiny_task, seed=0, retraining=late)
 
 
+def test_a_stage_is_not_entered_inside_cached(model):
+    """It would set the weights back to those of the forward before."""
+    schedule = wb.gradual(model, hybrid(model), stages=4, until=0.5)
+    with parametrize.cached():
+        loss_of(schedule.model)
+        with pytest.raises(ValueError, match="cannot be copied or constrained anew inside torch.nn.utils"):
+            schedule.step(0.3)
+    assert schedule.step(0.3)
+
+
 def test_a_step_without_gradients_leaves_every_weight_trainable(model):
     schedule = wb.gradual(model, hybrid(model), stages=4, until=0.5)
     names = [name for name, _ in schedule.model.named_parameters()]
@@ -335,7 +345,7 @@ def test_a_step_without_gradients_leaves_every_weight_trainable(model):
     (lambda m, p: wb.one_shot(m, p).step(1.5), r"needs a progress in \[0, 1\], got 1.5"),
     (lambda m, p: wb.gradual(m, p).step(0.5, torch.optim.SGD(m.parameters(), 1)),
      "needs an optimizer of its model's parameters, got one that holds none of the recurrent weights"),
-    (lambda m, p: (late := wb.gradual(m, p)).step(0.5, torch.optim.LBFGS(late.model.parameters())),
+    (lambda m, p: (late := wb.gradual(m, p)).step(0, torch.optim.LBFGS(late.model.parameters())),
      "cannot exchange parameters inside LBFGS, which keeps lists of its own: call step without it, and make it anew"),
 ])  # fmt: skip
 def test_messages(model, make, message):

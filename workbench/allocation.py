@@ -1,5 +1,6 @@
 """Budget allocation: a method and a width for every block, by measured sensitivity, within bytes, a loss or cycles."""
 
+import functools
 import math
 import numbers
 import warnings
@@ -13,7 +14,7 @@ from workbench.array.mapping import Region, map_block, stored_forms, tile_unit
 from workbench.array.schedule import schedule_layers
 from workbench.array.spec import ArraySpec, ceil_div
 from workbench.budget import OutOfReach, check_target, full_block, ladder, pack_within_reach, strongest_member, uniform_plan
-from workbench.gates import blocks, dense_weights, weight, weights
+from workbench.gates import blocks, dense_weights, weights
 from workbench.methods import METHODS, Method, method_from_label
 from workbench.packed import PackedModel
 from workbench.plan import Plan, plan_block
@@ -30,15 +31,16 @@ SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)  # of the weights that a 
 @dataclass(frozen=True)
 class Allocation:
     """plan: what was chosen. table: one row per block and measured choice, with the columns block, method, bits (of a weight),
-    bytes (with every kept weight non-zero), cycles and load_cycles (block_cycles, where an array was given), excess_loss (as
+    bytes (with every kept weight non-zero), cycles and load_cycles (cycles_alone, where an array was given), excess_loss (as
     measured), predicted_loss (what the choice was made by), chosen. budget: what there was of `cost`, "bytes", "cycles" or
-    "predicted_loss". step_cycles: of the plan on the array, where one was given (see step_cycles)."""
+    "predicted_loss". scheduled_cycles: of a time step of the plan on the array (cycles_in_turn), where one was given; inf where
+    the plan cannot be packed or the array does not hold it."""
 
     plan: Plan
     table: pd.DataFrame
     cost: str
     budget: float
-    step_cycles: float | None = None
+    scheduled_cycles: float | None = None
 
     @property
     def chosen(self) -> pd.DataFrame:
@@ -49,8 +51,8 @@ class Allocation:
         """The choice, for the eye: the chosen row of every block, beside it the alternative of least loss per unit of the cost
         that it saves (saves, for_loss) and that of most gain per unit that it takes more (takes, for_gain). To check: what an
         alternative takes more must come from what is left of the budget and from what another block saves, and where blocks
-        are free to choose no such exchange gains more than it loses. The last row sums up; its `method` is the budget, its
-        cycles are those of the plan's schedule, in which blocks overlap and wait."""
+        are free to choose no such exchange gains more than it loses; but for a budget of cycles, which do not add up. The last
+        row sums up; its `method` is the budget, its cycles are those of the plan's schedule, in which blocks overlap and wait."""
         cost = "bytes" if self.cost == "predicted_loss" else self.cost
         rows = []
         for row in self.chosen.to_dict("records"):
@@ -63,7 +65,7 @@ class Allocation:
         frame = pd.DataFrame(rows, columns=[*self.chosen.columns, "saves", "for_loss", "takes", "for_gain"])
         total = {name: frame[name].sum() for name in ("bytes", "load_cycles", "excess_loss", "predicted_loss") if name in frame}
         total |= {"block": "all", "method": f"{self.cost} of at most {self.budget:g}"}
-        total |= {} if self.step_cycles is None else {"cycles": self.step_cycles}
+        total |= {} if self.scheduled_cycles is None else {"cycles": self.scheduled_cycles}
         return pd.concat([frame, pd.DataFrame([total])], ignore_index=True)[frame.columns]
 
 
@@ -91,17 +93,18 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
     """The choices of least predicted loss, summed over the blocks, within one budget.
 
     The budget is one of: target_cr_disk; target_bytes, of all blocks; most_cycles, of a time step on the `array`
-    (step_cycles); or most_loss, predicted: then the bytes are what is least. table: as sensitivity_table gives it, over any
+    (cycles_in_turn); or most_loss, predicted: then the bytes are what is least. table: as sensitivity_table gives it, over any
     methods and widths; several seeds count by their mean. Blocks are taken to add up, in loss and bytes. Within a block and a
     method a larger choice is never predicted worse than a smaller one (what would be is measurement noise): it gets the
     largest loss measured at its size or above. The best sum is found by a dynamic programme, exact up to a millionth of the
     budget. Of equal ones the cheaper is taken. signals: of the plan.
 
     Cycles do not add up, as blocks overlap, wait for each other and may be streamed. So the programme gives the plans of least
-    loss for every sum of the blocks' own cycles (block_cycles; once of those that multiply, once of those that load), and the
+    loss for every sum of the blocks' own cycles (cycles_alone; once of those that multiply, once of those that load), and the
     largest sum whose plan keeps the budget when it is scheduled is found by bisection; where none does, over each method family
-    alone. So the cycles are those of a schedule, but another plan within the budget may lose less. A plan that cannot be packed
-    counts as beyond it; ValueError for one that the array does not hold.
+    alone. So the cycles are those of a schedule, but another plan within the budget may lose less, and they are of the weights
+    as they are: in few bits, retraining can move kept weights away from 0, which then take cycles too. A plan that cannot be
+    packed, or that the array does not hold, counts as beyond the budget.
 
     sensitive: gates; then the rule of two classes (Wu 2026) instead: all blocks of these gates share one measured choice of
     TopK, all others one of BlockCirculant. ValueError for a table of other blocks, OutOfReach where nothing is within the
@@ -118,33 +121,35 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
     _check_table(table, known)
     ((name, value),) = asked.items()
     cost, budget = _budget(name, value, known, array)
-    choices = _choices(model, table, array)
+    ws = weights(model)
+    choices = _choices(ws, table, array)
+    usable = choices[np.isfinite(choices["predicted_loss"])]
+    options = _of_every_block(usable, known) if sensitive is None else _classes(usable, known, sensitive)
+    refusals = []
 
-    def planned(picked):
-        entries = {row.block: plan_block(weight(model, row.block), method_from_label(row.method), row.bits)
-                   for row in choices.loc[picked].itertuples()}
+    def planned(rows):
+        entries = {row.block: plan_block(ws[row.block], method_from_label(row.method), row.bits)
+                   for row in choices.loc[list(rows)].itertuples()}
         return Plan({block: entries[block] for block in known}, signals)
 
-    options = _classes(choices, known, sensitive) if sensitive is not None else [
-        [[row] for row in choices.index[choices["block"] == block]] for block in known]
-    def programme(sizes, options, most=None):
-        """(the least loss within each number of units of these sizes' sum, the rows that are chosen there)"""
-        groups = [tuple(np.array([values[rows].sum() for rows in group]) for values in (sizes, choices["predicted_loss"]))
-                  for group in options]
-        reach = sum(int(size.max()) for size, _ in groups) if most is None else most
-        unit = max(1, math.ceil(reach / MOST_UNITS))  # sizes are rounded up to it, so that a budget is kept
-        groups = [(-(-size // unit), loss) for size, loss in groups]
-        least, picks = _least_losses(groups, sum(int(size.max()) for size, _ in groups) if most is None else reach // unit)
-        return least, lambda place: [row for group, n in zip(options, _choice_at(groups, picks, int(place)), strict=True)
-                                     for row in group[n]]
+    @functools.cache
+    def cycles_of(rows):
+        """inf for a plan that cannot be packed, or that the array does not hold."""
+        try:
+            return cycles_in_turn(pack_within_reach(model, planned(rows)), array)
+        except ValueError as error:
+            refusals.append(str(error))
+            return math.inf
 
     if cost == "cycles":
-        alone = [] if sensitive is not None else _of_one_family(choices, known)
-        chosen = _within_cycles(choices, programme, lambda rows: _cycles_of(model, planned(rows), array), budget,
-                                [options, *alone])
+        families = [usable[family(usable["method"]) == name] for name in family(usable["method"]).unique()]
+        alone = [of for rows in families if all(of := _of_every_block(rows, known))] if sensitive is None else []
+        chosen = _within_cycles(choices, [options, *alone], cycles_of, budget, refusals)
     else:
-        least, chosen_at = programme(choices["bytes"], options, int(budget) if cost == "bytes" else None)
-        within = np.flatnonzero(least <= budget) if cost == "predicted_loss" else np.flatnonzero(np.isfinite(least))[-1:]
+        least, chosen_at = _programme(choices["bytes"], choices["predicted_loss"], options,
+                                      int(budget) if cost == "bytes" else None)
+        # Of equal losses the fewest bytes.
+        within = np.flatnonzero((least <= (budget if cost == "predicted_loss" else least[-1])) & np.isfinite(least))
         if not within.size:
             limit = f"cr_disk {value}" if name == "target_cr_disk" else f"{name} {value:g}"
             if cost == "predicted_loss":
@@ -152,11 +157,10 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
             smallest = sum(min(choices["bytes"][rows].sum() for rows in group) for group in options)
             raise OutOfReach(f"allocate cannot reach {limit}: the smallest choices take {smallest} bytes of {int(budget)}")
         chosen = chosen_at(within[0])
-    choices["chosen"], plan = choices.index.isin(chosen), planned(chosen)
+    choices["chosen"] = choices.index.isin(chosen)
     columns = ["block", "method", "bits", "bytes", *(["cycles", "load_cycles"] if array else []), "excess_loss",
                "predicted_loss", "chosen"]
-    cycles = step_cycles(pack_within_reach(model, plan), array) if array else None
-    return Allocation(plan, choices[columns], cost, budget, cycles)
+    return Allocation(planned(chosen), choices[columns], cost, budget, cycles_of(chosen) if array else None)
 
 
 def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, table: pd.DataFrame, target_cr_disk: float, *,
@@ -172,8 +176,7 @@ def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     """
     check_place(task, device)
     signals = calibrate(model, batches_of(task, epochs))
-    family = table["method"].str.split(" ").str[0]
-    tables = {name: table[family == name] for name in family.unique()}
+    tables = dict(list(table.groupby(family(table["method"]), sort=False)))
     planners = {f"allocation of {name}": lambda rows=rows: allocate(model, rows, target_cr_disk, signals).plan
                 for name, rows in {**tables, "every method": table}.items()}
     planners |= {f"uniform {name}": lambda name=name: uniform_plan(model, METHODS[name], bits, target_cr_disk, signals)
@@ -203,6 +206,8 @@ def _check_table(table, known):
     for row in bad.head(1).to_dict("records"):
         raise ValueError("allocate needs whole bits and an excess_loss that is a number (inf for a choice that is none), got "
                          f"{row['excess_loss']} of {row['method']} in {row['bits']} bits for {row['block']}")
+    if hopeless := set(known) - set(table["block"][table["excess_loss"] < math.inf]):
+        raise ValueError(f"allocate needs a choice of finite loss for every block, got none for {', '.join(sorted(hopeless))}")
 
 
 def _budget(name, value, known, array) -> tuple[str, float]:
@@ -219,19 +224,22 @@ def _budget(name, value, known, array) -> tuple[str, float]:
     return {"target_bytes": "bytes", "most_cycles": "cycles", "most_loss": "predicted_loss"}[name], value
 
 
-def _choices(model, table, array):
-    """One row per block and choice: mean excess loss of the seeds, bytes, cycles of an array, predicted loss."""
+def _choices(ws, table, array):
+    """One row per block and choice: mean excess loss of the seeds, bytes, cycles of an array, predicted loss. ws: block -> its
+    weights."""
     choices = table.astype({"bits": int}).groupby(["block", "method", "bits"], sort=False, as_index=False)["excess_loss"].mean()
-    full = [full_block(weight(model, row.block), method_from_label(row.method), row.bits) for row in choices.itertuples()]
+    full = [full_block(ws[row.block], method_from_label(row.method), row.bits) for row in choices.itertuples()]
     choices["bytes"] = [packed.storage_bits // 8 for packed in full]
     if array is not None:
-        choices[["cycles", "load_cycles"]] = [block_cycles(packed, array) for packed in full]
+        choices[["cycles", "load_cycles"]] = [cycles_alone(packed, array) for packed in full]
     choices = choices.sort_values("bytes", ascending=False, kind="stable")
-    choices["predicted_loss"] = choices.groupby(["block", "method"])["excess_loss"].cummax()
+    kept = choices["excess_loss"].where(choices["excess_loss"] < math.inf, -math.inf)
+    largest = kept.groupby([choices["block"], choices["method"]]).cummax()
+    choices["predicted_loss"] = largest.where(kept > -math.inf, math.inf)
     return choices.sort_index()
 
 
-def block_cycles(packed, array: ArraySpec) -> tuple[int, int]:
+def cycles_alone(packed, array: ArraySpec) -> tuple[int, int]:
     """What a packed block adds to a step of the whole array, alone: cycles of the multiply-accumulates in its fullest PE, and
     of the loader where its weights are streamed. Of a circulant block's whole and split tiles the fewer of each, of a low-rank
     one both products."""
@@ -244,19 +252,31 @@ def block_cycles(packed, array: ArraySpec) -> tuple[int, int]:
     return cycles, ceil_div(bits, array.load_bits_per_cycle)
 
 
-def step_cycles(packed: PackedModel, array: ArraySpec) -> float:
+def cycles_in_turn(packed: PackedModel, array: ArraySpec) -> float:
     """Cycles of a time step in the steady state, the layers one after the other, each alone on the whole array."""
     return sum(schedule.steady_state_cycles for schedule in schedule_layers(packed.layers, array, STEPS).values())
 
 
-def _cycles_of(model, plan, array):
-    try:
-        return step_cycles(pack_within_reach(model, plan), array)
-    except OutOfReach:
-        return math.inf
+def _programme(sizes, losses, options, most: int | None = None):
+    """(the least loss within each number of units of the sizes' sum beyond the smallest, inf where `most` is less than that;
+    place -> the rows that are chosen there). A unit is a millionth of what there is to choose from; sizes are rounded up to
+    it, so that a budget is kept."""
+    groups = [tuple(np.array([values[rows].sum() for rows in group]) for values in (sizes, losses)) for group in options]
+    spread = [size.astype(np.int64) - int(size.min()) for size, _ in groups]
+    reach = whole = sum(int(size.max()) for size in spread)
+    if most is not None:
+        reach = min(whole, most - sum(int(size.min()) for size, _ in groups))
+    if reach < 0:
+        return np.full(1, np.inf), None
+    unit = max(1, math.ceil(reach / MOST_UNITS))
+    groups = [(-(-size // unit), loss) for size, (_, loss) in zip(spread, groups, strict=True)]
+    room = sum(int(size.max()) for size, _ in groups) if reach == whole else reach // unit
+    least, picks = _least_losses(groups, room)
+    return least, lambda place: tuple(row for group, n in zip(options, _choice_at(groups, picks, int(place)), strict=True)
+                                      for row in group[n])
 
 
-def _within_cycles(choices, programme, cycles_of, most: float, tried) -> list:
+def _within_cycles(choices, tried, cycles_of, most: float, refusals) -> tuple:
     """The rows of least predicted loss whose plan takes no more than `most` cycles, of the programme over the first of `tried`
     (options of every block) or, where that has none, over any other. OutOfReach where none has."""
     fewest = math.inf
@@ -265,14 +285,15 @@ def _within_cycles(choices, programme, cycles_of, most: float, tried) -> list:
         """Of each of both sums the largest that keeps the budget, by bisection over those where the least loss falls."""
         nonlocal fewest
         for column in ("cycles", "load_cycles"):
-            least, chosen_at = programme(choices[column], options)
+            least, chosen_at = _programme(choices[column], choices["predicted_loss"], options)
             places = np.flatnonzero(least < np.concatenate([[np.inf], least[:-1]]))
             low, high = 0, len(places) - 1
             first, last = (cycles_of(chosen_at(places[n])) for n in (low, high))
             fewest = min(fewest, first, last)
             if last <= most:
                 yield chosen_at(places[high])
-            elif first <= most:
+                return  # nothing loses less
+            if first <= most:
                 while high - low > 1:
                     middle = (low + high) // 2
                     low, high = (middle, high) if cycles_of(chosen_at(places[middle])) <= most else (low, middle)
@@ -280,16 +301,19 @@ def _within_cycles(choices, programme, cycles_of, most: float, tried) -> list:
 
     found = list(within(tried[0])) or [rows for options in tried[1:] for rows in within(options)]
     if not found:
-        raise OutOfReach(f"allocate cannot reach most_cycles {most:g}: the fewest of the plans that it tried are {fewest:g}")
-    return min(found, key=lambda rows: choices["predicted_loss"][rows].sum())
+        why = f"the fewest of the plans that it tried are {fewest:g}" if math.isfinite(fewest) else refusals[-1]
+        raise OutOfReach(f"allocate cannot reach most_cycles {most:g}: {why}")
+    return min(found, key=lambda rows: choices["predicted_loss"][list(rows)].sum())
 
 
-def _of_one_family(choices, known) -> list:
-    """For each method family that has choices for every block, these."""
-    of = choices["method"].str.split(" ").str[0]
-    rows = [[[[row] for row in choices.index[(choices["block"] == block) & (of == family)]] for block in known]
-            for family in of.unique()]
-    return [options for options in rows if all(options)]
+def family(labels: pd.Series) -> pd.Series:
+    """"TopK 0.5" -> "TopK"."""
+    return labels.str.split(" ").str[0]
+
+
+def _of_every_block(choices, known) -> list:
+    """For each block its options, each a row."""
+    return [[[row] for row in choices.index[choices["block"] == block]] for block in known]
 
 
 def _classes(choices, known, sensitive):
@@ -298,12 +322,12 @@ def _classes(choices, known, sensitive):
     if unknown := [gate for gate in sensitive if gate not in gates]:
         raise ValueError(f"allocate knows the gates {', '.join(gates)}, got {', '.join(map(str, unknown))}")
     options = []
-    for family, inside in (("TopK", True), ("BlockCirculant", False)):
+    for kind, inside in (("TopK", True), ("BlockCirculant", False)):
         mine = [name for name, block in known.items() if (block.gate in sensitive) == inside]
-        rows = choices[choices["block"].isin(mine) & (choices["method"].str.split(" ").str[0] == family)]
+        rows = choices[choices["block"].isin(mine) & (family(choices["method"]) == kind)]
         same = [list(group.index) for _, group in rows.groupby(["method", "bits"], sort=False) if len(group) == len(mine)]
         if mine and not same:
-            raise ValueError(f"allocate needs a choice of {family} that is measured on all of {', '.join(mine)}")
+            raise ValueError(f"allocate needs a choice of {kind} that is measured on all of {', '.join(mine)}")
         options += [same] if mine else []
     return options
 

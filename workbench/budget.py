@@ -7,7 +7,7 @@ import torch
 
 from workbench.constrain import Unpackable, pack
 from workbench.fixedpoint import QFormat
-from workbench.gates import blocks, dense_weights, weight
+from workbench.gates import blocks, dense_weights, weights
 from workbench.methods import Method
 from workbench.packed import PackedModel
 from workbench.plan import Plan, uniform
@@ -103,11 +103,11 @@ def first_uniform(model: torch.nn.Module, family: type[Method], bits: int, targe
     """make(plan) of the first width, in the order of uniform_plan, for whose plan that is not OutOfReach."""
     check_target(target_cr_disk)
     check_bits(bits)
-    weights = [weight(model, name) for name in blocks(model)]
+    ws = list(weights(model).values())
     budget_bits = 32 * dense_weights(blocks(model)) / target_cr_disk
-    ladder(weights, family)  # if it is empty that is the reason, whatever the width
+    ladder(ws, family)  # if it is empty that is the reason, whatever the width
     refusals = []
-    for method, width in _by_preference(weights, family, bits, budget_bits):
+    for method, width in _by_preference(ws, family, bits, budget_bits):
         try:
             return make(uniform(model, method, width, signals))
         except OutOfReach as error:

@@ -70,7 +70,8 @@ def _gradients(model, task, count, seed):
     sums, squares, seen = dict.fromkeys(wanted, 0.0), dict.fromkeys(wanted, 0.0), 0
     with torch.enable_grad():
         for loss in itertools.islice(_losses(model, task, count, seed), count):
-            found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+            found = (torch.autograd.grad(loss, list(wanted.values()), allow_unused=True) if loss.requires_grad
+                     else [None] * len(wanted))
             for (path, name), gradient in zip(wanted, found, strict=True):
                 if gradient is None:
                     raise ValueError("cheap_sensitivity needs losses that depend on every recurrent weight, got one that does "

@@ -70,12 +70,12 @@ def trained_factors(model: nn.Module, name: str, method) -> dict[str, torch.Tens
 def bake(model: nn.Module) -> nn.Module:
     """A copy of the model whose recurrent weights are plain parameters with the constrained values.
 
-    Low-rank blocks keep their factors beside them (trained_factors), which a state_dict loses.
+    Low-rank blocks keep their factors beside them (trained_factors), which a state_dict loses. ValueError for a constrained
+    model inside torch.nn.utils.parametrize.cached(), unless under torch.no_grad().
     """
     constrained = [rnn for rnn in rnns(model).values() if _parametrized(rnn)]
-    if constrained and parametrize._cache_enabled:
-        raise ValueError("a constrained model cannot be copied inside torch.nn.utils.parametrize.cached(), which keeps weights "
-                         "with or without their gradients: do it outside")
+    if constrained:
+        _check_not_cached()
     for rnn in constrained:
         with torch.no_grad():
             rnn._init_flat_weights()  # after a training forward it holds non-leaf tensors, which deepcopy refuses
@@ -84,10 +84,17 @@ def bake(model: nn.Module) -> nn.Module:
     return model
 
 
+def _check_not_cached():
+    if parametrize._cache_enabled and torch.is_grad_enabled():
+        raise ValueError("a constrained model cannot be copied or constrained anew inside torch.nn.utils.parametrize.cached(), "
+                         "which keeps weights of before, with or without their gradients: do it outside")
+
+
 def make_plain(model: nn.Module) -> None:
     """What bake does, in place."""
     for rnn in rnns(model).values():
         if names := _parametrized(rnn):
+            _check_not_cached()
             # A deepcopy shares its class with the original; removing a parametrization there would strip both.
             cls = type(rnn)
             rnn.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))

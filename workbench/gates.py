@@ -102,10 +102,10 @@ def _check_rnn(path, rnn):
     biases = [f"bias_{part}_{layer.suffix}" for layer in layers_of(rnn) for part in ("ih", "hh") if rnn.bias]
     for name in parameters_of(rnn) + biases:
         if parametrize.is_parametrized(rnn, name):
-            kind = type(rnn.parametrizations[name][0])
-            if kind.__module__.split(".")[0] != "workbench":
-                raise ValueError(f"{name} of {path!r} has the parametrization {kind.__name__}: the workbench takes plain "
-                                 "parameters; remove it first (torch.nn.utils.parametrize.remove_parametrizations)")
+            for kind in map(type, rnn.parametrizations[name]):
+                if kind.__module__.split(".")[0] != "workbench":
+                    raise ValueError(f"{name} of {path!r} has the parametrization {kind.__name__}: the workbench takes plain "
+                                     "parameters; remove it first (torch.nn.utils.parametrize.remove_parametrizations)")
         elif name not in plain:
             raise ValueError(f"{name} of {path!r} is no plain parameter, as of a pruned or weight-normalised module: make it "
                              "one first (torch.nn.utils.prune.remove, torch.nn.utils.remove_weight_norm)")

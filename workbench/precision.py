@@ -23,7 +23,7 @@ from workbench.budget import WIDTHS, OutOfReach, check_target, full_bits
 from workbench.constrain import attach, pack
 from workbench.emulation import emulate, mismatch_rate
 from workbench.fixedpoint import MAX_EXACT_BITS, TABLES
-from workbench.gates import blocks, dense_weights, weight
+from workbench.gates import blocks, dense_weights, weights
 from workbench.methods import method_from_label, method_label
 from workbench.models import build_classifier, build_language_model
 from workbench.packed import GATES, PackedModel, signals_of, table_uses
@@ -408,9 +408,8 @@ def _mixed_points(task, cell, seed, model, observation, target_cr_disks, activat
 
 def _widest(model, method, target_cr_disk) -> int:
     """The widest uniform width of the method that meets the ratio."""
-    weights = [weight(model, name) for name in blocks(model)]
     budget_bits = 32 * dense_weights(blocks(model)) / target_cr_disk
-    fitting = [bits for bits in WIDTHS if sum(full_bits(w, method, bits) for w in weights) <= budget_bits]
+    fitting = [bits for bits in WIDTHS if sum(full_bits(w, method, bits) for w in weights(model).values()) <= budget_bits]
     if not fitting:
         raise OutOfReach(f"no width of {method_label(method)} meets cr_disk {target_cr_disk}")
     return fitting[-1]

@@ -62,15 +62,15 @@ class RetrainingSchedule:
     def step(self, progress: float, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Be where the schedule is at `progress`, from 0 at the start of the training to 1 at its end. True where the
         recurrent weights have new parameters: without an optimizer here the caller must make his anew. Not inside
-        torch.nn.utils.parametrize.cached(), which keeps the weights of the forward before."""
+        torch.nn.utils.parametrize.cached()."""
         if not 0 <= progress <= 1:
             raise ValueError(f"a retraining schedule needs a progress in [0, 1], got {progress}")
+        if isinstance(optimizer, torch.optim.LBFGS) and len(self.stages) > 1:
+            raise ValueError("a retraining schedule cannot exchange parameters inside LBFGS, which keeps lists of its own: "
+                             "call step without it, and make it anew where that gives True")
         stage = bisect_right([start for start, _ in self.stages], progress) - 1
         if stage <= self.entered:
             return False
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError("a retraining schedule cannot exchange parameters inside LBFGS, which keeps lists of its own: "
-                             "call step without it, and make it anew where that gives True")
         old = _parameters(self.model)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
         if optimizer is not None and not any(id(p) in held for p in old):

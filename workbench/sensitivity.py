@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from workbench.budget import OutOfReach, check_target, largest_member, pack_within_reach
 from workbench.constrain import compress
-from workbench.gates import blocks, dense_weights, weight
+from workbench.gates import blocks, dense_weights, weight, weights
 from workbench.methods import BlockCirculant, Dense, Method, TopK, method_label
 from workbench.models import seeded
 from workbench.plan import Plan, pack_block, plan_block, uniform
@@ -98,11 +98,11 @@ def check_sensitivity(model: torch.nn.Module, methods: list[Method], bits: int |
             raise ValueError(f"a sensitivity measurement needs different {what}, got {', '.join(map(str, asked)) or 'none'}")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
         raise ValueError(f"a sensitivity measurement needs whole epochs of at least 0, got {epochs!r}")
-    for name in blocks(model):
+    for name, w in weights(model).items():
         for method in methods:
             for width in widths:
                 try:
-                    plan_block(weight(model, name), method, width)
+                    plan_block(w, method, width)
                 except ValueError as error:
                     raise ValueError(f"block {name} at {width} bits: {error}") from error
 
@@ -138,10 +138,10 @@ def sensitivity_table(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     signals = calibrate(model, batches_of(task, epochs))
     reference = uniform(model, Dense(), LOSSLESS_BITS, signals)
     dense = retraining_curve(model, reference, task, epochs, seed, f"all blocks at {LOSSLESS_BITS} bits", device)
-    rows = []
-    for name, block in blocks(model).items():
+    rows, known = [], blocks(model)
+    for name, w in weights(model).items():
+        block = known[name]
         for method, width in itertools.product(methods, _widths(bits)):
-            w = weight(model, name)
             entry, compression = plan_block(w, method, width), f"{method_label(method)} at {width} bits"
             plan = Plan(reference.blocks | {name: entry}, signals)
             curve = retraining_curve(model, plan, task, epochs, seed, f"{name}, {compression}", device)
