@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from workbench import models, plots, sensitivity, tables
-from workbench.constrain import compress, pack
+from workbench.constrain import attach, compress, pack
 from workbench.gates import blocks, dense_weights, weight
 from workbench.methods import METHODS, BlockCirculant, Dense, TopK, method_from_label, method_label
 from workbench.plan import BlockPlan, plan_block, uniform
@@ -495,3 +495,16 @@ def test_figures(losses):
     assert len(image.texts) == agreement.notna().to_numpy().sum()
     for figure in (cells.figure, curves, panels[0].figure, image.figure):
         figure.canvas.draw()
+
+
+def test_a_loop_may_measure_integers():
+    torch.manual_seed(0)
+    model, x = torch.nn.GRU(3, 4), torch.randn(5, 2, 3)
+    signals = calibrate(model, [x])
+
+    def in_integers(constrained):
+        packed = pack(constrained, uniform(model, TopK(0.5), 8, signals))
+        return attach(constrained, packed)(x)[0].square().mean()
+
+    table = sensitivity_table(model, Loop(in_integers, [x]), [TopK(0.5)], bits=8)
+    assert table["loss_before"].gt(0).all() and table["loss_before"].nunique() > 1

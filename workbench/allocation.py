@@ -52,7 +52,7 @@ class Allocation:
         that it saves (saves, for_loss) and that of most gain per unit that it takes more (takes, for_gain). To check: what an
         alternative takes more must come from what is left of the budget and from what another block saves, and where blocks
         are free to choose no such exchange gains more than it loses; but for a budget of cycles, which do not add up. The last
-        row sums up; its `method` is the budget, its cycles are those of the plan's schedule, in which blocks overlap and wait."""
+        row sums up; its `method` is the budget, its cycles are those of the plan's schedule, where blocks overlap and wait."""
         cost = "bytes" if self.cost == "predicted_loss" else self.cost
         rows = []
         for row in self.chosen.to_dict("records"):
