@@ -503,7 +503,7 @@ def test_a_loop_may_measure_integers():
     signals = calibrate(model, [x])
 
     def in_integers(constrained):
-        packed = pack(constrained, uniform(model, TopK(0.5), 8, signals))
+        packed = pack(constrained, uniform(model, Dense(), 8, signals))
         return attach(constrained, packed)(x)[0].square().mean()
 
     table = sensitivity_table(model, Loop(in_integers, [x]), [TopK(0.5)], bits=8)
