@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrize
 
 import workbench as wb
-from workbench.budget import strongest_member
+from workbench.budget import ladder, strongest_member
 from workbench.methods import METHODS, method_label
 from workbench.plan import BlockPlan, Plan
 
@@ -35,11 +35,9 @@ MIXED = {"f": wb.TopK(SHARE), "g": wb.TopK(SHARE), "n": wb.TopK(SHARE)}  # gate 
 
 def plans(model):
     """Label -> block name -> method."""
-    ws = wb.gates.weights(model)
-    shapes = [tuple(w.shape) for w in ws.values()]
-    found = {}
+    ws, found = wb.gates.weights(model), {}
     for family in METHODS.values():
-        method = strongest_member(family.ladder(shapes), list(ws.values()), SHARE)
+        method = strongest_member(ladder(list(ws.values()), family), list(ws.values()), SHARE)
         found[method_label(method)] = dict.fromkeys(ws, method)
     found["mixed"] = {name: MIXED.get(block.gate, wb.BlockCirculant(8)) for name, block in wb.gates.blocks(model).items()}
     return found

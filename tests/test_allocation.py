@@ -14,8 +14,8 @@ from workbench.array import preset, schedule_layer
 from workbench.budget import OutOfReach, full_block
 from workbench.constrain import pack
 from workbench.fixedpoint import QFormat
-from workbench.gates import blocks, dense_weights
-from workbench.methods import METHODS, BlockCirculant, Dense, LowRank, TopK
+from workbench.gates import blocks, dense_weights, weights
+from workbench.methods import METHODS, BlockCirculant, Dense, LowRank, TopK, method_from_label
 from workbench.quantise import calibrate
 
 
@@ -54,6 +54,25 @@ def test_the_least_loss_of_all_combinations(seed):
         chosen = _choice_at(groups, picks, place)
         assert least[place] == min(within)[0] == sum(losses[n] for (_, losses), n in zip(groups, chosen, strict=True))
         assert sum(sizes[n] for (sizes, _), n in zip(groups, chosen, strict=True)) <= place
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_least_size_of_all_combinations_within_a_loss(seed):
+    rng = np.random.default_rng(seed)
+    groups = [(rng.integers(1, 12, n), rng.integers(0, 6, n) / 4) for n in rng.integers(1, 5, 4)]
+    most = rng.integers(0, 12) / 4
+    sums = [(sum(losses[n] for (_, losses), n in zip(groups, picks, strict=True)),
+             sum(sizes[n] for (sizes, _), n in zip(groups, picks, strict=True)))
+            for picks in itertools.product(*(range(len(sizes)) for sizes, _ in groups))]
+    within = [size for loss, size in sums if loss <= most]
+    least, picks = _least_losses(groups, sum(int(sizes.max()) for sizes, _ in groups))
+    places = np.flatnonzero(least <= most)
+    if not within:
+        assert not places.size
+        return
+    chosen = _choice_at(groups, picks, int(places[0]))
+    assert sum(sizes[n] for (sizes, _), n in zip(groups, chosen, strict=True)) == min(within)
+    assert sum(losses[n] for (_, losses), n in zip(groups, chosen, strict=True)) <= most
 
 
 def test_of_equal_losses_within_a_block_the_smaller_choice():
@@ -108,6 +127,9 @@ def test_a_cycle_budget_is_kept_by_the_schedule_and_used(model, signals, array, 
     assert alone["Dense"].explain()["cycles"].iloc[-1] == cycles["Dense"]
     most, least = max(cycles.values()), min(cycles.values())
     free = allocate(model, table, signals=signals, most_cycles=most, array=array)
+    parts = {(name, method): cycles_alone(full_block(w, method_from_label(method), 4), array)
+             for name, w in weights(model).items() for method in methods}
+    assert {(row.block, row.method): (row.cycles, row.load_cycles) for row in free.table.itertuples()} == parts
     assert free.chosen["method"].eq("Dense").all() or cycles["Dense"] > most
     for budget in np.linspace(least, most, 5)[1:-1]:
         found = allocate(model, table, signals=signals, most_cycles=budget, array=array)

@@ -142,8 +142,8 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
             return math.inf
 
     if cost == "cycles":
-        families = [usable[family(usable["method"]) == name] for name in family(usable["method"]).unique()]
-        alone = [of for rows in families if all(of := _of_every_block(rows, known))] if sensitive is None else []
+        families = [_of_every_block(rows, known) for _, rows in usable.groupby(family(usable["method"]), sort=False)]
+        alone = [of for of in families if all(of)] if sensitive is None else []
         chosen = _within_cycles(choices, [options, *alone], cycles_of, budget, refusals)
     else:
         least, chosen_at = _programme(choices["bytes"], choices["predicted_loss"], options,

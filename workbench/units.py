@@ -59,7 +59,7 @@ def remove_units(model: nn.Module, keep: int | dict[str, Iterable[int]], consume
             rows[rnn, f"{part}_{suffix}"] = torch.cat([gate * rnn.hidden_size + units for gate in range(gates)])
         for module, parameter, first in takers[name]:
             columns.setdefault((module, parameter), []).append(first + units)
-    _check_not_shared(model, rows | columns)
+    _check_not_shared(model, columns)  # rnns refuses recurrent weights that are
     for module, parameter in rows | columns:
         w = getattr(module, parameter)
         smaller = w.detach()
