@@ -395,6 +395,32 @@ def test_losses_over_folds_by_hand():
         study.over_folds(pd.concat([rows, rows]).assign(p_hidden_size=64))
 
 
+def test_pairs_over_folds_by_hand():
+    """A fold counts once, by the seeds that both have: fold a has seed 1 of Top-k alone."""
+    rows = pd.DataFrame([
+        ("a", "TopK", 10, 0, 90, 0.1), ("a", "TopK", 10, 1, 92, 0.3), ("b", "TopK", 10, 0, 80, 0.6),
+        ("a", "LowRank", 10, 0, 89, 0.4), ("b", "LowRank", 10, 0, 84, 0.5), ("a", "LowRank", 20, 0, 70, 0.9),
+    ], columns=["p_split", "m_method", "m_target_cr_disk", "m_seed", "m_test_accuracy", "m_test_loss"])  # fmt: skip
+    (pair,) = study.pairs_over_folds(rows).to_dict("records")
+    assert [pair[name] for name in ("target_cr_disk", "method", "other", "folds")] == [10, "TopK", "LowRank", 2]
+    half = 12.7062 * np.std([1, -4], ddof=1) / np.sqrt(2)
+    assert [pair["better_low"], pair["better"], pair["better_high"]] == pytest.approx([-1.5 - half, -1.5, half - 1.5], rel=1e-5)
+    half = 12.7062 * np.std([-0.3, 0.1], ddof=1) / np.sqrt(2)
+    assert [pair["added_low"], pair["added"], pair["added_high"]] == pytest.approx([-0.1 - half, -0.1, half - 0.1], rel=1e-5)
+
+    dense = pd.DataFrame([("a", 0, study.DENSE, 95, 0.2), ("b", 0, study.DENSE, 90, 0.2)],
+                         columns=["p_split", "m_seed", "m_variant", "m_test_accuracy", "m_test_loss"])
+    pairs = study.pairs_over_folds(rows, pd.concat([dense, dense]))  # of two runs that share them
+    found = pairs.set_index(["target_cr_disk", "method", "other"])["better"].to_dict()
+    assert found == {(10, "TopK", "LowRank"): -1.5, (10, "TopK", study.DENSE): -7.5, (10, "LowRank", study.DENSE): -6,
+                     (20, "LowRank", study.DENSE): -25}
+    assert pairs["better_low"].isna().tolist() == [False, False, False, True]  # of one fold
+    with pytest.raises(ValueError, match="pairs_over_folds needs one row for each method, target, split and seed, got several"):
+        study.pairs_over_folds(pd.concat([rows, rows]))
+    with pytest.raises(ValueError, match="the controls of one sweep, got several results of one seed"):
+        study.pairs_over_folds(rows, pd.concat([dense, dense.assign(m_test_loss=0.3)]))
+
+
 def test_what_settings_change_by_hand():
     """Paired by seed; what the reference lacks counts in no difference, and in no mean beside one."""
     columns = ["p_schedule", "p_lr", "p_methods", "m_method", "m_target_cr_disk", "m_seed", "m_cr_disk", "m_test_accuracy",
