@@ -413,12 +413,13 @@ def tradeoff_table(tradeoff: Tradeoff) -> pd.DataFrame:
 
 def tradeoff_grid(summary: pd.DataFrame) -> pd.DataFrame:
     """One row a method, one column a target: the loss in points with its 95 % interval, the ratio that was reached, and the
-    cross-entropy in nats; how many of the seeds (or folds), where not all reached it. summary: of a Tradeoff, or over_folds."""
-    count = "folds" if "folds" in summary else "seeds"
+    cross-entropy in nats; how many of the seeds or folds, where not all reached it. summary: of a Tradeoff, or over_folds."""
+    counts = {"folds": "folds only", "seeds": "seeds in some"} if "folds" in summary else {"seeds": "seeds only"}
     cells = {target: {} for target in sorted(summary["target_cr_disk"].unique())}
     for row in summary.to_dict("records"):
+        few = [f", {row[name]} {what}" for name, what in counts.items() if row[name] < summary[name].max()]
         text = (f"{row['loss (points)']:.2f}{_bounded(row)} at {row['cr_disk']:.1f}x, {row['cross-entropy']:.3f} nats"
-                f"{f', {row[count]} {count} only' if row[count] < summary[count].max() else ''}")
+                f"{''.join(few)}")
         cells[row["target_cr_disk"]][row["method"]] = text
     table = pd.DataFrame(cells).reindex(dict.fromkeys(summary["method"])).fillna("out of reach")
     return table.rename(columns="asked {:g}x".format).rename_axis("method").reset_index()
