@@ -2,11 +2,12 @@
 
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import REPOSITORY
 
-from workbench import sweep, tables
+from workbench import study, sweep, tables
 
 SWEEPS = sorted((REPOSITORY / "notebooks" / "sweeps").glob("*.toml"))
 
@@ -73,3 +74,16 @@ def test_the_measured_tables_stand_in_it(path):
     points = ["method", "target_cr_disk"] if "setting" in table else ["method"]
     assert len(lines) == len(table[points].drop_duplicates()) > 3
     assert [line for line in lines if f"\n{line}\n" not in readme] == []
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "docs" / "measured" / "pairs").glob("*.csv")), ids=lambda path: path.stem)
+def test_the_recorded_pairs_are_of_the_recorded_tables(path):
+    """Against the dense control, and against the small network, a pair says what the table of its methods does."""
+    readme, table = (REPOSITORY / "README.md").read_text(), pd.read_csv(path.parent.parent / path.name)
+    assert f"](docs/measured/pairs/{path.name})" in readme
+    pairs = pd.read_csv(path).set_index(["other", "method", "target_cr_disk"])
+    for other, mean, low, high in ((study.DENSE, "loss (points)", "low", "high"),
+                                   (study.SMALL, "vs_small", "vs_small_low", "vs_small_high")):
+        losses = table[table["method"] != other].set_index(["method", "target_cr_disk"])[[mean, low, high]]
+        found = -pairs.loc[other].loc[losses.index, ["better", "better_high", "better_low"]]
+        np.testing.assert_allclose(found, losses, atol=1e-4)
