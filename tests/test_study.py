@@ -395,6 +395,8 @@ def test_losses_over_folds_by_hand():
     assert study.over_folds(alone)["vs_small"].iloc[0] == 1.5
     with pytest.raises(ValueError, match="one row for each method, target, split and seed, got several"):
         study.over_folds(pd.concat([rows, rows]).assign(p_hidden_size=64))
+    with pytest.raises(ValueError, match="over_folds needs rows that differ in .* split and seed alone, got .* hidden_size"):
+        study.over_folds(rows.assign(p_hidden_size=[64, 64, 64, 32, 32, 32], p_target_cr_disks=["[10]"] * 5 + ["[20]"]))
 
 
 def test_pairs_over_folds_by_hand():
@@ -404,7 +406,7 @@ def test_pairs_over_folds_by_hand():
         ("a", "LowRank", 10, 0, 89, 0.4), ("b", "LowRank", 10, 0, 84, 0.5), ("a", "LowRank", 20, 0, 70, 0.9),
     ], columns=["p_split", "m_method", "m_target_cr_disk", "m_seed", "m_test_accuracy", "m_test_loss"])  # fmt: skip
     (pair,) = study.pairs_over_folds(rows).to_dict("records")
-    assert [pair[name] for name in ("target_cr_disk", "method", "other", "folds")] == [10, "TopK", "LowRank", 2]
+    assert [pair[name] for name in ("target_cr_disk", "method", "other", "folds", "seeds")] == [10, "TopK", "LowRank", 2, 1]
     half = 12.7062 * np.std([1, -4], ddof=1) / np.sqrt(2)
     assert [pair["better_low"], pair["better"], pair["better_high"]] == pytest.approx([-1.5 - half, -1.5, half - 1.5], rel=1e-5)
     half = 12.7062 * np.std([-0.3, 0.1], ddof=1) / np.sqrt(2)
@@ -417,6 +419,10 @@ def test_pairs_over_folds_by_hand():
     assert found == {(10, "TopK", "LowRank"): -1.5, (10, "TopK", study.DENSE): -7.5, (10, "LowRank", study.DENSE): -6,
                      (20, "LowRank", study.DENSE): -25}
     assert pairs["better_low"].isna().tolist() == [False, False, False, True]  # of one fold
+    lost = rows.assign(m_test_loss=rows["m_test_loss"].where(rows["p_split"] != "b"))  # both figures are of the same folds
+    assert study.pairs_over_folds(lost)[["folds", "better"]].values.tolist() == [[1, 1]]
+    apart = study.pairs_over_folds(pd.concat([rows.iloc[::-1], rows.iloc[:1].assign(p_split="c", m_target_cr_disk=20)]))
+    assert apart["target_cr_disk"].tolist() == [20, 10] and apart["folds"].tolist() == [0, 2]  # in the order of the rows
     with pytest.raises(ValueError, match="pairs_over_folds needs one row for each method, target, split and seed, got several"):
         study.pairs_over_folds(pd.concat([rows, rows]))
     with pytest.raises(ValueError, match="the controls of one sweep, got several results of one seed"):

@@ -703,39 +703,55 @@ def pairs_over_folds(rows: pd.DataFrame, controls: pd.DataFrame | None = None) -
     """By how much one method is better than another on speakers (or other folds) that were not heard: one row a target and
     pair, in the order of the rows.
 
-    rows, and how a fold counts: as of over_folds, over the seeds that both have. controls: results(name, records="controls") of
-    the same sweep; then the dense networks stand beside the methods at every target. better: test accuracy of `method` minus
-    that of `other` (points); added: its test cross-entropy minus the other's (nats); both with Student's t over the folds
-    (95 %). No interval is corrected for the number of pairs: one that is picked because it excludes 0 is rather too good.
+    rows, how a fold counts, and what is refused: as of over_folds. controls: results(name, records="controls") of the same
+    sweep; then the dense networks stand beside the methods at every target. better: test accuracy of `method` minus that of
+    `other` (points); added: its test cross-entropy minus the other's (nats); both over the seeds that both have, with Student's
+    t over the folds (95 %), approximate as in over_folds. folds, seeds: how many have both, and the fewest models of any fold.
+    Pairs share networks and folds, and no interval is corrected for their number: one that is picked because it excludes 0 is
+    rather too good. ValueError too for controls with several results of one seed.
     """
     _check_folds("pairs_over_folds", rows)
-    measured, unit = ["m_test_accuracy", "m_test_loss"], ["p_split", "m_seed"]
-    dense = None
+    measured, unit, dense = {"better": "m_test_accuracy", "added": "m_test_loss"}, ["p_split", "m_seed"], None
     if controls is not None:
-        controls = controls[[*unit, "m_variant", *measured]].drop_duplicates()  # one measurement for all runs of a fold
-        if controls.duplicated([*unit, "m_variant"]).any():
+        # Every run of a fold has the same networks, so their results are the same too.
+        dense = controls[[*unit, "m_variant", *measured.values()]].drop_duplicates().rename(columns={"m_variant": "m_method"})
+        if dense.duplicated([*unit, "m_method"]).any():
             raise ValueError("pairs_over_folds needs the controls of one sweep, got several results of one seed")
-        dense = controls.rename(columns={"m_variant": "m_method"})
     table = []
-    for target, group in rows.groupby("m_target_cr_disk"):
-        beside = group if dense is None else pd.concat([group, dense])
-        wide = beside.pivot(index=unit, columns="m_method", values=measured)
-        for method, other in itertools.combinations(beside["m_method"].unique(), 2):
-            row, paired = {"target_cr_disk": target, "method": method, "other": other}, {}
-            for name, what in zip(("better", "added"), measured, strict=True):
-                paired[name] = (wide[what, method] - wide[what, other]).dropna().groupby("p_split").mean()
-            row["folds"] = len(paired["better"])
-            for name, change in paired.items():
-                found = t_interval(change)
+    for target, group in rows.groupby("m_target_cr_disk", sort=False):
+        names = list(group["m_method"].unique())
+        if dense is not None:
+            names += [variant for variant in (DENSE, DENSE_ONCE) if variant in set(dense["m_method"])]
+            group = pd.concat([group, dense])
+        wide = group.pivot(index=unit, columns="m_method", values=list(measured.values()))
+        for method, other in itertools.combinations(names, 2):
+            by_fold = pd.DataFrame({name: wide[what, method] - wide[what, other]
+                                    for name, what in measured.items()}).dropna().groupby("p_split")
+            row = {"target_cr_disk": target, "method": method, "other": other, "folds": len(by_fold),
+                   "seeds": by_fold.size().min() if len(by_fold) else 0}
+            for name in measured:
+                found = t_interval(by_fold[name].mean())
                 row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
             table.append(row)
     return pd.DataFrame(table)
+
+
+VARIED = ("methods", "target_cr_disks", "seed", "seeds", "workers", "checkpoints")  # parameters that make no setting
 
 
 def _check_folds(who, rows):
     if rows.duplicated(["m_method", "p_split", "m_target_cr_disk", "m_seed"]).any():
         raise ValueError(f"{who} needs one row for each method, target, split and seed, got several of some: choose one "
                          "setting of what else the sweep varies")
+    if other := _several(rows, ("split",)):
+        raise ValueError(f"{who} needs rows that differ in method, target, split and seed alone, got several values of {other}")
+
+
+def _several(rows, apart) -> str:
+    """Parameters of a sweep's rows with several values, but for those named and those that make no setting."""
+    same = {f"p_{name}" for name in (*apart, *VARIED)}
+    return ", ".join(name.removeprefix("p_") for name in rows
+                     if name.startswith("p_") and name not in same and rows[name].nunique(dropna=False) > 1)
 
 
 def over_settings(rows: pd.DataFrame, **reference) -> pd.DataFrame:
@@ -753,10 +769,9 @@ def over_settings(rows: pd.DataFrame, **reference) -> pd.DataFrame:
     unknown = [name for name in reference if f"p_{name}" not in rows]
     if unknown or not reference:
         raise ValueError(f"over_settings needs parameters of the rows, got {', '.join(unknown) or 'none'}")
-    same = {f"p_{name}" for name in (*reference, "methods", "target_cr_disks", "seed", "seeds", "workers", "checkpoints")}
-    if other := [name for name in rows if name.startswith("p_") and name not in same and rows[name].nunique(dropna=False) > 1]:
+    if other := _several(rows, reference):
         raise ValueError(f"over_settings needs rows that differ in {', '.join(reference)} alone, got several values of "
-                         f"{', '.join(name.removeprefix('p_') for name in other)}: name it too, or choose one")
+                         f"{other}: name it too, or choose one")
     point = ["m_method", "m_target_cr_disk", "m_seed"]
     given = rows[[f"p_{name}" for name in reference]].astype(object)
     settings = given.where(given.notna(), None).apply(lambda row: _setting(dict(zip(reference, row, strict=True))), axis=1)
