@@ -419,6 +419,8 @@ def test_pairs_over_folds_by_hand():
     assert found == {(10, "TopK", "LowRank"): -1.5, (10, "TopK", study.DENSE): -7.5, (10, "LowRank", study.DENSE): -6,
                      (20, "LowRank", study.DENSE): -25}
     assert pairs["better_low"].isna().tolist() == [False, False, False, True]  # of one fold
+    more = pd.concat([rows, rows.iloc[3:4].assign(m_seed=1)])  # both have seed 1 of fold a now, in fold b there is one
+    assert study.pairs_over_folds(more)["seeds"].tolist() == [1]
     lost = rows.assign(m_test_loss=rows["m_test_loss"].where(rows["p_split"] != "b"))  # both figures are of the same folds
     assert study.pairs_over_folds(lost)[["folds", "better"]].values.tolist() == [[1, 1]]
     apart = study.pairs_over_folds(pd.concat([rows.iloc[::-1], rows.iloc[:1].assign(p_split="c", m_target_cr_disk=20)]))

@@ -64,6 +64,7 @@ UNIFORM = {UNIFORM_TOPK: TopK, UNIFORM_CIRCULANT: BlockCirculant}  # the hybrid 
 VARIANTS = (DENSE, DENSE_ONCE, HYBRID, SMALL, *UNIFORM)
 ITERATIVE = "iterative"
 TRADEOFF_METHODS = (*METHODS, UNITS, HYBRID, ALLOCATION, SMALL)
+VARIED = ("methods", "target_cr_disks", "seed", "seeds", "workers", "checkpoints")  # parameters that make no setting
 RESULT_COLUMNS = [
     "method", "target_cr_disk", "seed", "hidden_size", "strength", "bits", "cr_params", "cr_bits", "cr_disk", "cr_model",
     "rnn_bytes", "valid_accuracy_before", "valid_accuracy", "valid_loss", "test_accuracy", "test_loss", "loss_points",
@@ -734,9 +735,6 @@ def pairs_over_folds(rows: pd.DataFrame, controls: pd.DataFrame | None = None) -
                 row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
             table.append(row)
     return pd.DataFrame(table)
-
-
-VARIED = ("methods", "target_cr_disks", "seed", "seeds", "workers", "checkpoints")  # parameters that make no setting
 
 
 def _check_folds(who, rows):
