@@ -55,15 +55,21 @@ class _Magnitudes:
         self.largest, self.values = 0.0, 0  # values: those that the histogram stands for, zeros with them
         self.counts, self.sums = np.zeros((2, BINS), dtype=np.int64), np.zeros((2, BINS))
 
-    def add(self, values: torch.Tensor) -> None:
-        """values: (..., width)."""
+    def add(self, values: torch.Tensor, binned: bool = True) -> None:
+        """values: (..., width). Where one is not finite the largest is infinite. binned: whether the histogram is wanted; the
+        rule "max" takes the largest alone."""
         width, seen, values = values.shape[-1], values.numel(), values.detach().reshape(-1)
+        if not seen:
+            return
+        ends = (end.item() for end in torch.aminmax(values))  # of all, while the histogram may be a sample
+        self.largest = max(self.largest, *(math.inf if math.isnan(end) else abs(end) for end in ends))
+        if not binned or self.largest == math.inf:
+            return
         if values.count_nonzero() < seen:  # a selection takes much longer than a count
             values = values[values != 0]
         if not values.numel():
             self.values += seen
             return
-        self.largest = max(self.largest, values.abs().max().item())  # of all, while the histogram may be a sample
         step = math.ceil(values.numel() / MOST_BINNED)
         while math.gcd(step, width) > 1:  # it would leave units out
             step += 1
@@ -118,7 +124,7 @@ def calibrate(model: nn.Module, batches, bits: int | dict[str, int] = 16, clip: 
     raise ValueError.
     """
     _check_clip(clip)
-    return observe(model, batches).formats(bits, clip)
+    return _observe(model, batches, binned=clip != "max").formats(bits, clip)
 
 
 def _check_clip(clip):
@@ -128,14 +134,21 @@ def _check_clip(clip):
 
 def observe(model: nn.Module, batches) -> "Observation":
     """How large every signal of every layer becomes on the batches: what calibrate chooses formats from, for any widths."""
+    return _observe(model, batches, binned=True)
+
+
+def _observe(model, batches, binned):
     seen = defaultdict(_Magnitudes)
     for path, call in recurrent_calls(model, batches):
         for layer, signals, alive, first in float_signals(rnns(model)[path], *call, path=path):
-            for name, values in (*((name, values[alive]) for name, values in signals.items()), *first.items()):
-                if not torch.isfinite(values).all():
+            if not alive.all():  # a selection copies all that it leaves
+                signals = {name: values[alive] for name, values in signals.items()}
+            for name, values in (*signals.items(), *first.items()):
+                magnitudes = seen[_group(layer, format_of(name))]
+                magnitudes.add(values, binned)
+                if magnitudes.largest == math.inf:
                     bad = values[~torch.isfinite(values)]
                     raise ValueError(f"calibrate needs finite values, got {bad[0].item()} in {name} of layer {layer.name}")
-                seen[_group(layer, format_of(name))].add(values)
     cells = {layer: (cell_name(rnns(model)[layer.rnn]), bool(rnns(model)[layer.rnn].proj_size))
              for layer in layers(model).values()}
     return Observation(cells, seen)
