@@ -712,20 +712,18 @@ def pairs_over_folds(rows: pd.DataFrame, controls: pd.DataFrame | None = None) -
     rather too good. ValueError too for controls with several results of one seed.
     """
     _check_folds("pairs_over_folds", rows)
-    measured, unit, dense = {"better": "m_test_accuracy", "added": "m_test_loss"}, ["p_split", "m_seed"], None
+    measured, unit = {"better": "m_test_accuracy", "added": "m_test_loss"}, ["p_split", "m_seed"]
     if controls is not None:
         # Every run of a fold has the same networks, so their results are the same too.
         dense = controls[[*unit, "m_variant", *measured.values()]].drop_duplicates().rename(columns={"m_variant": "m_method"})
         if dense.duplicated([*unit, "m_method"]).any():
             raise ValueError("pairs_over_folds needs the controls of one sweep, got several results of one seed")
+        targets = rows[["m_target_cr_disk"]].drop_duplicates()
+        rows = pd.concat([rows, targets.merge(dense.sort_values("m_method"), how="cross")])
     table = []
     for target, group in rows.groupby("m_target_cr_disk", sort=False):
-        names = list(group["m_method"].unique())
-        if dense is not None:
-            names += [variant for variant in (DENSE, DENSE_ONCE) if variant in set(dense["m_method"])]
-            group = pd.concat([group, dense])
         wide = group.pivot(index=unit, columns="m_method", values=list(measured.values()))
-        for method, other in itertools.combinations(names, 2):
+        for method, other in itertools.combinations(group["m_method"].unique(), 2):
             by_fold = pd.DataFrame({name: wide[what, method] - wide[what, other]
                                     for name, what in measured.items()}).dropna().groupby("p_split")
             row = {"target_cr_disk": target, "method": method, "other": other, "folds": len(by_fold),
