@@ -1,4 +1,4 @@
-"""The worked example of the README runs as it stands there, and what it names is there."""
+"""The worked example of the README runs, what it names is there, and the recorded figures stand in docs/results.md."""
 
 import re
 
@@ -59,28 +59,43 @@ def test_what_it_lists_is_what_there_is():
     modules = {path.stem for path in (REPOSITORY / "workbench").iterdir() if not path.name.startswith(("__", "report_"))}
     benchmarks = {f"benchmarks/{path.name}" for path in (REPOSITORY / "benchmarks").glob("*.py")}
     assert modules | benchmarks <= set(re.findall(r"`([^`]+)`", built))
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", readme) if "://" not in link]
-    assert links and all((REPOSITORY / link).exists() for link in links)
+
+
+@pytest.mark.parametrize("page", [REPOSITORY / "README.md", REPOSITORY / "docs" / "results.md"], ids=lambda page: page.stem)
+def test_links_lead_to_files_and_headings(page):
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in link]
+    assert len(links) > 5
+    for link in links:
+        name, _, heading = link.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), link
+        assert not heading or heading in _anchors(linked.read_text()), link
+
+
+def _anchors(text):
+    """Of every heading outside a block of code, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "docs" / "measured").glob("*.csv")), ids=lambda path: path.stem)
-def test_the_measured_tables_stand_in_it(path):
+def test_the_measured_tables_stand_among_the_results(path):
     """Every row of the grid that the recorded figures give, as it is."""
-    readme = (REPOSITORY / "README.md").read_text()
+    results = (REPOSITORY / "docs" / "results.md").read_text()
     table = pd.read_csv(path)
     grid = tables.settings_grid if "setting" in table else tables.tradeoff_grid
     rows = grid(table).itertuples(index=False, name=None)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     points = ["method", "target_cr_disk"] if "setting" in table else ["method"]
     assert len(lines) == len(table[points].drop_duplicates()) > 3
-    assert [line for line in lines if f"\n{line}\n" not in readme] == []
+    assert [line for line in lines if f"\n{line}\n" not in results] == []
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "docs" / "measured" / "pairs").glob("*.csv")), ids=lambda path: path.stem)
 def test_the_recorded_pairs_are_of_the_recorded_tables(path):
     """Against the dense control, and against the small network, a pair says what the table of its methods does."""
-    readme, table = (REPOSITORY / "README.md").read_text(), pd.read_csv(path.parent.parent / path.name)
-    assert f"](docs/measured/pairs/{path.name})" in readme
+    results, table = (REPOSITORY / "docs" / "results.md").read_text(), pd.read_csv(path.parent.parent / path.name)
+    assert f"](measured/pairs/{path.name})" in results
     pairs = pd.read_csv(path).set_index(["other", "method", "target_cr_disk"])
     for other, mean, low, high in ((study.DENSE, "loss (points)", "low", "high"),
                                    (study.SMALL, "vs_small", "vs_small_low", "vs_small_high")):
