@@ -131,7 +131,7 @@ def test_notebooks_hold_no_logic_and_no_outputs(path):
 
 def test_files_name_no_place_of_one_machine():
     place = re.compile(r"(?<![\w.])/(work|farm|home|Users|tmp)/\w")
-    folders = ("workbench", "tests", "notebooks", "benchmarks", ".ci", "data")
+    folders = ("workbench", "tests", "notebooks", "benchmarks", "docs", ".ci", "data")
     files = [path for folder in folders for path in (REPOSITORY / folder).rglob("*")]
     files += [path for path in REPOSITORY.iterdir() if path.name != ".git"]  # a worktree has a file there, git's own
     for path in files:
