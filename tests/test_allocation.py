@@ -328,3 +328,23 @@ def test_messages(model, signals):
     ):
         with pytest.raises(ValueError, match=message):
             allocate(model, **{"table": table, "signals": signals} | arguments)
+
+
+def test_a_block_without_a_choice_of_finite_mean_loss_is_refused(model, signals):
+    """Each choice of one block is infinite in one seed: its mean over both is too."""
+    first, seeds = next(iter(blocks(model))), []
+    for seed, bad in enumerate(("Dense", "TopK 0.5")):
+        table = measured(model, lambda name, method, bits, bad=bad: np.inf if (name, method) == (first, bad) else 0.1)
+        seeds.append(table.assign(seed=seed))
+    with pytest.raises(ValueError, match=f"needs a choice of finite loss for every block, got none for {first}"):
+        allocate(model, pd.concat(seeds), 4.0, signals)
+
+
+@pytest.mark.parametrize("bad, message", [
+    ({"bits": 9}, "a uniform plan needs 2 to 8 bits, got 9"),
+    ({"target_cr_disk": 0}, "a target cr_disk must be a number of at least 1, got 0"),
+], ids=str)
+def test_bad_values_of_a_search_are_refused_before_any_work(model, monkeypatch, bad, message):
+    monkeypatch.setattr(allocation, "calibrate", None)
+    with pytest.raises(ValueError, match=message):
+        allocation.search_allocation(model, None, None, **{"target_cr_disk": 8.0, "bits": 6, "epochs": 1, "seed": 0} | bad)

@@ -183,3 +183,16 @@ def test_frozen_layers_and_callers_without_gradients_are_measured_alike():
     with torch.no_grad():
         pd.testing.assert_frame_equal(wb.cheap_sensitivity(model, loop, [wb.TopK(0.5)], bits=8), expected)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_own_losses_are_not_asked_of_cudnn():
+    """It gives no gradients in evaluation mode."""
+    x, model, seen = torch.randn(3, 2, 4), nn.Sequential(nn.LSTM(4, 8)), []
+
+    def losses(model):
+        for _ in range(2):
+            seen.append(torch.backends.cudnn.enabled)
+            yield model(x)[0].square().sum()
+
+    wb.cheap_sensitivity(model, wb.Loop(None, [x], losses=losses), METHODS)
+    assert seen == [False, False] and torch.backends.cudnn.enabled

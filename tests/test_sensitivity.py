@@ -508,3 +508,30 @@ def test_a_loop_may_measure_integers():
 
     table = sensitivity_table(model, Loop(in_integers, [x]), [TopK(0.5)], bits=8)
     assert table["loss_before"].gt(0).all() and table["loss_before"].nunique() > 1
+
+
+@pytest.mark.parametrize("methods, message", [
+    (["TopK 0.5"], r"needs methods, such as TopK\(0.5\), got 'TopK 0.5'"),
+    ([TopK], r"needs methods, such as TopK\(0.5\), got <class"),
+], ids=str)
+def test_what_is_no_method_is_refused(model, methods, message):
+    with pytest.raises(ValueError, match=message):
+        check_sensitivity(model, methods, 8, 0)
+
+
+def test_gates_that_the_model_does_not_have_are_refused(model, signals, tiny_task):
+    for verb in (lambda: hybrid_plan(model, ["f", "r"], Strength(8, 5, 6), 10, signals),
+                 lambda: search_hybrid(model, tiny_task, ["f", "r"], 10, [Strength(8, 5, 6)], epochs=0, seed=0)):
+        with pytest.raises(ValueError, match="hybrid_plan knows the gates i, f, g, o, got r"):
+            verb()
+
+
+def test_a_strength_that_does_not_fit_is_refused_before_any_retraining(model, tiny_task, monkeypatch):
+    monkeypatch.setattr(sensitivity, "retraining_curve", None)
+    with pytest.raises(ValueError, match="divisible by 32"):
+        search_hybrid(model, tiny_task, ["g"], 4.0, [Strength(4, 4, 6), Strength(32, 4, 6)], epochs=1, seed=0)
+
+
+def test_a_task_is_calibrated_where_the_model_is(tiny_task):
+    batches = list(sensitivity.batches_of(models.build_classifier(tiny_task, 8, seed=0).to("meta"), tiny_task, 0))
+    assert batches and all(part.device.type == "meta" for batch in batches for part in batch)

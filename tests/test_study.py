@@ -13,9 +13,11 @@ from workbench.allocation import search_allocation
 from workbench.array import preset, schedule_layer, schedule_layers
 from workbench.array.cost import BASELINE
 from workbench.constrain import Unpackable, attach, bake
+from workbench.gates import blocks, dense_weights
 from workbench.methods import BlockCirculant, Dense, TopK, method_label
 from workbench.sensitivity import Strength, classify
 from workbench.train import evaluate, fit, paired_interval
+from workbench.units import remove_units
 
 TARGET = 10.0
 STRENGTH = Strength(block=4, circulant_bits=6, topk_bits=6)
@@ -395,6 +397,9 @@ def test_losses_over_folds_by_hand():
     assert study.over_folds(alone)["vs_small"].iloc[0] == 1.5
     with pytest.raises(ValueError, match="one row for each method, target, split and seed, got several"):
         study.over_folds(pd.concat([rows, rows]).assign(p_hidden_size=64))
+    for verb in (study.over_folds, study.pairs_over_folds):
+        with pytest.raises(ValueError, match=f"{verb.__name__} needs the rows of results.*, got some without m_seed, p_split"):
+            verb(rows.drop(columns=["p_split", "m_seed"]))
     with pytest.raises(ValueError, match="over_folds needs rows that differ in .* split and seed alone, got .* hidden_size"):
         study.over_folds(rows.assign(p_hidden_size=[64, 64, 64, 32, 32, 32], p_target_cr_disks=["[10]"] * 5 + ["[20]"]))
 
@@ -844,3 +849,71 @@ def test_cuda(tiny_task, dense):
 def test_the_notebook_compares_every_method_by_default():
     methods = runs.read_parameters("tradeoff")["methods"].default
     assert methods == list(study.TRADEOFF_METHODS)
+
+
+class Own(torch.nn.Module):
+    """A user's module, whose recurrent layer has a name of its own."""
+
+    def __init__(self, rnn):
+        super().__init__()
+        self.encoder, self.consumers = rnn, {"encoder": ["head"]}
+        self.head = torch.nn.Linear((rnn.proj_size or rnn.hidden_size) * (1 + rnn.bidirectional), 2)
+
+
+@pytest.mark.parametrize("cell, form", [
+    ("LSTM", {}), ("GRU", {}), ("LSTM", {"bidirectional": True}), ("LSTM", {"num_layers": 2}), ("LSTM", {"proj_size": 2}),
+], ids=str)
+@pytest.mark.parametrize("target", [2.0, 3.9, 6.0, 10.0])
+def test_hidden_units_fill_the_bytes_of_any_model(cell, form, target):
+    """At 8 bits, and with no more units than there are, however small the ratio."""
+    model = Own(getattr(torch.nn, cell)(3, 16, **form))
+
+    def ratio(units):
+        return 4 * dense_weights(blocks(model)) / dense_weights(blocks(remove_units(model, units)))
+
+    units = study.point_start(model, study.UNITS, target).encoder.hidden_size
+    assert ratio(units) >= target or units == 16
+    assert units == 16 or ratio(units + 1) < target
+
+
+def test_no_unit_of_a_projected_layer_fits():
+    """torch wants more units than are projected to: 7 of 16 at 8 bits reach 4 * 16 / 7 = 9.1x."""
+    model = Own(torch.nn.LSTM(3, 16, proj_size=6))
+    assert study.point_start(model, study.UNITS, 9.1).encoder.hidden_size == 7
+    with pytest.raises(budget.OutOfReach, match="no whole unit of 8 bits fits cr_disk 9.2"):
+        study.point_start(model, study.UNITS, 9.2)
+
+
+def test_checkpoints_of_one_dense_model_do_not_stand_for_another(tiny_task, dense, tmp_path):
+    """Two models of one shape and seed: the control of each, and the small network that is taught by each."""
+    def measured(model, checkpoints):
+        retraining = study.Retraining(dense_epochs=1, epochs=1, distillation_weight=0.9, checkpoints=checkpoints)
+        return (study.dense_control(tiny_task, model, study.DENSE, 0, retraining)["valid_loss"],
+                study.small_control(tiny_task, model, 10.0, 0, retraining)["valid_loss"])
+
+    other = models.build_classifier(tiny_task, 16, seed=7)
+    fresh, found = [measured(model, None) for model in (dense[0], other)], []
+    for _ in range(2):
+        found += [measured(model, tmp_path) for model in (dense[0], other)]
+    assert found == 2 * fresh and fresh[0][0] != fresh[1][0] and fresh[0][1] != fresh[1][1]
+
+
+@pytest.mark.parametrize("bad, message", [
+    ({"dense": {}}, r"a study needs different seeds of at least 0, got \[\]"),
+    ({"epochs": 0}, "Recipe needs epochs of at least 1, got 0"),
+    ({"dense_epochs": 0}, "Recipe needs epochs of at least 1, got 0"),
+    ({"distillation_weight": 2.0}, r"a study needs a distillation_weight in \[0, 1\], got 2.0"),
+    ({"workers": 0}, "a study needs at least 1 worker, got 0"),
+], ids=str)
+@pytest.mark.parametrize("verb", ["tradeoff", "compare"])
+def test_bad_values_are_refused_before_any_work(tiny_task, dense, monkeypatch, verb, bad, message):
+    monkeypatch.setattr(study, "parallel", None)
+    monkeypatch.setattr(study, "_plans", None)
+    arguments = ARGUMENTS | {"dense": dense} | bad
+    models_ = arguments.pop("dense")
+    with pytest.raises(ValueError, match=message):
+        if verb == "tradeoff":
+            study.tradeoff(tiny_task, models_, ["hybrid", "TopK"], [6.0], **arguments)
+        else:
+            del arguments["bits"], arguments["search_epochs"]
+            study.compare(tiny_task, models_, ["g"], STRENGTH, TARGET, variants=study.variants(True), **arguments)

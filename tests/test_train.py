@@ -11,12 +11,18 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from workbench.container import read_tensors
+from workbench.methods import TopK
 from workbench.models import build_classifier
+from workbench.plan import uniform
+from workbench.quantise import calibrate
+from workbench.schedules import gradual
+from workbench.sensitivity import calibration_batches
 from workbench.tasks import Recipe, Task
 from workbench.tasks.task import pad
 from workbench.train import (
     Evaluation,
     augment,
+    batch_losses,
     bucketed_batches,
     evaluate,
     fit,
@@ -452,3 +458,38 @@ def test_metadata_is_json(model, tmp_path):
     assert set(tensors) == set(model.state_dict())
     again = save_checkpoint(model, tmp_path / "again.safetensors", {"accuracy": 98.5, "seeds": [0, 1]})
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_modules_that_the_user_keeps_in_evaluation_mode_stay_there(task):
+    """A switched-off dropout, say, in a model that trains; measured, as a teacher, and trained itself."""
+    for model in (build_classifier(task, 6, seed=0).train(), build_classifier(task, 6, seed=0).eval()):
+        model.lstm.train(not model.training)
+        modes = [module.training for module in model.modules()]
+        evaluate(model, task, "valid")
+        assert [module.training for module in model.modules()] == modes
+        fit(build_classifier(task, 4, seed=1), task, seed=0, epochs=1, teacher=model, distillation_weight=0.5, progress=False)
+        assert [module.training for module in model.modules()] == modes
+        fit(model, task, seed=0, epochs=1, progress=False)
+        assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("epochs", [1, 5])
+def test_no_epoch_before_the_end_of_a_schedule_is_kept(task, epochs):
+    """One step an epoch, five epochs: the steps are at 0, 0.2, ... 0.8. Done at 0.75, the plan is whole in the last one only,
+    though the one before ends at 0.8; and the last epoch is kept where none is late enough."""
+    model = build_classifier(task, 8, seed=0)
+    signals = calibrate(model, calibration_batches(task))
+    schedule = gradual(model, uniform(model, TopK(0.25), 6, signals), until=0.75)
+    history = fit(schedule.model, task, seed=0, epochs=epochs, batch_size=70, lr=1.0, select_after=0.75, retraining=schedule,
+                  progress=False)
+    assert history.best_epoch == epochs
+
+
+def test_gradients_in_evaluation_mode_are_not_asked_of_cudnn(task, model, monkeypatch):
+    """cuDNN refuses them. Off in every forward, on again between two of them."""
+    seen = []
+    handle = model.lstm.register_forward_pre_hook(lambda *_: seen.append((torch.backends.cudnn.enabled, model.training)))
+    for _ in batch_losses(model, task, 2, seed=0):
+        assert torch.backends.cudnn.enabled
+    handle.remove()
+    assert seen == 2 * [(False, False)]

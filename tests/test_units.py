@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import workbench as wb
@@ -233,3 +233,23 @@ def test_units_may_be_numbers_of_numpy_and_torch(units):
     x, model = torch.randn(4, 2, 3).double(), tagger("LSTM")
     found, expected = (wb.remove_units(model, {"rnn.l0": kept}, HEADS) for kept in (units, [1, 4, 5]))
     assert torch.equal(found(x), expected(x))
+
+
+@pytest.mark.parametrize("computed", [nn.utils.weight_norm, lambda head: prune.l1_unstructured(head, "weight", 0.5)],
+                         ids=["weight_norm", "prune"])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_a_head_whose_weight_is_computed_is_refused(computed):
+    """Before a forward torch holds a computed weight with its graph, which it cannot copy; after one without gradients not."""
+    model = tagger("LSTM")
+    computed(model.head)
+    with pytest.raises(ValueError, match="torch cannot copy weight of 'head', which is computed from other weights"):
+        wb.remove_units(model, 4, HEADS)
+    with torch.no_grad():
+        model(torch.randn(4, 2, 3).double())
+    with pytest.raises(ValueError, match="plain weights, and weight of the consumer 'head' of 'rnn' is none, as of a pruned"):
+        wb.remove_units(model, 4, HEADS)
+
+
+def test_a_number_of_units_for_one_layer_is_refused():
+    with pytest.raises(ValueError, match="remove_units needs a list of the units of rnn.l0 that stay, got 5"):
+        wb.remove_units(tagger("LSTM"), {"rnn.l0": 5}, HEADS)

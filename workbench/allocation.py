@@ -13,8 +13,17 @@ import torch
 from workbench.array.mapping import Region, map_block, stored_forms, tile_unit
 from workbench.array.schedule import schedule_layers
 from workbench.array.spec import ArraySpec, ceil_div
-from workbench.budget import OutOfReach, check_target, full_block, ladder, pack_within_reach, strongest_member, uniform_plan
-from workbench.gates import blocks, dense_weights, weights
+from workbench.budget import (
+    OutOfReach,
+    check_bits,
+    check_target,
+    full_block,
+    ladder,
+    pack_within_reach,
+    strongest_member,
+    uniform_plan,
+)
+from workbench.gates import blocks, check_gates, dense_weights, weights
 from workbench.methods import METHODS, Method, method_from_label
 from workbench.packed import PackedModel
 from workbench.plan import Plan, plan_block
@@ -121,6 +130,7 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
     _check_table(table, known)
     ((name, value),) = asked.items()
     cost, budget = _budget(name, value, known, array)
+    check_gates("allocate", model, sensitive or ())
     ws = weights(model)
     choices = _choices(ws, table, array)
     usable = choices[np.isfinite(choices["predicted_loss"])]
@@ -174,8 +184,10 @@ def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     valid_accuracy. device: as of sensitivity_table. keep_start: a candidate that retraining makes worse counts as it was
     before. OutOfReach when none meets it.
     """
+    check_target(target_cr_disk)
+    check_bits(bits)
     check_place(task, device)
-    signals = calibrate(model, batches_of(task, epochs))
+    signals = calibrate(model, batches_of(model, task, epochs))
     tables = dict(list(table.groupby(family(table["method"]), sort=False)))
     planners = {f"allocation of {name}": lambda rows=rows: allocate(model, rows, target_cr_disk, signals).plan
                 for name, rows in {**tables, "every method": table}.items()}
@@ -206,7 +218,8 @@ def _check_table(table, known):
     for row in bad.head(1).to_dict("records"):
         raise ValueError("allocate needs whole bits and an excess_loss that is a number (inf for a choice that is none), got "
                          f"{row['excess_loss']} of {row['method']} in {row['bits']} bits for {row['block']}")
-    if hopeless := set(known) - set(table["block"][table["excess_loss"] < math.inf]):
+    means = table.groupby(["block", "method", "bits"])["excess_loss"].mean()  # over the seeds: what _choices chooses from
+    if hopeless := set(known) - set(means[means < math.inf].index.get_level_values("block")):
         raise ValueError(f"allocate needs a choice of finite loss for every block, got none for {', '.join(sorted(hopeless))}")
 
 
@@ -318,9 +331,6 @@ def _of_every_block(choices, known) -> list:
 
 def _classes(choices, known, sensitive):
     """For each of both classes of gates its options, each the rows of all its blocks with one method and width."""
-    gates = dict.fromkeys(block.gate for block in known.values())
-    if unknown := [gate for gate in sensitive if gate not in gates]:
-        raise ValueError(f"allocate knows the gates {', '.join(gates)}, got {', '.join(map(str, unknown))}")
     options = []
     for kind, inside in (("TopK", True), ("BlockCirculant", False)):
         mine = [name for name, block in known.items() if (block.gate in sensitive) == inside]

@@ -14,15 +14,15 @@ import pandas as pd
 import torch
 
 from workbench.constrain import bake
-from workbench.gates import blocks, rnns, weights
+from workbench.gates import blocks, evaluating, rnns, weights
 from workbench.methods import Method, method_label
 from workbench.models import seeded
 from workbench.packed import PARTS
 from workbench.plan import pack_block, plan_block
 from workbench.quantise import float_signals, recurrent_calls
-from workbench.sensitivity import Loop, calibration_batches, check_sensitivity
+from workbench.sensitivity import Loop, asked_widths, batches_of, check_sensitivity
 from workbench.tasks import LanguageTask, Task
-from workbench.train import batch_losses, device_of, evaluating, t_interval
+from workbench.train import batch_losses, device_of, no_cudnn, t_interval
 
 SCORES = ("magnitude", "activation", "gradient", "fisher")
 ALL = "all choices"
@@ -47,7 +47,7 @@ def cheap_sensitivity(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     sizes, known, rows = _sizes(model, task, batches), blocks(model), []
     for name, w in weights(model).items():
         block, w = known[name], w.double()
-        for method, width in itertools.product(methods, [bits] if isinstance(bits, int) else bits):
+        for method, width in itertools.product(methods, asked_widths(bits)):
             entry = plan_block(w, method, width)
             d = torch.from_numpy(entry.format.dequantise(pack_block(w, entry).dense())).to(w) - w
             rows.append({
@@ -94,13 +94,13 @@ def _losses(model, task, count, seed) -> Iterator[torch.Tensor]:
 
 
 def _own_losses(model, loop, seed):
-    with seeded(seed, device_of(model)), evaluating(model):
+    with seeded(seed, device_of(model)), evaluating(model), no_cudnn():
         yield from loop.losses(model)
 
 
 def _sizes(model, task, count) -> dict[tuple[str, str], torch.Tensor]:
     """(layer, part) -> (in,) root mean square of every value that its matrix takes, over the steps of `count` batches."""
-    batches = task.batches if isinstance(task, Loop) else calibration_batches(task)
+    batches = batches_of(model, task, epochs=0)
     squares, steps = defaultdict(float), defaultdict(int)
     for path, call in recurrent_calls(model, itertools.islice(batches, count)):
         for layer, signals, alive, _ in float_signals(rnns(model)[path], *call, path=path):

@@ -79,6 +79,12 @@ def bake(model: nn.Module) -> nn.Module:
     for rnn in constrained:
         with torch.no_grad():
             rnn._init_flat_weights()  # after a training forward it holds non-leaf tensors, which deepcopy refuses
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                raise ValueError(f"torch cannot copy {name} of {path!r}, which is computed from other weights, as of a pruned "
+                                 "or weight-normalised module: make it a plain parameter first (torch.nn.utils.prune.remove, "
+                                 "torch.nn.utils.remove_weight_norm)")
     model = copy.deepcopy(model)
     make_plain(model)
     return model

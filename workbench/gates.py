@@ -1,5 +1,6 @@
 """Gates of torch recurrent layers: block names and views of their weights."""
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +110,33 @@ def _check_rnn(path, rnn):
         elif name not in plain:
             raise ValueError(f"{name} of {path!r} is no plain parameter, as of a pruned or weight-normalised module: make it "
                              "one first (torch.nn.utils.prune.remove, torch.nn.utils.remove_weight_norm)")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module):
+    """Inside, the model is in evaluation mode; afterwards every module of it is in the mode that it was in."""
+    with keeping_modes(model):
+        model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def keeping_modes(model: nn.Module):
+    """Afterwards every module of the model is in the mode that it was in, and one that came new in that of the model."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        model.train(modes[model])
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def check_gates(who: str, model: nn.Module, names) -> None:
+    """Refuse names that are no gates of the model's recurrent modules."""
+    known = dict.fromkeys(block.gate for block in blocks(model).values())
+    if unknown := [gate for gate in names if gate not in known]:
+        raise ValueError(f"{who} knows the gates {', '.join(known)}, got {', '.join(map(str, unknown))}")
 
 
 def cell_name(rnn: nn.RNNBase) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from workbench.fixedpoint import QFormat
-from workbench.gates import Layer, cell_name, layers, layers_of, rnns
+from workbench.gates import Layer, cell_name, evaluating, layers, layers_of, rnns
 from workbench.packed import SIGNALS, PackedLayer, signals_of
 
 # Finest weight and finest signal: with a 16-bit hidden state (15 fraction bits) the 32-bit bias then still reaches 4.
@@ -255,10 +255,9 @@ def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
 
     hooks = [rnn.register_forward_pre_hook(lambda rnn, args, kwargs, path=path: hook(rnn, args, kwargs, path), with_kwargs=True)
              for path, rnn in rnns(model).items()]
-    training, seen = {module: module.training for module in model.modules()}, 0
-    model.eval()
+    seen = 0
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             for batch in batches:
                 several = isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence)
                 model(*batch) if several else model(batch)
@@ -268,8 +267,6 @@ def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
     finally:
         for handle in hooks:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     if not seen:
         raise ValueError("calibrate needs at least one batch, got none: empty, or a generator used before")
 

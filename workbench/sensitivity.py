@@ -7,7 +7,7 @@ how much accuracy comes back and how fast. Everything here looks at the validati
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 
 import numpy as np
 import pandas as pd
@@ -16,13 +16,13 @@ from torch.nn.utils import parametrize
 
 from workbench.budget import OutOfReach, check_target, largest_member, pack_within_reach
 from workbench.constrain import compress
-from workbench.gates import blocks, dense_weights, weight, weights
+from workbench.gates import blocks, check_gates, dense_weights, evaluating, weight, weights
 from workbench.methods import BlockCirculant, Dense, Method, TopK, method_label
 from workbench.models import seeded
 from workbench.plan import Plan, pack_block, plan_block, uniform
 from workbench.quantise import calibrate
 from workbench.tasks import LanguageTask, Task
-from workbench.train import check_device, device_of, evaluate, evaluating, fit, move
+from workbench.train import check_device, device_of, evaluate, fit, move
 
 CALIBRATION_STEPS = 100_000  # time steps that are enough to see how large signals become
 PIECE = 100  # words of a text that are read from a fresh state
@@ -46,15 +46,16 @@ class Loop:
     losses: Callable[[torch.nn.Module], Iterable[torch.Tensor]] | None = None
 
 
-def batches_of(task: Task | LanguageTask | Loop, epochs: int):
-    """What signals are calibrated on; refuses what cannot be measured for that many epochs."""
+def batches_of(model: torch.nn.Module, task: Task | LanguageTask | Loop, epochs: int):
+    """What signals are calibrated on, of a task on the model's device; refuses what cannot be measured for that many epochs."""
     if isinstance(task, Loop):
         if epochs and task.train is None:
             raise ValueError(f"{epochs} epochs of retraining need a Loop with the function train, got one without")
         return task.batches
     if not isinstance(task, (Task, LanguageTask)):
         raise TypeError(f"a measurement needs a task, or a Loop of your own functions, got {type(task).__name__}")
-    return calibration_batches(task)
+    device = device_of(model)
+    return (tuple(part.to(device) for part in batch) for batch in calibration_batches(task))
 
 
 def calibration_batches(task: Task | LanguageTask, size: int = 256):
@@ -92,7 +93,10 @@ def _spread(count, most):
 
 def check_sensitivity(model: torch.nn.Module, methods: list[Method], bits: int | list[int], epochs: int) -> None:
     """Refuse methods, widths and epochs that sensitivity_table cannot measure on a model of this shape. No training."""
-    labels, widths = [method_label(method) for method in methods], _widths(bits)
+    for method in methods:
+        if not is_dataclass(method) or isinstance(method, type):
+            raise ValueError(f"a sensitivity measurement needs methods, such as TopK(0.5), got {method!r}")
+    labels, widths = [method_label(method) for method in methods], asked_widths(bits)
     for what, asked in (("methods", labels), ("widths in bits", widths)):
         if not asked or len(set(asked)) != len(asked):
             raise ValueError(f"a sensitivity measurement needs different {what}, got {', '.join(map(str, asked)) or 'none'}")
@@ -115,8 +119,8 @@ def check_place(task: Task | LanguageTask | Loop, device: str | None) -> None:
             raise ValueError(f"a measurement with a Loop runs where its model is, got the device {device!r}")
 
 
-def _widths(bits):
-    return [bits] if isinstance(bits, int) else list(bits)
+def asked_widths(bits: int | list[int]) -> list[int]:
+    return list(bits) if isinstance(bits, (list, tuple)) else [bits]
 
 
 def sensitivity_table(model: torch.nn.Module, task: Task | LanguageTask | Loop, methods: list[Method], *,
@@ -135,13 +139,13 @@ def sensitivity_table(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     """
     check_sensitivity(model, methods, bits, epochs)
     check_place(task, device)
-    signals = calibrate(model, batches_of(task, epochs))
+    signals = calibrate(model, batches_of(model, task, epochs))
     reference = uniform(model, Dense(), LOSSLESS_BITS, signals)
     dense = retraining_curve(model, reference, task, epochs, seed, f"all blocks at {LOSSLESS_BITS} bits", device)
     rows, known = [], blocks(model)
     for name, w in weights(model).items():
         block = known[name]
-        for method, width in itertools.product(methods, _widths(bits)):
+        for method, width in itertools.product(methods, asked_widths(bits)):
             entry, compression = plan_block(w, method, width), f"{method_label(method)} at {width} bits"
             plan = Plan(reference.blocks | {name: entry}, signals)
             curve = retraining_curve(model, plan, task, epochs, seed, f"{name}, {compression}", device)
@@ -323,6 +327,7 @@ def hybrid_plan(model: torch.nn.Module, sensitive: list[str], strength: Strength
     The size is taken with every kept weight non-zero, as in uniform_plan. OutOfReach when no kept fraction meets it.
     """
     check_target(target_cr_disk)
+    check_gates("hybrid_plan", model, sensitive)
     known = blocks(model)
     dense_bits = 32 * dense_weights(known)
     circulant = {name: plan_block(weight(model, name), BlockCirculant(strength.block), strength.circulant_bits)
@@ -354,18 +359,19 @@ def search_hybrid(model: torch.nn.Module, task: Task | LanguageTask | Loop, sens
     """
     check_target(target_cr_disk)
     check_place(task, device)
-    signals = calibrate(model, batches_of(task, epochs))
-    rows, refused = [], []
+    signals = calibrate(model, batches_of(model, task, epochs))
+    plans, refused = [], []  # every plan before any retraining: a strength that fits no block is refused here
     for strength in strengths:
         try:
             plan = hybrid_plan(model, sensitive, strength, target_cr_disk, signals)
-            packed = pack_within_reach(model, plan)
+            plans.append((strength, plan, pack_within_reach(model, plan).cr_disk))
         except OutOfReach as error:
             refused.append(str(error))
-            continue
+    rows = []
+    for strength, plan, cr_disk in plans:
         found = outcome(retraining_curve(model, plan, task, epochs, seed, str(strength), device), keep_start)
         keeps = [e.method.keep for e in plan.blocks.values() if isinstance(e.method, TopK)]
-        rows.append({"strength": strength, "keep": keeps[0] if keeps else None, "cr_disk": packed.cr_disk,
+        rows.append({"strength": strength, "keep": keeps[0] if keeps else None, "cr_disk": cr_disk,
                      "valid_loss": found["loss"], "valid_accuracy": found["accuracy"]})
     if not rows:
         raise OutOfReach(f"no hybrid plan meets cr_disk {target_cr_disk}: " + "; ".join(refused))

@@ -5,6 +5,7 @@ compare: the hybrid plan and its rivals at one compression ratio; tradeoff: ever
 Every training runs single-threaded in a process of its own, so on a processor results do not depend on the number of workers.
 """
 
+import bisect
 import hashlib
 import itertools
 import json
@@ -29,7 +30,7 @@ from workbench.array.cost import BASELINE
 from workbench.budget import OutOfReach, check_bits, check_target, first_uniform, uniform_plan
 from workbench.constrain import attach, bake, pack
 from workbench.emulation import attach_emulated
-from workbench.gates import blocks, dense_weights, weight
+from workbench.gates import blocks, dense_weights, rnns, weight
 from workbench.methods import METHODS, BlockCirculant, Dense, Method, TopK, method_label
 from workbench.packed import PackedLayer, PackedModel
 from workbench.pareto import pareto_front
@@ -284,6 +285,8 @@ def compare(task: Task, dense: dict[int, torch.nn.Module], sensitive: list[str],
         raise ValueError(f"compare knows the variants {', '.join(VARIANTS)}, got {', '.join(unknown)}")
     if DENSE not in variants:
         raise ValueError(f"compare needs the variant {DENSE!r} as the reference, got {', '.join(variants)}")
+    _check_training(task, list(dense), dense_epochs, epochs, distillation_weight)
+    _check_counts(worker=workers)
     # The plans come first: a target out of reach is refused before any training.
     plans = {seed: _plans(model, task, sensitive, strength, target_cr_disk, variants) for seed, model in dense.items()}
     retraining = Retraining(dense_epochs, epochs, distillation_weight, checkpoints)
@@ -363,7 +366,8 @@ class Retraining:
         settings = {"seed": seed, "epochs": self.epochs, "device": self.device, "progress": False}
         if self.distillation_weight:
             settings |= {"teacher": teacher, "distillation_weight": self.distillation_weight}
-        key = f"{what} {_units(teacher)} {seed} {self.dense_epochs} {self.epochs} {self.distillation_weight} {self.device}"
+        distilled = f"{self.distillation_weight} {train.fingerprint(teacher)}" if self.distillation_weight else "0.0"
+        key = f"{what} {_units(teacher)} {seed} {self.dense_epochs} {self.epochs} {distilled} {self.device}"
         settings["retraining"] = schedule
         task = _at_rate(task, self.lr)
         if self.keep_start:
@@ -388,7 +392,7 @@ def dense_control(task, dense, variant, seed, retraining) -> dict:
     measured = bake(dense).to(retraining.device)
     before = evaluate(measured, task, "valid")
     if variant == DENSE:
-        retraining.run(measured, task, dense, seed, DENSE)
+        retraining.run(measured, task, dense, seed, f"{DENSE} {train.fingerprint(measured)}")
     return _identity(variant, seed, dense) | {
         "arithmetic": "float", "cr_params": 1.0, "cr_bits": 1.0, "cr_disk": 1.0, "cr_model": 1.0,
         "rnn_bytes": 4 * dense_weights(blocks(dense))} | _measurement(measured, task, before)
@@ -504,6 +508,8 @@ def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], 
     Points that a method cannot reach are listed.
     """
     _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device, retrain_lr, keep_start)
+    _check_training(task, list(dense), dense_epochs, epochs, distillation_weight)
+    _check_counts(worker=workers)
     retraining = Retraining(dense_epochs, epochs, distillation_weight, checkpoints, schedule, device, retrain_lr, keep_start)
     found = search_plans(_at_rate(task, retrain_lr), dense, methods, target_cr_disks, bits, search_epochs, workers, device,
                          keep_start)
@@ -616,13 +622,15 @@ def made_point(task: Task, model, method: str, target_cr_disk: float, bits: int,
 
 
 def _units_within(dense, target_cr_disk) -> int:
-    """As many units as the target's bytes hold at CONTROL_BITS bits a weight."""
-    payload_bits, features = 32 * dense_weights(blocks(dense)) / target_cr_disk, dense.rnn.input_size
-    units = small_hidden_size(features, payload_bits)
-    units -= 4 * units * (features + units) * CONTROL_BITS > payload_bits
-    if not units:
+    """As many units of every layer as the target's bytes hold at CONTROL_BITS bits a weight, at most all of them."""
+    payload_bits, rnn = 32 * dense_weights(blocks(dense)) / target_cr_disk, rnns(dense).values()
+    fewest = max(module.proj_size for module in rnn) + 1  # torch wants more units than are projected to
+    sizes = range(fewest, min(module.hidden_size for module in rnn) + 1)
+    within = bisect.bisect_right(sizes, payload_bits,
+                                 key=lambda units: CONTROL_BITS * dense_weights(blocks(remove_units(dense, units))))
+    if not within:
         raise OutOfReach(f"no whole unit of {CONTROL_BITS} bits fits cr_disk {target_cr_disk}")
-    return units
+    return sizes[within - 1]
 
 
 def strength_of(row: dict) -> dict:
@@ -736,6 +744,10 @@ def pairs_over_folds(rows: pd.DataFrame, controls: pd.DataFrame | None = None) -
 
 
 def _check_folds(who, rows):
+    needed = ["m_method", "m_target_cr_disk", "m_seed", "p_split"]
+    if missing := [name for name in needed if name not in rows]:
+        raise ValueError(f'{who} needs the rows of results(name, records="results") of a sweep over split, got some without '
+                         f"{', '.join(missing)}")
     if rows.duplicated(["m_method", "p_split", "m_target_cr_disk", "m_seed"]).any():
         raise ValueError(f"{who} needs one row for each method, target, split and seed, got several of some: choose one "
                          "setting of what else the sweep varies")

@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from workbench.container import read_tensors, write_tensors
+from workbench.gates import evaluating, keeping_modes
 from workbench.models import build_classifier, build_language_model, seeded
 from workbench.schedules import RetrainingSchedule
 from workbench.tasks import LanguageTask, Recipe, Split, Task
@@ -218,7 +219,9 @@ def _fit(model, task, data, retraining, callback, on_epoch, file, progress):
             for group in optimizer.param_groups:
                 group["lr"] /= ANNEAL
         history.append(row)
-        if step > recipe.select_after * total_steps and (best is None or valid.loss < history[best - 1]["valid_loss"]):
+        # The last step of this epoch was at (step - 1) / total_steps: there a retraining schedule must have been done.
+        late = step - 1 >= recipe.select_after * total_steps or epoch == recipe.epochs
+        if late and (best is None or valid.loss < history[best - 1]["valid_loss"]):
             best, weights = epoch, {name: tensor.clone() for name, tensor in model.state_dict().items()}
         if file is not None and epoch < recipe.epochs:
             file.write(model, optimizer, schedule, history, best, weights)
@@ -241,17 +244,17 @@ def _optimizer(model, recipe, total_steps):
 
 @contextlib.contextmanager
 def _placed(model, device):
-    """Inside, the model (or None) is on the device; afterwards it is where and in the mode it was."""
+    """Inside, the model (or None) is on the device; afterwards it is where and in the modes it was."""
     if model is None:
         yield
         return
-    home, was_training = device_of(model), model.training
+    home = device_of(model)
     move(model, device)
     try:
-        yield
+        with keeping_modes(model):
+            yield
     finally:
         move(model, home)
-        model.train(was_training)
 
 
 def _kind(task):
@@ -377,22 +380,18 @@ def batch_losses(model: nn.Module, task: Task | LanguageTask, count: int, seed: 
     with seeded(seed, device.type), evaluating(model):
         data = _kind(task)(task, device, None)
         for batch in itertools.islice(data.batches(), count):
-            yield data.loss(model, batch)[0]
+            with no_cudnn():
+                loss = data.loss(model, batch)[0]
+            yield loss
+
+
+def no_cudnn():
+    """cuDNN gives no gradients of a recurrent module in evaluation mode; torch's own kernels do."""
+    return torch.backends.cudnn.flags(enabled=False)
 
 
 def _detached(state):
     return tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """Inside, the model is in evaluation mode; afterwards in the mode that it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 class _Distillation(NamedTuple):

@@ -132,6 +132,9 @@ def _weights_of(modules, path, name, width):
     if (size := module.in_features if linear else module.input_size) != width:
         raise ValueError(f"remove_units needs a consumer of the {width} features of {path!r}, {name!r} takes {size}")
     names = ["weight"] if linear else [f"weight_ih_{layer.suffix}" for layer in layers_of(module) if layer.index == 0]
+    if odd := [parameter for parameter in names if module._parameters.get(parameter) is None]:
+        raise ValueError(f"remove_units needs plain weights, and {odd[0]} of the consumer {name!r} of {path!r} is none, as of "
+                         "a pruned or weight-normalised module")
     return [(module, parameter) for parameter in names]
 
 
@@ -186,6 +189,8 @@ def _kept(model, keep, takers) -> dict[str, torch.Tensor]:
 
 
 def _units(name, hidden_size, units):
+    if not isinstance(units, Iterable):
+        raise ValueError(f"remove_units needs a list of the units of {name} that stay, got {units!r}")
     units = [u.item() if isinstance(u, np.integer | torch.Tensor) else u for u in units]
     wrong = [u for u in units if isinstance(u, bool) or not isinstance(u, int) or not 0 <= u < hidden_size]
     if wrong or not units or len(set(units)) != len(units):
