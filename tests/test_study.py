@@ -898,6 +898,14 @@ def test_checkpoints_of_one_dense_model_do_not_stand_for_another(tiny_task, dens
     assert found == 2 * fresh and fresh[0][0] != fresh[1][0] and fresh[0][1] != fresh[1][1]
 
 
+def test_a_model_whose_units_cannot_be_removed_is_refused_before_any_work(tiny_task, dense, monkeypatch):
+    monkeypatch.setattr(study, "parallel", None)
+    model = Own(torch.nn.LSTM(3, 16))
+    model.consumers = None
+    with pytest.raises(ValueError, match="remove_units needs to know what takes the output of 'encoder'"):
+        study.tradeoff(tiny_task, dense | {1: model}, ["allocation", study.UNITS], [6.0], **ARGUMENTS)
+
+
 @pytest.mark.parametrize("bad, message", [
     ({"dense": {}}, r"a study needs different seeds of at least 0, got \[\]"),
     ({"epochs": 0}, "Recipe needs epochs of at least 1, got 0"),

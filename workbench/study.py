@@ -500,16 +500,20 @@ def tradeoff(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], 
     sensitive gates from a one-shot measurement of all seeds, the strength (with widths of its own, see strengths) from
     search_epochs of retraining on the first seed. "allocation" is what search_allocation finds on the first seed over one-shot
     losses of choices_to_measure, its candidates retrained as long. "hidden units" keeps the units of largest norm, as many as
-    the target's bytes hold at 8 bits. "small dense" has as many units as fill the target's bytes at 8 bits; it is trained from
-    scratch for dense_epochs and then, in 8 bits, for epochs. Losses are against the dense control, retrained alike once per
-    seed. schedule: of SCHEDULES, how a model comes into its plan. retrain_lr: peak of the learning rate of every retraining, in
-    searches and of the control too; None for that of the task's recipe. keep_start: where a model, the control included, has
-    less validation loss before its retraining (in its plan, in float), it is measured as it was then; searches judge so too.
+    the target's bytes hold at 8 bits. "small dense" is the task's LSTM of one layer, whatever the dense model is, with as many
+    units as fill the target's bytes at 8 bits; it is trained from scratch for dense_epochs and then, in 8 bits, for epochs.
+    Losses are against the dense control, retrained alike once per seed. schedule: of SCHEDULES, how a model comes into its
+    plan. retrain_lr: peak of the learning rate of every retraining, in searches and of the control too; None for that of the
+    task's recipe. keep_start: where a model, the control included, has less validation loss before its retraining (in its
+    plan, in float), it is measured as it was then; searches judge so too.
     Points that a method cannot reach are listed.
     """
     _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule, device, retrain_lr, keep_start)
     _check_training(task, list(dense), dense_epochs, epochs, distillation_weight)
     _check_counts(worker=workers)
+    if UNITS in methods:  # what takes a model's units must be known before any search
+        for model in dense.values():
+            remove_units(model, min(module.hidden_size for module in rnns(model).values()))
     retraining = Retraining(dense_epochs, epochs, distillation_weight, checkpoints, schedule, device, retrain_lr, keep_start)
     found = search_plans(_at_rate(task, retrain_lr), dense, methods, target_cr_disks, bits, search_epochs, workers, device,
                          keep_start)
