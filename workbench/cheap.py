@@ -49,7 +49,8 @@ def cheap_sensitivity(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
         block, w = known[name], w.double()
         for method, width in itertools.product(methods, asked_widths(bits)):
             entry = plan_block(w, method, width)
-            d = torch.from_numpy(entry.format.dequantise(pack_block(w, entry).dense())).to(w) - w
+            packed = pack_block(w, entry)  # of a product of factors finer than their format
+            d = torch.from_numpy(packed.dense() * 2.0**-packed.frac).to(w) - w
             rows.append({
                 "block": name, "gate": block.gate, "method": method_label(method), "bits": width,
                 "compression": f"{method_label(method)} at {width} bits",
