@@ -873,6 +873,8 @@ SPARSE = ("layers", "lstm.l0", "blocks", "lstm.weight_ih_l0.f")
 
 @pytest.mark.parametrize(("change", "message"), [
     (changed(*CIRCULANT, "block", value=0), "needs a whole block of at least 1, got 0"),
+    (lambda text: changed(*CIRCULANT, "block", value=1 << 20)(changed(*CIRCULANT, "shape", value=[1 << 20, 1])(text)),
+     r"at most 134217728 weights, padding included, got \[1048576, 1\] in circulant blocks of 1048576"),
     (changed(*SPARSE, "shape", value=[10**6, 10**6]), "at most 134217728 weights, got"),
     (changed(*SPARSE, "shape", value=[8, -6]), "needs a whole size of at least 1, got -6"),
     (changed("other_params", value="many"), "needs a whole other_params of at least 0, got 'many'"),

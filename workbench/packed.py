@@ -525,6 +525,9 @@ class PackedCirculant(_Stored):
         k = about["block"]
         check_whole("PackedCirculant", "block", k, 1)
         vectors = (shape[0] // k, -(-shape[1] // k), k)
+        if shape[0] * vectors[1] * k > MOST_WEIGHTS:  # a few stored values can stand for many
+            raise ValueError(f"load takes blocks of at most {MOST_WEIGHTS} weights, padding included, got {list(shape)} in "
+                             f"circulant blocks of {k}")
         values = unpack_bits(arrays["values"], fmt.bits, int(np.prod(vectors)), fmt.signed)
         return cls(tuple(shape), fmt, k, values.reshape(vectors), about["datapath"])
 
