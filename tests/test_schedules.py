@@ -111,6 +111,27 @@ def test_a_stage_holds_from_its_progress_on(model):
     assert late.step(1.0) and late.entered == 2  # what lies between is left out
 
 
+def test_steps_that_come_too_seldom_are_warned_of(model):
+    """Once an epoch, of 4: until 0.25 all 8 stages lie between two steps, and until 1 every second one is passed over."""
+    for until, distance in ((0.25, "0.0312"), (1.0, "0.125")):
+        seldom = wb.gradual(model, hybrid(model), until=until)
+        assert not seldom.step(0)
+        with pytest.warns(UserWarning, match=f"passed over stages, .* they are {distance} of the training apart; call"):
+            assert seldom.step(0.25)
+    seldom = wb.admm(model, hybrid(model), until=1.0, updates=8)
+    seldom.step(0)
+    with pytest.warns(UserWarning, match="passed over updates, .* 0.125 of the training apart; .* ask for fewer updates"):
+        seldom.step(0.25)
+    often = wb.gradual(model, hybrid(model), until=1.0)
+    assert [often.step(n / 8) for n in range(9)] == [False, *8 * [True]]
+
+
+def test_admm_into_a_plan_of_what_is_free_anyway(model):
+    dense = wb.uniform(model, wb.Dense(), 16, wb.calibrate(model, [X]))
+    schedule = wb.admm(model, dense)
+    assert not schedule.step(0) and not schedule.step(1) and schedule.penalty() == 0 and schedule.until == 0
+
+
 def test_admm_by_hand():
     """Two features, one unit, keep one weight of two. W = (3, 1): Z = (3, 0), U = 0, |W - Z + U|^2 = 1. Then W = (1, 2) at the
     second update: Z = (0, 2) of W + U, U = (1, 0): 4. Then W = (1.5, 2), third: W + U = (2.5, 2), Z = (2.5, 0), U = (0, 2):
@@ -167,7 +188,7 @@ def test_the_end_is_a_member_of_the_plan(model, make, z):
 def test_ten_lines_of_a_loop_of_one_s_own(model):
     plan = hybrid(model)
     # --- the loop
-    schedule = wb.gradual(model, plan)
+    schedule = wb.gradual(model, plan, until=0.5)
     optimizer = torch.optim.Adam(schedule.model.parameters(), lr=1e-2)
     for epoch in range(20):
         schedule.step(epoch / 20, optimizer)

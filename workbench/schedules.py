@@ -7,8 +7,10 @@ One small object for any training loop: `step(progress, optimizer)` before every
 import hashlib
 import json
 import math
+import warnings
 from bisect import bisect_right
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -35,7 +37,7 @@ class RetrainingSchedule:
     def __init__(self, model: nn.Module, stages: list[tuple[float, Plan]]):
         # One that changes nothing would only cost the optimizer its moments.
         self.stages = [stage for n, stage in enumerate(stages) if not n or stage[1] != stages[n - 1][1]]
-        self.entered = 0
+        self.entered, self.begun = 0, False
         self.model = compress(model, stages[0][1])
         for _, plan in self.stages[1:]:
             plan.check(self.model)
@@ -62,15 +64,21 @@ class RetrainingSchedule:
     def step(self, progress: float, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Be where the schedule is at `progress`, from 0 at the start of the training to 1 at its end. True where the
         recurrent weights have new parameters: without an optimizer here the caller must make his anew. Not inside
-        torch.nn.utils.parametrize.cached()."""
+        torch.nn.utils.parametrize.cached().
+
+        Where it comes too seldom a stage is passed over, with a warning (of the first call it is no sign of that); a loop whose
+        last step comes before `until` ends with step(1.0)."""
         if not 0 <= progress <= 1:
             raise ValueError(f"a retraining schedule needs a progress in [0, 1], got {progress}")
         if isinstance(optimizer, torch.optim.LBFGS) and len(self.stages) > 1:
             raise ValueError("a retraining schedule cannot exchange parameters inside LBFGS, which keeps lists of its own: "
                              "call step without it, and make it anew where that gives True")
-        stage = bisect_right([start for start, _ in self.stages], progress) - 1
+        starts = [start for start, _ in self.stages]
+        stage = bisect_right(starts, progress) - 1
         if stage <= self.entered:
+            self.begun = True
             return False
+        passed_over = self.begun and stage > self.entered + 1
         old = _parameters(self.model)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
         if optimizer is not None and not any(id(p) in held for p in old):
@@ -78,9 +86,11 @@ class RetrainingSchedule:
                              "the recurrent weights: make it from schedule.model.parameters()")
         make_plain(self.model)
         constrain_weights(self.model, self.stages[stage][1])
-        self.entered = stage
+        self.entered, self.begun = stage, True
         if optimizer is not None:
             _exchange(optimizer, old, _parameters(self.model))
+        if passed_over:
+            _warn_passed_over("stages", min(b - a for a, b in pairwise(starts)))
         return True
 
     def penalty(self) -> torch.Tensor | float:
@@ -95,6 +105,11 @@ class RetrainingSchedule:
         """Be where an interrupted training stood after its step at `progress`, so that states of the model and of the
         optimizer fit; self is fresh."""
         RetrainingSchedule.step(self, progress, optimizer)
+
+
+def _warn_passed_over(what, distance):
+    warnings.warn(f"a retraining schedule passed over {what}, as step came too seldom for them: they are {distance:.3g} of the "
+                  f"training apart; call step more often, or ask for fewer {what}", stacklevel=3)
 
 
 def _parameters(model) -> list[nn.Parameter]:
@@ -167,7 +182,8 @@ def admm(model: nn.Module, plan, *, rho: float = 1e-2, updates: int = 10, until:
     multipliers, then projected onto it and retrained there (E-RNN, arXiv 1812.07106).
 
     penalty is rho / 2 |W - Z + U|^2, summed over the blocks. `updates` times, at equal distances from 0 on, Z becomes the
-    plan's projection of W + U, and U grows by W - Z (from zero; at 0 it stays zero). Free blocks are dense in 16 bits.
+    plan's projection of W + U, and U grows by W - Z (from zero; at 0 it stays zero); once for all that fall between two steps
+    of the loop. Free blocks are dense in 16 bits.
     """
     plan = Plan.read(plan)
     check_whole("admm", "number of updates", updates, 1)
@@ -197,7 +213,10 @@ class _Admm(RetrainingSchedule):
     def step(self, progress, optimizer=None):
         if super().step(progress, optimizer):
             return True
-        if self.entered == 0 and (due := 1 + math.floor(progress / self.until * self.updates)) > self.updated:
+        if len(self.stages) > 1 and self.entered == 0 and (
+                due := 1 + math.floor(progress / self.until * self.updates)) > self.updated:
+            if self.updated and due > self.updated + 1:
+                _warn_passed_over("updates", self.until / self.updates)
             first, self.updated = not self.updated, due
             for name, w in weights(self.model).items():
                 u = torch.zeros_like(w) if first else self.u[name]
