@@ -604,6 +604,7 @@ def test_every_retraining_of_a_tradeoff_has_the_rate_that_was_asked_for(tiny_tas
     assert rates["in a search"] == 4 * [1e-3] + 4 * [2e-3]
 
 
+@pytest.mark.filterwarnings("ignore:a retraining schedule passed over")  # of an epoch of few steps
 @pytest.mark.parametrize(("schedule", "stages"), [("one-shot", 1), ("gradual", 4), ("ADMM", 2)])  # dense, blocks of 2, 4 and 8
 def test_a_schedule_of_retraining_is_loaded_where_it_is_finished(tiny_task, dense, tmp_path, in_process, schedule, stages,
                                                                  monkeypatch):

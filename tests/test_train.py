@@ -473,6 +473,7 @@ def test_modules_that_the_user_keeps_in_evaluation_mode_stay_there(task):
         assert [module.training for module in model.modules()] == modes
 
 
+@pytest.mark.filterwarnings("ignore:a retraining schedule passed over")  # of five steps
 @pytest.mark.parametrize("epochs", [1, 5])
 def test_no_epoch_before_the_end_of_a_schedule_is_kept(task, epochs):
     """One step an epoch, five epochs: the steps are at 0, 0.2, ... 0.8. Done at 0.75, the plan is whole in the last one only,
