@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -17,6 +19,7 @@ from workbench.methods import (
     Structured,
     TopK,
     method_from_json,
+    method_from_label,
     method_label,
     method_to_json,
 )
@@ -606,6 +609,32 @@ def test_labels():
     assert method_label(BlockCirculant(8)) == "BlockCirculant 8"
     assert method_label(BlockCirculant(8, "fft")) == "BlockCirculant 8 fft"
     assert method_label(LowRank(3)) == "LowRank 3"
+
+
+@dataclass(frozen=True)
+class Own:
+    """A user's method with every kind of parameter that a label holds, one of them hinted by a text."""
+
+    keep: "float"
+    count: int
+    rows: bool
+    order: str = "up"
+
+
+@dataclass(frozen=True)
+class Odd:
+    sizes: tuple
+
+
+def test_labels_of_a_method_of_one_s_own(monkeypatch):
+    monkeypatch.setitem(METHODS, "Own", Own)
+    monkeypatch.setitem(METHODS, "Odd", Odd)
+    for method in (Own(0.5, 3, False), Own(0.25, 3, True, "down")):
+        assert method_from_label(method_label(method)) == method
+    with pytest.raises(ValueError, match="Own needs rows as bool, got 'no' in the label 'Own 0.5 3 no'"):
+        method_from_label("Own 0.5 3 no")
+    with pytest.raises(ValueError, match="parameters of int, float, str, bool, and sizes of Odd is <class 'tuple'"):
+        method_from_label("Odd (1,2)")
 
 
 def test_methods_suit_the_format_that_is_chosen_for_them():

@@ -1,6 +1,6 @@
 """Retraining schedules: strengths by hand, what the optimizer holds, exact members at the end, own loops, resuming."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 import workbench as wb
 from workbench.gates import blocks, weight
+from workbench.methods.pruning import Pruning
 from workbench.plan import Plan, plan_block
 from workbench.schedules import milder
 
@@ -83,6 +84,26 @@ def test_the_cubic_schedule_by_hand(model):
 ], ids=str)  # fmt: skip
 def test_the_strongest_that_keeps_so_much(method, kept, found):
     assert milder(method, torch.ones(24, 24), kept) == found
+
+
+@dataclass(frozen=True)
+class RowK(Pruning):
+    """A user's method whose field `keep` is a count."""
+
+    keep: int
+
+    @classmethod
+    def ladder(cls, shapes):
+        return [cls(n) for n in range(min(columns for _, columns in shapes), 0, -1)]
+
+    def support(self, w):
+        kept = torch.zeros_like(w, dtype=torch.bool).scatter_(1, w.abs().topk(self.keep).indices, True)
+        return kept.flatten().nonzero().squeeze(1)
+
+
+def test_a_count_is_no_share():
+    assert [milder(RowK(3), torch.ones(24, 24), kept) for kept in (1.0, 0.5, 0.26, 0.1)] == [
+        wb.Dense(), RowK(12), RowK(7), RowK(3)]
 
 
 def test_groups_of_gates_have_their_turns(model):

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from dataclasses import fields, replace
+from dataclasses import fields, make_dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -513,6 +513,8 @@ def test_a_loop_may_measure_integers():
 @pytest.mark.parametrize("methods, message", [
     (["TopK 0.5"], r"needs methods, such as TopK\(0.5\), got 'TopK 0.5'"),
     ([TopK], r"needs methods, such as TopK\(0.5\), got <class"),
+    ([make_dataclass("Unlisted", [("keep", float)], bases=(TopK,), frozen=True)(0.5)],
+     "a method label begins with one of Dense, TopK, .*, got 'Unlisted 0.5'"),
 ], ids=str)
 def test_what_is_no_method_is_refused(model, methods, message):
     with pytest.raises(ValueError, match=message):

@@ -42,9 +42,14 @@ def full_block(w: torch.Tensor, method: Method, bits: int):
     return method.pack(ones, QFormat(bits, 0))
 
 
+def keeps_a_share(method: Method) -> bool:
+    """Whether its field `keep` is the share of a block's weights that stay; a whole number there counts something else."""
+    return isinstance(getattr(method, "keep", None), float)
+
+
 def kept_share(weights: list[torch.Tensor], method: Method) -> float:
-    """Share of the blocks' weights that a method keeps; of one without a field `keep` the share that it stores."""
-    if hasattr(method, "keep"):
+    """Share of the blocks' weights that a method keeps; of one without such a field `keep` the share that it stores."""
+    if keeps_a_share(method):
         return method.keep
     stored = sum(method.constrain(w, None).right_inverse(w).numel() for w in weights)
     return stored / sum(w.numel() for w in weights)

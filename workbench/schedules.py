@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from workbench.budget import kept_share, strongest_member
+from workbench.budget import keeps_a_share, kept_share, strongest_member
 from workbench.constrain import compress, constrain_weights, make_plain
 from workbench.gates import blocks, parameters_of, rnns, weight, weights
 from workbench.methods import Dense, Method
@@ -135,7 +135,7 @@ def gradual(model: nn.Module, plan, *, stages: int = 8, until: float = UNTIL) ->
     """Strengths rise in that many stages at equal distances, from every weight kept at 0 to the plan's at `until`.
 
     The cubic schedule of Zhu and Gupta 2017 (arXiv 1710.01878): at stage n of N the share that is not kept is
-    s (1 - (1 - n / N)^3), s that of the plan. Of a method with a field `keep` that is what is kept; of any other one the
+    s (1 - (1 - n / N)^3), s that of the plan. Of a method with a float field `keep` that is what is kept; of any other one the
     values that it stores: its family's member of fewest that still stores so many, so that the block of a circulant method
     (and the period of a structured one) doubles and the rank of a low-rank one falls. Until a member stores less than every
     weight the block is dense, in the plan's width.
@@ -247,7 +247,7 @@ class _Admm(RetrainingSchedule):
 def milder(method: Method, w: torch.Tensor, kept: float) -> Method:
     """The strongest of the method's family, at most as strong as itself, that keeps at least the share `kept` of the (out, in)
     block; Dense where that is every weight."""
-    if hasattr(method, "keep"):
+    if keeps_a_share(method):
         return Dense() if kept >= 1 else replace(method, keep=max(kept, method.keep))
     if kept <= kept_share([w], method):
         return method

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from workbench.budget import OutOfReach, check_target, largest_member, pack_within_reach
 from workbench.constrain import compress
 from workbench.gates import blocks, check_gates, dense_weights, evaluating, weight, weights
-from workbench.methods import BlockCirculant, Dense, Method, TopK, method_label
+from workbench.methods import BlockCirculant, Dense, Method, TopK, method_from_label, method_label
 from workbench.models import seeded
 from workbench.plan import Plan, pack_block, plan_block, uniform
 from workbench.quantise import calibrate
@@ -97,6 +97,8 @@ def check_sensitivity(model: torch.nn.Module, methods: list[Method], bits: int |
         if not is_dataclass(method) or isinstance(method, type):
             raise ValueError(f"a sensitivity measurement needs methods, such as TopK(0.5), got {method!r}")
     labels, widths = [method_label(method) for method in methods], asked_widths(bits)
+    for label in labels:
+        method_from_label(label)  # the table holds labels, of which allocate makes methods again
     for what, asked in (("methods", labels), ("widths in bits", widths)):
         if not asked or len(set(asked)) != len(asked):
             raise ValueError(f"a sensitivity measurement needs different {what}, got {', '.join(map(str, asked)) or 'none'}")

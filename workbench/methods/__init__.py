@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import MISSING, asdict, fields
+from typing import get_type_hints
 
 from workbench.methods.balanced import BankBalanced, RowBalanced
 from workbench.methods.base import Method
@@ -26,6 +27,8 @@ METHODS = {
     "LowRank": LowRank,
 }
 
+READ = {int: int, float: float, str: str, bool: {"True": True, "False": False}.__getitem__}  # kind of parameter -> from a label
+
 
 def method_to_json(method: Method) -> dict:
     return {"name": type(method).__name__} | asdict(method)
@@ -42,7 +45,8 @@ def method_label(method: Method) -> str:
 
 
 def method_from_label(label: str) -> Method:
-    """Inverse of method_label; every parameter that has a default may be left out at the end. ValueError names the rule."""
+    """Inverse of method_label, but for the digits that it rounds; every parameter that has a default may be left out at the
+    end. ValueError names the rule."""
     if not isinstance(label, str):
         raise TypeError(f'a method label is a text like "TopK 0.25", got {label!r}')
     name, _, rest = label.strip().partition(" ")
@@ -55,12 +59,16 @@ def method_from_label(label: str) -> Method:
     if not sum(f.default is MISSING for f in known) <= len(texts) <= len(known):
         usage = " ".join([name, *(f.name if f.default is MISSING else f"[{f.name}]" for f in known)])
         raise ValueError(f"a {name} label reads {usage!r}, got {label!r}")
-    arguments = {}
+    arguments, types = {}, get_type_hints(METHODS[name])  # hints, as a type may be written as a text
     for f, text in zip(known, texts, strict=False):  # what is left out has a default
+        kind = types[f.name]
+        if kind not in READ:
+            raise ValueError(f"a label holds parameters of {', '.join(one.__name__ for one in READ)}, and {f.name} of {name} is "
+                             f"{kind}")
         try:
-            arguments[f.name] = f.type(text)
-        except ValueError:
-            raise ValueError(f"{name} needs {f.name} as {f.type.__name__}, got {text!r} in the label {label!r}") from None
+            arguments[f.name] = READ[kind](text)
+        except (ValueError, KeyError):
+            raise ValueError(f"{name} needs {f.name} as {kind.__name__}, got {text!r} in the label {label!r}") from None
     return METHODS[name](**arguments)
 
 
