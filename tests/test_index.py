@@ -187,7 +187,18 @@ def test_rows_of_a_metric_can_be_the_points(made):
 
     page = made("seeds = [0, 2]\n" + PARETO + 'records = "table"\ngroup = ["kind"]', notebook)
     assert page.tables[0][1:] == [["a", "2", "10", "0", "0.6", "0.1414", "yes"], ["b", "2", "5", "0", "0.4", "0", "yes"]]
-    assert "m_kind" in wb.results("s", records="table")
+    assert "m_kind" in wb.results("s", records="table") and "Mean and spread over the seeds" in page.text
+    check_sound(page, Path("results/sweeps/s"))
+
+
+@pytest.mark.parametrize("kinds", ["ab", "aa"])
+def test_rows_that_differ_in_more_than_the_seed_are_called_so(made, kinds):
+    """Two runs of one seed that [pareto] does not tell apart, and rows of one run that it does not."""
+    page = made("seeds = [0]\n[grid]\nhidden = [2, 4]\n" + PARETO + 'records = "table"\ngroup = ["kind"]',
+                lambda hidden, **_: {"table": [{"kind": kind, "accuracy": hidden, "bits": 1} for kind in kinds]})
+    assert page.tables[0][1][1] == str(2 * kinds.count("a")) and "over the seeds" not in page.text
+    assert "Mean and spread over the rows of a point, of which several have one seed" in page.text
+    assert "the mean over the rows of a point, of which several have one seed, with its standard deviation" in page.text
     check_sound(page, Path("results/sweeps/s"))
 
 
@@ -220,6 +231,7 @@ def test_odd_sweeps_have_a_page_too(made, text, function):
     ("pareto", "message"),
     [
         ('x = "bit"\ny = "accuracy"', "[pareto] names 'bit', which no run has; the parameters and metrics are accuracy, bits,"),
+        ('x = "bits"\ny = "none"', "[pareto] needs numbers on its axes, none has no value in any run"),
         ('x = "bits"\ny = "label"', "[pareto] needs numbers on its axes, label is 'good'"),
         ('x = "bits"\ny = "accuracy"\ngroup = ["methd"]', "[pareto] names 'methd', which no run has"),
         ('x = "bits"\ny = "accuracy"\nrecords = "rows"', "the runs have no metric 'rows'. They have accuracy, bits, label"),
@@ -228,7 +240,7 @@ def test_odd_sweeps_have_a_page_too(made, text, function):
 )
 def test_a_picture_of_what_is_not_there_is_refused_after_all_runs_are_kept(made, pareto, message):
     with pytest.raises(AssertionError, match=re.escape("Error: " + message)):
-        made("[pareto]\n" + pareto, lambda **_: {"accuracy": 1, "bits": 1, "label": "good"})
+        made("[pareto]\n" + pareto, lambda **_: {"accuracy": 1, "bits": 1, "label": "good", "none": None})
     assert list(wb.results("s")["state"]) == ["ok"]
     # The picture can be mended without running anything again.
     page = made(PARETO, lambda **_: 1 / 0)

@@ -37,6 +37,8 @@ def build_index(folder) -> Path:
     script = (report.TEMPLATES / "sort.js").read_text()
     failed = frame[frame["state"] == "failed"]
     varied = [f"p_{name}" for name in asked["swept"]]
+    over = _over(rows, asked) if len(points) else ""
+    summed_up = f"Mean and spread over {over}"
     page = report.environment().get_template("sweep.html.j2").render(
         stamp=sweep.stamp(about, table),
         name=asked["name"],
@@ -49,14 +51,15 @@ def build_index(folder) -> Path:
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         headings=[heading for heading, shown in (
             ({"id": "picture", "text": "Picture"}, picture is not None),
-            ({"id": "points", "text": "Mean and spread over the seeds"}, len(points) > 0),
+            ({"id": "points", "text": summed_up}, len(points) > 0),
             ({"id": "runs", "text": "Runs"}, True),
             ({"id": "failures", "text": "Failed runs"}, len(failed) > 0),
             ({"id": "parameters", "text": "The same in every run"}, True),
             ({"id": "provenance", "text": "Provenance"}, True)) if shown],
         picture=_png(picture) if picture else None,
         alt=_alt(points, pareto) if picture else None,
-        caption=_caption(points) if picture else None,
+        caption=_caption(points, over) if picture else None,
+        summed_up=summed_up,
         points=_table(points.rename(columns=_plain), ()) if len(points) else None,
         runs=_runs(frame, asked, folder),
         failures=[{"run": _label(row, [*varied, "seed"]), "error": row["error"],
@@ -95,7 +98,8 @@ def samples(frame: pd.DataFrame, asked: dict) -> pd.DataFrame:
 
 
 def spread(rows: pd.DataFrame, asked: dict) -> pd.DataFrame:
-    """Mean and standard deviation (ddof 1) over the seeds: one row a group, with the number of its seeds.
+    """Mean and standard deviation (ddof 1) over the rows of a group, of its seeds where nothing else varies in it: one row a
+    group, with their number.
 
     rows: as `samples` gives them. Groups: the columns of [pareto] group, else all swept parameters. Figures: the axes of
     [pareto], else every numeric metric of the runs. Column `front`: whether the mean lies on the Pareto front.
@@ -103,11 +107,14 @@ def spread(rows: pd.DataFrame, asked: dict) -> pd.DataFrame:
     pareto = asked["pareto"]
     if not len(rows):
         return pd.DataFrame()
-    groups = [column(rows, name) for name in (pareto or {}).get("group", ())] or [f"p_{name}" for name in asked["swept"]]
+    groups = _groups(rows, asked)
     if pareto:
         figures = [column(rows, pareto[axis]) for axis in ("x", "y")]
-        if texts := [name for name in figures if not _is_number(rows[name].dtype)]:
-            raise ValueError(f"[pareto] needs numbers on its axes, {_plain(texts[0])} is {rows[texts[0]].iloc[0]!r}")
+        for name in figures:
+            if rows[name].isna().all():
+                raise ValueError(f"[pareto] needs numbers on its axes, {_plain(name)} has no value in any run")
+            if not _is_number(rows[name].dtype):
+                raise ValueError(f"[pareto] needs numbers on its axes, {_plain(name)} is {rows[name].dropna().iloc[0]!r}")
     else:
         figures = [name for name in rows if name.startswith("m_") and _is_number(rows[name].dtype)]
     grouped = rows.groupby(groups, sort=False, dropna=False) if groups else rows.groupby(lambda _: 0)
@@ -120,6 +127,18 @@ def spread(rows: pd.DataFrame, asked: dict) -> pd.DataFrame:
         front = pareto_front(*(table[name] for name in figures), lower_x=pareto["x"] in lower, lower_y=pareto["y"] in lower)
         table["front"] = ["yes" if on else "" for on in front]
     return table
+
+
+def _groups(rows, asked):
+    """The columns whose values make a point."""
+    return [column(rows, name) for name in (asked["pareto"] or {}).get("group", ())] or [f"p_{name}" for name in asked["swept"]]
+
+
+def _over(rows, asked):
+    """What a point is the mean of, in words: its seeds, or rows that differ in more than those."""
+    seed = "m_seed" if "m_seed" in rows else "seed"
+    several = rows.duplicated([*_groups(rows, asked), seed]).any()
+    return "the rows of a point, of which several have one seed" if several else "the seeds"
 
 
 def column(frame: pd.DataFrame, name: str) -> str:
@@ -214,9 +233,9 @@ def _alt(points, pareto):
     return f"{pareto['y']} against {pareto['x']}: {len(points)} points, {len(on)} of them on the Pareto front."
 
 
-def _caption(points):
+def _caption(points, over):
     most = int(points["n"].max())
-    spread_of = ("Small: every measured point. Large: the mean over the seeds, with its standard deviation (ddof 1)" if most > 1
+    spread_of = (f"Small: every measured point. Large: the mean over {over}, with its standard deviation (ddof 1)" if most > 1
                  else "One run a point, so no spread can be told")
     return f"{spread_of}; n = {most}{'' if (points['n'] == most).all() else ' or fewer'}. Line: Pareto front of the means."
 

@@ -63,7 +63,7 @@ def method_from_label(label: str) -> Method:
     for f, text in zip(known, texts, strict=False):  # what is left out has a default
         kind = types[f.name]
         if kind not in READ:
-            raise ValueError(f"a label holds parameters of {', '.join(one.__name__ for one in READ)}, and {f.name} of {name} is "
+            raise ValueError(f"labels hold parameters of {', '.join(one.__name__ for one in READ)}, and {f.name} of {name} is "
                              f"{kind}")
         try:
             arguments[f.name] = READ[kind](text)
