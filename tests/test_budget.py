@@ -1,5 +1,6 @@
 """Plans that fill a budget: the largest member that fits, and the rule that chooses the width."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -149,3 +150,8 @@ def test_signals_of_another_model_are_no_matter_of_size(model):
     with pytest.raises(ValueError, match="misses the layers l0") as refused:
         uniform_plan(model, TopK, 6, 8, {})
     assert not isinstance(refused.value, OutOfReach)
+
+
+def test_a_target_may_be_any_real_number():
+    for target in (1, 20.0, np.int64(20), np.float32(2.5)):
+        budget.check_target(target)

@@ -60,6 +60,33 @@ def test_layers_take_what_the_engine_gives_them(tiny_task, options):
                 np.testing.assert_array_equal(found[name][n], expected)
 
 
+class Started(torch.nn.Module):
+    """A model that gives its recurrent layers states of its own."""
+
+    def __init__(self, features, classes):
+        super().__init__()
+        self.rnn, self.head = torch.nn.LSTM(features, 8, 2, batch_first=True, bidirectional=True), torch.nn.Linear(16, classes)
+        self.h, self.c = torch.randn(2, 4, 1, 8).clamp(-0.9, 0.9)
+
+    def forward(self, x, lengths):
+        states = (s.expand(-1, len(x), -1).contiguous() for s in (self.h, self.c))
+        return self.head(self.rnn(x, tuple(states))[0].mean(1))
+
+
+def test_layers_start_in_the_states_that_are_given(tiny_task):
+    torch.manual_seed(0)
+    model = Started(tiny_task.num_features, tiny_task.num_classes)
+    packed = pack(model, uniform(model, TopK(0.5), 8, calibrate(model, calibration_batches(tiny_task))))
+    data, first = tiny_task.splits["valid"], packed.layers["rnn.l0"]
+    found = layer_sequences(model, packed, tiny_task, "valid", 1)
+    x = first.signals["input"].quantise(data.x[:1, : int(data.lengths[0])].swapaxes(0, 1))
+    h, c = (np.stack([packed.layers[name].signals[signal].quantise(s) for name, s in zip(packed.layers, states, strict=True)])
+            for signal, states in (("hidden", model.h), ("cell", model.c)))
+    below = StackEngine(packed.stack("rnn")[:1])
+    np.testing.assert_array_equal(found["rnn.l1"][0], below.run(x, h[:2], c[:2]).output)
+    assert not np.array_equal(found["rnn.l1"][0], below.run(x).output)
+
+
 def test_a_threshold_of_0_is_none_and_a_large_one_sends_nothing(study):
     table = study.table.set_index(["threshold", "lookahead"])
     assert list(table.index.get_level_values(0).unique()) == ["none", "0", "0.0001", "0.2", "0.9"]

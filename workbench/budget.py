@@ -1,5 +1,6 @@
 """Plans that fill a budget of bits: of a family of methods the member that stores the most within a compression ratio."""
 
+import numbers
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 
@@ -21,7 +22,7 @@ class OutOfReach(ValueError):
 
 
 def check_target(target_cr_disk: float) -> None:
-    if isinstance(target_cr_disk, bool) or not isinstance(target_cr_disk, (int, float)) or not target_cr_disk >= 1:
+    if isinstance(target_cr_disk, bool) or not isinstance(target_cr_disk, numbers.Real) or not target_cr_disk >= 1:
         raise ValueError(f"a target cr_disk must be a number of at least 1, got {target_cr_disk!r}")
 
 

@@ -13,7 +13,7 @@ from workbench.constrain import attach, pack
 from workbench.engine import LayerEngine, reversed_steps
 from workbench.packed import PackedModel
 from workbench.plan import Plan
-from workbench.quantise import recurrent_calls
+from workbench.quantise import quantised_states, recurrent_calls
 from workbench.tasks import Task
 from workbench.train import evaluate
 
@@ -30,16 +30,19 @@ def layer_sequences(model: torch.nn.Module, packed: PackedModel, task: Task, spl
     batches = ((torch.from_numpy(data.x[n : n + 1, : data.lengths[n]]), torch.from_numpy(data.lengths[n : n + 1]))
                for n in range(min(count, len(data.lengths))))
     found, engines = {name: [] for name in packed.layers}, {name: LayerEngine(layer) for name, layer in packed.layers.items()}
-    for path, (x, _, _) in recurrent_calls(model, batches):
+    for path, (x, state, _) in recurrent_calls(model, batches):
         stack = packed.stack(path)
+        states = quantised_states([layer for directions in stack for layer in directions], state)
         names = {id(layer): name for name, layer in packed.layers.items()}
         x = stack[0][0].signals["input"].quantise(x.cpu())
+        place = 0  # in torch's order of layers and directions
         for directions in stack:
             outputs = []
             for reverse, layer in enumerate(directions):
                 mine = reversed_steps(x, None) if reverse else x
                 found[names[id(layer)]].append(mine)
-                output = engines[names[id(layer)]].run(mine).output
+                output = engines[names[id(layer)]].run(mine, *(values[place] for values in states)).output
+                place += 1
                 outputs.append(reversed_steps(output, None) if reverse else output)
             x = np.concatenate(outputs, axis=-1)
     return found
