@@ -212,3 +212,13 @@ def test_table_adds_up(model, plan):
     first = rows[0]
     assert (first["shape"], first["method"], first["bits"], first["stored values"]) == ("8x6", "TopK 0.25", 4, 12)
     assert first["cr_disk"] == pytest.approx(32 * 48 / (first["value bits"] + first["index bits"]))
+
+
+@pytest.mark.parametrize(("method", "signals", "message"), [
+    ("TopK 0.5", {}, r"a plan needs methods, such as TopK\(0.5\), got 'TopK 0.5'"),
+    (TopK, {}, r"a plan needs methods, such as TopK\(0.5\), got <class"),
+    (TopK(0.5), None, "Plan needs the formats of every layer's signals, as calibrate gives them, got None"),
+], ids=str)
+def test_what_is_no_method_or_no_signals_is_refused(method, signals, message):
+    with pytest.raises(ValueError, match=message):
+        uniform(torch.nn.LSTM(4, 4), method, 8, signals)

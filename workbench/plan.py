@@ -10,7 +10,7 @@ import torch
 
 from workbench.fixedpoint import TABLES, QFormat
 from workbench.gates import blocks, cell_name, layers, rnns, weights
-from workbench.methods import Method, method_from_json, method_label, method_to_json
+from workbench.methods import Method, check_method, method_from_json, method_label, method_to_json
 from workbench.packed import PARTS, PackedModel, signals_of
 from workbench.quantise import weight_format
 
@@ -40,6 +40,8 @@ class Plan:
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"Plan knows the activations {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        if not isinstance(self.signals, dict):
+            raise ValueError(f"Plan needs the formats of every layer's signals, as calibrate gives them, got {self.signals!r}")
         if not isinstance(self.delta, dict) or not all(isinstance(mine, dict) for mine in self.delta.values()):
             raise ValueError(f"Plan needs delta thresholds by layer and signal, got {self.delta!r}")
         for layer, mine in self.delta.items():
@@ -152,6 +154,7 @@ def pack_block(w: torch.Tensor, entry: BlockPlan, **known):
 
 def plan_block(w: torch.Tensor, method: Method, bits: int) -> BlockPlan:
     """A method with the weight format of that width that suits the values it would store."""
+    check_method("a plan", method)
     stored = method.constrain(w, None).right_inverse(w)
     return BlockPlan(method, weight_format(stored, bits, getattr(method, "factors", 1)))
 

@@ -7,7 +7,7 @@ how much accuracy comes back and how fast. Everything here looks at the validati
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from workbench.budget import OutOfReach, check_target, largest_member, pack_within_reach
 from workbench.constrain import compress
 from workbench.gates import blocks, check_gates, dense_weights, evaluating, weight, weights
-from workbench.methods import BlockCirculant, Dense, Method, TopK, method_from_label, method_label
+from workbench.methods import BlockCirculant, Dense, Method, TopK, check_method, method_from_label, method_label
 from workbench.models import seeded
 from workbench.plan import Plan, pack_block, plan_block, uniform
 from workbench.quantise import calibrate
@@ -94,8 +94,7 @@ def _spread(count, most):
 def check_sensitivity(model: torch.nn.Module, methods: list[Method], bits: int | list[int], epochs: int) -> None:
     """Refuse methods, widths and epochs that sensitivity_table cannot measure on a model of this shape. No training."""
     for method in methods:
-        if not is_dataclass(method) or isinstance(method, type):
-            raise ValueError(f"a sensitivity measurement needs methods, such as TopK(0.5), got {method!r}")
+        check_method("a sensitivity measurement", method)
     labels, widths = [method_label(method) for method in methods], asked_widths(bits)
     for label in labels:
         method_from_label(label)  # the table holds labels, of which allocate makes methods again

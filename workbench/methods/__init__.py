@@ -1,7 +1,7 @@
 """Compression methods: METHODS is the one table of them."""
 
 import difflib
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import get_type_hints
 
 from workbench.methods.balanced import BankBalanced, RowBalanced
@@ -14,7 +14,7 @@ from workbench.methods.sparse import TopK
 from workbench.methods.structured import Structured
 
 __all__ = ["METHODS", "BankBalanced", "BlockCirculant", "BlockSparse", "Dense", "LowRank", "Method", "RowBalanced",
-           "Structured", "TopK", "method_from_json", "method_from_label", "method_label", "method_to_json"]
+           "Structured", "TopK", "check_method", "method_from_json", "method_from_label", "method_label", "method_to_json"]
 
 METHODS = {
     "Dense": Dense,
@@ -28,6 +28,11 @@ METHODS = {
 }
 
 READ = {int: int, float: float, str: str, bool: {"True": True, "False": False}.__getitem__}  # kind of parameter -> from a label
+
+
+def check_method(who: str, method) -> None:
+    if not is_dataclass(method) or isinstance(method, type):
+        raise ValueError(f"{who} needs methods, such as TopK(0.5), got {method!r}")
 
 
 def method_to_json(method: Method) -> dict:
