@@ -331,6 +331,13 @@ def test_baseline_is_trained_once_and_then_found(task, tiny_token_task, tmp_path
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_baseline_of_older_code_is_not_found(task, tmp_path, monkeypatch):
+    baseline(task, hidden_size=3, seed=0, epochs=1, checkpoints=tmp_path, progress=False)
+    monkeypatch.setattr(train, "code_digest", lambda: "changed")
+    baseline(task, hidden_size=3, seed=0, epochs=1, checkpoints=tmp_path, progress=False)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("inside", [True, False], ids=["in a run", "elsewhere"])
 def test_baselines_lie_in_results(task, tmp_path, monkeypatch, inside):
     monkeypatch.chdir(tmp_path)

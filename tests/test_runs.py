@@ -394,6 +394,16 @@ def test_an_interrupted_exchange_of_directories_is_finished(tmp_path):
     assert not aside.exists()
 
 
+def test_what_others_left_is_passed_over_and_every_name_is_tidied(tmp_path):
+    owner = f"{socket.gethostname()}-{os.getpid()}-1000000000.00"  # an earlier process
+    others = [tmp_path / name for name in (".nfs-a-b", f".tmp-x-another-{os.getpid()}-1000000000.00", ".a-b-c-d-e")]
+    mine = [tmp_path / f".tmp-{name}-{owner}" for name in ("metrics.json", "a-Dense-3-4-seed0.plan.json")]
+    for path in (*others, *mine):
+        path.write_text("")
+    runs.tidy(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
 def test_a_results_path_below_a_file_is_refused_before_any_work(tmp_path, write_notebook):
     path = write_notebook(tmp_path / "n.ipynb", RECORD)
     (tmp_path / "file").write_text("")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from workbench import train
 from workbench.container import read_tensors
 from workbench.methods import TopK
 from workbench.models import build_classifier
@@ -494,3 +495,11 @@ def test_gradients_in_evaluation_mode_are_not_asked_of_cudnn(task, model, monkey
         assert torch.backends.cudnn.enabled
     handle.remove()
     assert seen == 2 * [(False, False)]
+
+
+def test_the_digest_of_code_knows_what_takes_part(tmp_path):
+    one, other = tmp_path / "one.py", tmp_path / "other.py"
+    one.write_text("a = 1")
+    other.write_text("a = 2")
+    assert train.code_digest() == train.code_digest() != train.code_digest(one) != train.code_digest(other)
+    assert train.code_digest(one, other) != train.code_digest(other, one)

@@ -2,11 +2,14 @@
 
 import copy
 import functools
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from workbench import fixedpoint, gates, methods, quantise
+from workbench import plan as plan_module
 from workbench.engine import StackEngine
 from workbench.fixedpoint import TABLES
 from workbench.gates import (
@@ -26,6 +29,12 @@ from workbench.methods import LowRank
 from workbench.packed import GATES, PROJECTION, PackedLayer, PackedModel, table_uses
 from workbench.plan import Plan, pack_block
 from workbench.quantise import as_given, time_first
+
+
+def constrained_code() -> list[str]:
+    """The files whose code takes part in a training inside a plan, for train.code_digest."""
+    return [__file__, *(module.__file__ for module in (plan_module, quantise, gates, fixedpoint)),
+            *map(str, sorted(Path(methods.__file__).parent.glob("*.py")))]
 
 
 class _GateWeights(nn.Module):

@@ -4,6 +4,7 @@ both (safetensors alone does not notice a flipped bit), written whole or not at 
 import hashlib
 import json
 import os
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ def write_tensors(path, tensors: dict[str, np.ndarray], *, who: str, what: str, 
         raise ValueError(f"{who} needs an existing directory, got {path.parent}")
     text = json.dumps({"format": what, "version": version, "about": about})
     header = {ENTRY: json.dumps({"text": text, "sha256": _digest(text, tensors)})}
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.tmp{uuid.uuid4().hex}")  # processes of several machines may share the folder
     try:
         safetensors.numpy.save_file(tensors, temporary, metadata=header)
         os.replace(temporary, path)

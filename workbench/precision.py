@@ -18,9 +18,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from workbench import emulation
 from workbench.allocation import Allocation, allocate
 from workbench.budget import WIDTHS, OutOfReach, check_target, full_bits
-from workbench.constrain import attach, pack
+from workbench.constrain import attach, constrained_code, pack
 from workbench.emulation import emulate, mismatch_rate
 from workbench.fixedpoint import MAX_EXACT_BITS, TABLES
 from workbench.gates import blocks, dense_weights, weights
@@ -34,7 +35,7 @@ from workbench.sensitivity import LOSSLESS_BITS, calibration_batches, check_sens
 from workbench.signals import signal_errors
 from workbench.study import check_seeds, parallel
 from workbench.tasks import LanguageTask, Task
-from workbench.train import baseline, checkpoint_folder, evaluate, fingerprint, fit, paired_interval
+from workbench.train import baseline, checkpoint_folder, code_digest, evaluate, fingerprint, fit, paired_interval
 
 FLOAT, AFTER, IN = "float", "after training", "in training"
 AS_TRAINED, TRAINED_ON = "as trained", "trained on"  # the float models: once, and for the epochs of those trained in integers
@@ -316,7 +317,8 @@ def _tuned(task, model, tuning, seed, file):
 
 def _checkpoint(task, model, tuning, seed, key) -> Path:
     """File of a training inside the checkpoints, named after what decides it; model: the float one that it starts from."""
-    about = f"{task.digest} {task.split} {task.recipe} {seed} {key} {tuning.epochs} {tuning.lr} {fingerprint(model)}"
+    code = code_digest(*constrained_code(), emulation.__file__)
+    about = f"{task.digest} {task.split} {task.recipe} {seed} {key} {tuning.epochs} {tuning.lr} {fingerprint(model)} {code}"
     words = re.sub(r"[^\w.]+", "-", key)
     name = f"{task.name}-{words}-seed{seed}-{hashlib.sha256(about.encode()).hexdigest()[:8]}.safetensors"
     return checkpoint_folder(tuning.checkpoints) / name

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -454,11 +455,12 @@ def _owner():
 
 def tidy(folder: Path, name: str = "*") -> None:
     """Finish or remove what killed processes of this machine left of the run or file `name`, or of all in `folder`."""
+    named = re.compile(rf"(\.\w+)-(.+)-{re.escape(socket.gethostname())}-(\d+)-([\d.]+)")  # as _owner ends it
     for leftover in folder.glob(f".*-{name}-*"):
-        kind, run, owner = leftover.name.split("-", 2)
-        host, pid, started = owner.rsplit("-", 2)
-        if host != socket.gethostname() or _lives(int(pid), float(started)):
+        found = named.fullmatch(leftover.name)
+        if not found or _lives(int(found[3]), float(found[4])):
             continue
+        kind, run = found[1], found[2]
         with contextlib.suppress(FileNotFoundError):  # another process tidies too
             if kind == ".old" and not (folder / run).exists():
                 os.replace(leftover, folder / run)

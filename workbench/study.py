@@ -12,7 +12,6 @@ import json
 import math
 import multiprocessing
 import operator
-import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -23,12 +22,11 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from workbench import budget, constrain, fixedpoint, gates, methods, models, quantise, schedules, train
-from workbench import plan as plan_module
+from workbench import budget, models, schedules, train
 from workbench.allocation import choices_to_measure, search_allocation
 from workbench.array.cost import BASELINE
 from workbench.budget import OutOfReach, check_bits, check_target, first_uniform, uniform_plan
-from workbench.constrain import attach, bake, pack
+from workbench.constrain import attach, bake, constrained_code, pack
 from workbench.emulation import attach_emulated
 from workbench.gates import blocks, dense_weights, rnns, weight
 from workbench.methods import METHODS, BlockCirculant, Dense, Method, TopK, method_label
@@ -200,17 +198,15 @@ def _once(model, task, key, checkpoints, training, constraints=(), schedule=None
         training()
         return model
     # What decides the result: the task's data and recipe, the arguments, and the code that trains.
-    code = b"".join(Path(file).read_bytes() for file in (models.__file__, train.__file__, *constraints))
-    about = f"{task.digest} {task.split} {task.recipe} {key} torch {torch.__version__} "
-    name = hashlib.sha256(about.encode() + code).hexdigest()[:16]
-    path = Path(os.environ.get("WB_RESULTS", "")) / checkpoints / f"{name}.safetensors"
+    about = f"{task.digest} {task.split} {task.recipe} {key} {train.code_digest(*constraints)}"
+    name = hashlib.sha256(about.encode()).hexdigest()[:16]
+    path = train.checkpoint_folder(checkpoints) / f"{name}.safetensors"
     if path.is_file():
         if schedule is not None:
             schedule.step(1.0)
         train.load_checkpoint(model, path)
     else:
         training()
-        path.parent.mkdir(parents=True, exist_ok=True)
         train.save_checkpoint(model, path, {"task": task.name, "split": task.split, "training": key})
     return model
 
@@ -424,8 +420,7 @@ def retrained(task: Task, dense, start, plan: Plan, seed: int, retraining: Retra
     """`start`, the dense model or a small one, retrained inside the plan."""
     schedule = SCHEDULES[retraining.schedule](start, plan)
     compressed = schedule.model
-    modules = (constrain, plan_module, quantise, gates, fixedpoint, schedules, budget)
-    constraints = [module.__file__ for module in modules] + sorted(Path(methods.__file__).parent.glob("*.py"))
+    constraints = [*constrained_code(), budget.__file__, schedules.__file__]
     retraining.run(compressed, task, dense, seed, f"{train.fingerprint(start)} {schedule.digest}", constraints, schedule)
     return compressed
 

@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
+from workbench import models
 from workbench.container import read_tensors, write_tensors
 from workbench.gates import evaluating, keeping_modes
 from workbench.models import build_classifier, build_language_model, seeded
@@ -583,6 +584,15 @@ def fingerprint(model) -> str:
     return digest.hexdigest()[:16]
 
 
+def code_digest(*more: str | Path) -> str:
+    """Digest of what beside its arguments decides a training: the code that trains, that of the `more` files whose code takes
+    part in it, and torch. In the names of checkpoints it keeps those of older code from being taken for ones of today's."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for file in (models.__file__, __file__, *more):
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def checkpoint_folder(checkpoints: str | Path) -> Path:
     """The directory of checkpoints, made where it is missing: a relative one below a run's results, elsewhere `results`."""
     folder = Path(os.environ.get("WB_RESULTS", "results")) / checkpoints
@@ -611,7 +621,7 @@ def baseline(
     recipe = task.recipe if epochs is None else replace(task.recipe, epochs=epochs)
     build = build_language_model if isinstance(task, LanguageTask) else build_classifier
     model = build(task, hidden_size, seed=seed, cell=cell, num_layers=num_layers)
-    about = [task.digest, task.split, asdict(recipe), cell, hidden_size, num_layers, seed]
+    about = [task.digest, task.split, asdict(recipe), cell, hidden_size, num_layers, seed, code_digest()]
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     path = checkpoint_folder(checkpoints) / f"{task.name}-{cell}-{hidden_size}-seed{seed}-{digest}.safetensors"
     history = fit(model, replace(task, recipe=recipe), seed=seed, device=device, checkpoint=path, on_epoch=on_epoch,
