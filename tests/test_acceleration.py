@@ -256,7 +256,7 @@ def test_a_front_is_thinned(accelerated):
     ({"methods": [HYBRID, "Dense"]}, "needs the methods hybrid and TopK, got hybrid, Dense: TopK missing"),
     ({"loss_limit": -0.1}, "an acceleration study needs a loss_limit of at least 0 nats, got -0.1"),
     ({"loss_limit": float("nan")}, "an acceleration study needs a loss_limit of at least 0 nats, got nan"),
-    ({"steps": 0}, "an acceleration study needs at least 1 step, got 0"),
+    ({"steps": 0}, r"an acceleration study needs steps from 1 to inf, got \[0\]"),
     ({"curve_units": 18}, "a speed-up curve needs units of at least 16, a multiple of 4, got 18"),
     ({"curve_bits": 1}, "a speed-up curve needs 2 to 16 bits, got 1"),
     ({"fractions": [0.3]}, r"a speed-up curve needs fractions 1/2, 1/4, 1/8 and so on, at least one, got \[0.3\]"),
@@ -264,11 +264,20 @@ def test_a_front_is_thinned(accelerated):
     ({"fractions": [1.0]}, "a speed-up curve needs fractions"),
     ({"curve_spec": SPEC.with_(data_words=11)}, "a speed-up curve needs an array that takes 16 dense units: a PE needs"),
     ({"target_cr_disks": [0.5]}, "target cr_disk"),
+    ({"target_cr_disks": [400.0]}, "no strength of a hybrid plan of 8 units reaches cr_disk 400.0"),
+    ({"spec": SPEC.with_(data_words=2)}, "the array does not take the dense model of 8 units: a PE needs"),
+    ({"sequences": 0}, r"needs sequences from 1 to inf, got \[0\]"),
+    ({"thresholds": []}, r"thresholds from 0 to inf, got \[\]"),
+    ({"densities": [0.5, 1.5]}, r"densities from 0 to 1, got \[0.5, 1.5\]"),
+    ({"looked_at": 0.125}, r"needs as looked_at one of its fractions \[0.5\], got 0.125"),
 ], ids=str)  # fmt: skip
 def test_bad_values_are_refused(tiny_task, changes, message):
     good = {"hidden_size": 8, "methods": [HYBRID, "TopK"], "target_cr_disks": [6.0], "bits": 6, "seeds": [0], "epochs": 1,
-            "retrain_epochs": 1, "search_epochs": 0, "loss_limit": 0.0, "steps": 1, "curve_units": 16, "curve_bits": 8,
-            "curve_spec": SPEC, "fractions": [0.5], "workers": 1}
+            "retrain_epochs": 1, "search_epochs": 0, "loss_limit": 0.0, "spec": SPEC, "steps": 1, "batches": [1],
+            "windows": [0],
+            "sequences": 1, "thresholds": [0.1], "lookaheads": [1], "delta_loss": 0.0, "crossover_units": 8,
+            "densities": [0.5], "latencies": [1.0], "curve_units": 16, "curve_bits": 8, "curve_spec": SPEC,
+            "fractions": [0.5], "looked_at": 0.5, "workers": 1}
     check_acceleration(tiny_task, **good)
     with pytest.raises(ValueError, match=message):
         check_acceleration(tiny_task, **good | changes)

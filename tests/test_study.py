@@ -182,13 +182,21 @@ def test_bad_input_is_refused_before_any_training(tiny_task, dense):
     ({"distillation_weight": 1.5}, r"distillation_weight in \[0, 1\], got 1.5"),
     ({"steps": 0}, "at least 1 step, got 0"),
     ({"workers": 0}, "at least 1 worker, got 0"),
+    ({"target_cr_disk": 400.0}, "no strength of a hybrid plan of 16 units reaches cr_disk 400.0, whichever gate is sensitive"),
+    ({"spec": preset("group4x4").with_(data_words=4)}, "the array does not take the dense model of 16 units: a PE needs"),
 ])
 def test_a_study_is_checked_before_training(tiny_task, change, message):
     good = {"hidden_size": 16, "target_cr_disk": 10.0, "seeds": [0], "epochs": 1, "retrain_epochs": 1,
-            "distillation_weight": 0.0, "steps": 1, "workers": 1}
+            "distillation_weight": 0.0, "spec": preset("group4x4"), "steps": 1, "workers": 1}
     study.check_study(tiny_task, **good)
     with pytest.raises(ValueError, match=message):
         study.check_study(tiny_task, **(good | change))
+
+
+def test_a_language_task_is_refused_by_name(tiny_language_task):
+    with pytest.raises(ValueError, match="needs a task with classes, got the language task tiny_language"):
+        study.check_tradeoff(tiny_language_task, hidden_size=8, methods=["TopK"], target_cr_disks=[6.0], seeds=[0], epochs=1,
+                             bits=6, retrain_epochs=1, search_epochs=0, distillation_weight=0.0, workers=1)
 
 
 def test_tables_and_figures_of_a_study(comparison, dense, tiny_task):

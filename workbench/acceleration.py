@@ -78,9 +78,13 @@ class TrainedPoints:
 
 
 def check_acceleration(task: Task, *, hidden_size: int, methods: list[str], target_cr_disks: list[float], bits: int,
-                       seeds: list[int], epochs: int, retrain_epochs: int, search_epochs: int, loss_limit: float, steps: int,
-                       curve_units: int, curve_bits: int, curve_spec: ArraySpec, fractions: list[float], workers: int) -> None:
-    """Refuse the bad values of an acceleration study before any training."""
+                       seeds: list[int], epochs: int, retrain_epochs: int, search_epochs: int, loss_limit: float,
+                       spec: ArraySpec, steps: int, batches: list[int], windows: list[int], sequences: int,
+                       thresholds: list[float], lookaheads: list[int], delta_loss: float, crossover_units: int,
+                       densities: list[float], latencies: list[float], curve_units: int, curve_bits: int,
+                       curve_spec: ArraySpec, fractions: list[float], looked_at: float, workers: int) -> None:
+    """Refuse the bad values of an acceleration study before any training: as check_tradeoff does, also a headline ratio that no
+    hybrid plan reaches and an array that does not hold the dense model. densities: of weights and inputs of the crossover."""
     study.check_tradeoff(task, hidden_size=hidden_size, methods=methods, target_cr_disks=target_cr_disks, bits=bits,
                          seeds=seeds, epochs=epochs, retrain_epochs=retrain_epochs, search_epochs=search_epochs,
                          distillation_weight=0.0, workers=workers)
@@ -89,9 +93,19 @@ def check_acceleration(task: Task, *, hidden_size: int, methods: list[str], targ
                          f"{listed(missing)} missing")
     if not loss_limit >= 0:
         raise ValueError(f"an acceleration study needs a loss_limit of at least 0 nats, got {loss_limit}")
-    if steps < 1:
-        raise ValueError(f"an acceleration study needs at least 1 step, got {steps}")
+    for low, high, asked in (
+            (1, math.inf, {"steps": [steps], "batches": batches, "sequences": [sequences], "lookaheads": lookaheads,
+                           "crossover_units": [crossover_units]}),
+            (0, math.inf, {"windows": windows, "thresholds": thresholds, "delta_loss": [delta_loss], "latencies": latencies}),
+            (0, 1, {"densities": densities})):
+        for name, values in asked.items():
+            if not values or not all(low <= value <= high for value in values):
+                raise ValueError(f"an acceleration study needs {name} from {low} to {high}, got {values}")
+    study.check_hybrid(task, hidden_size, target_cr_disks[0])
+    study.check_array(task, hidden_size, spec)
     _check_curve(curve_units, curve_spec, fractions, curve_bits)
+    if looked_at not in fractions:
+        raise ValueError(f"an acceleration study needs as looked_at one of its fractions {fractions}, got {looked_at}")
 
 
 def train_points(task: Task, dense: dict[int, torch.nn.Module], methods: list[str], target_cr_disks: list[float], *, bits: int,

@@ -6,6 +6,7 @@ Every training runs single-threaded in a process of its own, so on a processor r
 """
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import json
@@ -24,13 +25,14 @@ from tqdm import tqdm
 
 from workbench import budget, models, schedules, train
 from workbench.allocation import choices_to_measure, search_allocation
+from workbench.array import ArraySpec, schedule_layer
 from workbench.array.cost import BASELINE
 from workbench.budget import OutOfReach, check_bits, check_target, first_uniform, uniform_plan
 from workbench.constrain import attach, bake, constrained_code, pack
 from workbench.emulation import attach_emulated
-from workbench.gates import blocks, dense_weights, rnns, weight
+from workbench.gates import blocks, cell_name, dense_weights, rnns, weight
 from workbench.methods import METHODS, BlockCirculant, Dense, Method, TopK, method_label
-from workbench.packed import PackedLayer, PackedModel
+from workbench.packed import GATES, PackedLayer, PackedModel
 from workbench.pareto import pareto_front
 from workbench.plan import Plan, plan_block, uniform
 from workbench.quantise import calibrate
@@ -110,12 +112,36 @@ def check_seeds(seeds: list[int]) -> None:
 
 
 def check_study(task: Task, *, hidden_size: int, target_cr_disk: float, seeds: list[int], epochs: int, retrain_epochs: int,
-                distillation_weight: float, steps: int, workers: int) -> None:
-    """Refuse the bad values of a comparison before any training."""
-    strengths(hidden_size)
-    check_target(target_cr_disk)
+                distillation_weight: float, spec: ArraySpec, steps: int, workers: int) -> None:
+    """Refuse the bad values of a comparison before any training, also a ratio that no hybrid plan reaches and an array that
+    does not hold the dense model."""
     _check_training(task, seeds, epochs, retrain_epochs, distillation_weight)
     _check_counts(step=steps, worker=workers)
+    check_hybrid(task, hidden_size, target_cr_disk)
+    check_array(task, hidden_size, spec)
+
+
+def check_hybrid(task: Task, hidden_size: int, target_cr_disk: float) -> None:
+    """Refuse a ratio that no strength of a hybrid plan reaches, whether no gate or any one of them is sensitive."""
+    candidates = strengths(hidden_size)
+    model = models.build_classifier(task, hidden_size, seed=0)
+    for sensitive in ([], *([gate] for gate in GATES[cell_name(next(iter(rnns(model).values())))])):
+        for strength in candidates:
+            with contextlib.suppress(OutOfReach):
+                hybrid_plan(model, sensitive, strength, target_cr_disk, {})
+                return
+    raise OutOfReach(f"no strength of a hybrid plan of {hidden_size} units reaches cr_disk {target_cr_disk}, whichever gate is "
+                     "sensitive")
+
+
+def check_array(task: Task, hidden_size: int, spec: ArraySpec) -> None:
+    """Refuse an array that does not take the dense 16-bit model (BASELINE), against which accelerations are."""
+    model = models.build_classifier(task, hidden_size, seed=0)
+    packed = pack(model, uniform(model, Dense(), LOSSLESS_BITS, calibrate(model, calibration_batches(task))))
+    try:
+        schedule_layer(next(iter(packed.layers.values())), spec, 1)
+    except ValueError as error:
+        raise ValueError(f"the array does not take the dense model of {hidden_size} units: {error}") from error
 
 
 def check_tradeoff(task: Task, *, hidden_size: int, methods: list[str], target_cr_disks: list[float], bits: int,
@@ -157,6 +183,8 @@ def _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule,
 
 
 def _check_training(task, seeds, epochs, retrain_epochs, distillation_weight):
+    if not isinstance(task, Task):
+        raise ValueError(f"a study of trained classifiers needs a task with classes, got the language task {task.name}")
     check_seeds(seeds)
     for count in (epochs, retrain_epochs):
         replace(task.recipe, epochs=count)
