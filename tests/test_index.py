@@ -191,6 +191,27 @@ def test_rows_of_a_metric_can_be_the_points(made):
     check_sound(page, Path("results/sweeps/s"))
 
 
+def test_a_mean_is_of_the_rows_that_have_both_figures(made):
+    page = made("seeds = [0, 1, 2]\n" + PARETO, lambda seed, **_: {"accuracy": [None, 0.5, None][seed], "bits": 10 * seed})
+    assert page.tables[0][1] == ["1", "10", "", "0.5", "", "yes"] and "n = 1" in page.text
+
+
+def test_a_model_that_several_runs_share_counts_once(made):
+    """Both runs measure the float model of both seeds; the other rows are the runs' own."""
+    def notebook(hidden, **_):
+        return {"table": [{"kind": kind, "seed": seed, "accuracy": 0.5 + 0.1 * seed + (kind == "b") * hidden, "bits": 10}
+                          for kind in "ab" for seed in (0, 1)]}
+
+    page = made("[grid]\nhidden = [2, 4]\n" + PARETO + 'records = "table"\ngroup = ["kind"]', notebook)
+    assert [row[:2] for row in page.tables[0][1:]] == [["a", "2"], ["b", "4"]] and page.tables[0][1][5] == "0.07071"
+
+
+def test_rows_without_a_seed_are_called_rows(made):
+    page = made("[grid]\nhidden = [2, 4]\n" + PARETO + 'records = "table"\ngroup = ["kind"]',
+                lambda hidden, **_: {"table": [{"kind": "a", "accuracy": hidden, "bits": 1}]})
+    assert "Mean and spread over the rows of a point" in page.text and "one seed" not in page.text
+
+
 @pytest.mark.parametrize("kinds", ["ab", "aa"])
 def test_rows_that_differ_in_more_than_the_seed_are_called_so(made, kinds):
     """Two runs of one seed that [pareto] does not tell apart, and rows of one run that it does not."""

@@ -260,8 +260,8 @@ def partly_refused(tiny_task, classified):
 
 def test_refused_points_are_listed_and_not_averaged_in_silence(partly_refused):
     refused = partly_refused.refused()
-    assert list(refused) == ["cell", "seed", "weight_bits", "activation_bits", "refused"]
-    assert refused.drop(columns="refused").values.tolist() == [["LSTM", 1, 2, 16], ["LSTM", 1, 16, 16]]
+    assert list(refused) == ["cell", "seed", "when", "weight_bits", "activation_bits", "refused"]
+    assert refused.drop(columns="refused").values.tolist() == [["LSTM", 1, AFTER, 2, 16], ["LSTM", 1, AFTER, 16, 16]]
     assert refused["refused"].str.contains("lstm.l0.*bias").all()
     rows = partly_refused.results[partly_refused.results["refused"].notna()]
     assert rows[["valid", "test", "lost", "cr_disk"]].isna().all(axis=None)
@@ -493,6 +493,8 @@ def of_numbers(task, rows):
     frame["cr_disk"] = frame["cr_model"] = 32 / frame["weight_bits"]
     frame["rnn_bytes"] = 100 * frame["weight_bits"]
     frame["control"] = frame["when"].map({FLOAT: AS_TRAINED, AFTER: AS_TRAINED, IN: TRAINED_ON})
+    control = frame["control"].map(frame[frame["when"] == FLOAT].set_index("method")["valid"])
+    frame["valid_lost"] = 100 * (frame["valid"] / control - 1) if precision.is_language(task) else control - frame["valid"]
     return Precision(task, frame, {})
 
 
@@ -525,6 +527,22 @@ def test_the_verdict_of_accuracies(tiny_task):
         "**GRU.** In float, test accuracy 90.00. Quantised after training, the smallest matrices within 2 points on the "
         "validation split have 8-bit weights with 8-bit signals: test accuracy 88.50, lost 1.50 points "
         "against the float model as trained, at cr_disk 4.0.")
+
+
+def test_the_tolerance_is_against_each_point_s_own_control(tiny_task):
+    """Trained on, the float model is less accurate on the validation split but has the smaller loss: it is the control."""
+    found = of_numbers(tiny_task, [(FLOAT, AS_TRAINED, 32, 32, 98.0, 90.0, 0.0), (FLOAT, TRAINED_ON, 32, 32, 96.5, 90.0, 0.0),
+                                   (IN, "Dense", 3, 4, 96.4, 89.0, 1.0)])
+    text = tables.precision_verdict(found, pd.DataFrame(), 1.0).data
+    assert "within 1 points on the validation split have 3-bit weights with 4-bit signals" in text
+
+
+@pytest.mark.parametrize(("signals", "cell", "said"), [([4, 8], [6, 8], "Its cell state has 6 bits where"), ([8], [8], None)])
+def test_a_wider_cell_state_is_said_where_it_is_wider(tiny_task, signals, cell, said):
+    found = of_numbers(tiny_task, [FLOATS[0], *((AFTER, "Dense", 8, bits, 98.0, 88.5, 1.5) for bits in signals)])
+    found.results.loc[1:, "cell_bits"] = cell
+    text = tables.precision_verdict(found, pd.DataFrame(), 2.0).data
+    assert said in text if said else "cell state" not in text
 
 
 def test_published_points(tiny_language_task, tiny_task):

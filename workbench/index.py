@@ -94,7 +94,13 @@ def samples(frame: pd.DataFrame, asked: dict) -> pd.DataFrame:
     """One row a measured point: the finished runs of a sweep, or the rows of the metric that its [pareto] names."""
     done = frame[frame["state"].isin(("ok", "stale"))]
     pareto = asked["pareto"] or {}
-    return sweep.explode(done, pareto["records"]) if "records" in pareto and len(done) else done
+    if "records" not in pareto or not len(done):
+        return done
+    rows = sweep.explode(done, pareto["records"])
+    if "m_seed" not in rows:
+        return rows
+    # What several runs measured of one model, as of a float baseline that they share, counts once.
+    return rows[~rows.filter(regex="^m_").astype(str).duplicated()]
 
 
 def spread(rows: pd.DataFrame, asked: dict) -> pd.DataFrame:
@@ -117,8 +123,12 @@ def spread(rows: pd.DataFrame, asked: dict) -> pd.DataFrame:
                 raise ValueError(f"[pareto] needs numbers on its axes, {_plain(name)} is {rows[name].dropna().iloc[0]!r}")
     else:
         figures = [name for name in rows if name.startswith("m_") and _is_number(rows[name].dtype)]
+    if pareto:  # both means are of the rows that have both figures, and so is their number
+        complete = rows[figures].notna().all(axis=1)
+        rows = rows.assign(**{name: rows[name].where(complete) for name in figures})
     grouped = rows.groupby(groups, sort=False, dropna=False) if groups else rows.groupby(lambda _: 0)
-    table = grouped.size().rename("n").reset_index()[[*groups, "n"]]
+    counted = grouped[figures[0]].count() if pareto else grouped.size()
+    table = counted.rename("n").reset_index()[[*groups, "n"]]
     for name in figures:
         table[name] = grouped[name].mean().to_numpy()
         table[f"std {_plain(name)}"] = grouped[name].std(ddof=1).to_numpy()
@@ -137,8 +147,9 @@ def _groups(rows, asked):
 def _over(rows, asked):
     """What a point is the mean of, in words: its seeds, or rows that differ in more than those."""
     seed = "m_seed" if "m_seed" in rows else "seed"
-    several = rows.duplicated([*_groups(rows, asked), seed]).any()
-    return "the rows of a point, of which several have one seed" if several else "the seeds"
+    if not rows.duplicated([*_groups(rows, asked), seed]).any():
+        return "the seeds"
+    return "the rows of a point, of which several have one seed" if rows[seed].notna().any() else "the rows of a point"
 
 
 def column(frame: pd.DataFrame, name: str) -> str:

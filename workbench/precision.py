@@ -44,7 +44,8 @@ ALL_SIGNALS = {signal for cell in CELLS for signal in signals_of(cell)}
 SWEEP_WIDTHS = range(2, 17)  # bits of weights and signals
 POINT = ("cell", "when", "method", "weight_bits", "activation_bits")  # what tells points apart
 COLUMNS = ["cell", "seed", "when", "method", "weight_bits", "activation_bits", "cr_disk", "cr_model", "rnn_bytes", "valid",
-           "test", "valid_loss", "test_loss", "control", "lost", "cell_bits", "mismatches %", "refused"]  # fmt: skip
+           "test", "valid_loss", "test_loss", "control", "valid_lost", "lost", "cell_bits", "mismatches %",
+           "refused"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,8 @@ class Precision:
         rows, reached = [], self.results[self.results["refused"].isna()]
         for key, group in reached.groupby(list(POINT), sort=False):
             row = dict(zip(POINT, key, strict=True))
-            row |= {name: group[name].mean() for name in ("cr_disk", "cr_model", "rnn_bytes", "valid", "test", "lost")}
+            row |= {name: group[name].mean()
+                    for name in ("cr_disk", "cr_model", "rnn_bytes", "valid", "test", "valid_lost", "lost")}
             row |= {"test std": group["test"].std(ddof=1), "lost std": group["lost"].std(ddof=1), "seeds": len(group),
                     "control": " or ".join(sorted(set(group["control"]))), "cell_bits": group["cell_bits"].iloc[0],
                     "mismatches %": group["mismatches %"].mean()}
@@ -198,7 +200,7 @@ class Precision:
     def refused(self) -> pd.DataFrame:
         """The points without integers, and why."""
         rows = self.results[self.results["refused"].notna()]
-        return rows[["cell", "seed", "weight_bits", "activation_bits", "refused"]]
+        return rows[["cell", "seed", "when", "weight_bits", "activation_bits", "refused"]]
 
 
 def measure_precision(task: Task | LanguageTask, models: dict[tuple[str, int], torch.nn.Module],
@@ -228,12 +230,13 @@ def measure_precision(task: Task | LanguageTask, models: dict[tuple[str, int], t
             correct.setdefault(tuple(row[name] for name in POINT), {})[row["seed"]] = found
             floats = controls[row["cell"], row["seed"]]
             control = min(floats, key=lambda one: one["valid_loss"]) if row["when"] == IN else floats[0]
-            row |= {"control": control["method"], "lost": _lost(task, control, row)}
+            row |= {"control": control["method"]} | {name: _lost(task, control[split], row[split])
+                                                     for name, split in (("valid_lost", "valid"), ("lost", "test"))}
     return Precision(task, pd.DataFrame(rows, columns=COLUMNS), correct)
 
 
-def _lost(task, control, row):
-    return 100 * (row["test"] / control["test"] - 1) if is_language(task) else control["test"] - row["test"]
+def _lost(task, control, quality):
+    return 100 * (quality / control - 1) if is_language(task) else control - quality
 
 
 def _quality(task, evaluation):

@@ -224,11 +224,12 @@ def verdict(comparison: Comparison, schedules: dict[str, Schedule]):
               for name, row in summary.iterrows() if row["arithmetic"] == "integers"]
     rows = {row["label"]: row["acceleration"] for row in compare(schedules)}
     faster = [name for name, acceleration in rows.items() if acceleration > rows[HYBRID]]
+    interval = ", with its 95 % interval" if (summary["seeds"] > 1).any() else ", of one seed"
     return Markdown(
-        f"Accuracy loss in points against the dense control, with its 95 % interval: {'; '.join(losses)}. "
+        f"Accuracy loss in points against the dense control{interval}: {'; '.join(losses)}. "
         f"{_against_hybrid(comparison, summary)} "
         f"Acceleration in the steady state: {'; '.join(f'{name} {value:.2f}x' for name, value in rows.items())}. "
-        f"{'Faster than the hybrid plan: ' + ', '.join(faster) if faster else 'The hybrid plan is the fastest'}.")
+        f"{'Faster than the hybrid plan: ' + ', '.join(faster) if faster else 'None is faster than the hybrid plan'}.")
 
 
 def _against_hybrid(comparison, summary):
@@ -557,17 +558,14 @@ def precision_verdict(precision: Precision, published: pd.DataFrame, tolerance: 
         floats = mine[mine["when"] == FLOAT].set_index("method")
         further = f", trained on as long {floats.loc[TRAINED_ON, 'test']:.2f}" if TRAINED_ON in floats.index else ""
         text = [f"**{cell}.** In float, test {quality} {floats.loc[AS_TRAINED, 'test']:.2f}{further}."]
-        if (widths := mine["cell_bits"].dropna()).size:
-            text.append(f"Its cell state has {widths.min():.0f} bits or more where the other signals have fewer.")
+        if (wider := mine[mine["cell_bits"] > mine["activation_bits"]]).size:
+            text.append(f"Its cell state has {wider['cell_bits'].min():.0f} bits where the other signals have fewer.")
         for when in (AFTER, IN):
             rows = mine[mine["when"] == when]
             if not len(rows):
                 continue
-            control = floats.loc[floats["valid"].idxmin() if is_language(task) else floats["valid"].idxmax()]
-            control = control if when == IN else floats.loc[AS_TRAINED]
-            rows = rows[rows["seeds"] == control["seeds"]]  # none that was refused for one of them
-            worse = (100 * (rows["valid"] / control["valid"] - 1) if is_language(task) else control["valid"] - rows["valid"])
-            within = rows[worse.round(9) <= tolerance].sort_values(["rnn_bytes", "activation_bits"])
+            rows = rows[rows["seeds"] == floats.loc[AS_TRAINED, "seeds"]]  # none that was refused for one of them
+            within = rows[rows["valid_lost"].round(9) <= tolerance].sort_values(["rnn_bytes", "activation_bits"])
             if not len(within):
                 text.append(f"Quantised {when}, no pair of widths stays within {tolerance:g} {unit} on the validation split.")
                 continue
@@ -647,7 +645,9 @@ def acceleration_verdict(acceleration: Acceleration, target: float, loss_limit: 
         datapath = "multiplied by FFT" if label.endswith(BY_FFT) else "in time domain"
         faster = uniform[uniform["acceleration"] > row["acceleration"]]
         than = [f"{name} {value:.2f}x" for name, value in zip(uniform["label"], uniform["acceleration"], strict=True)]
+        equal = uniform[uniform["acceleration"] == row["acceleration"]]
         verdict = (f"In cycles it **loses** to {listed(faster['label'])}" if len(faster) else
+                   f"In cycles it **draws** with {listed(equal['label'])}" if len(equal) else
                    "In cycles it **wins** against every uniform plan" if len(uniform) else "There is no uniform plan beside it")
         paragraphs.append(
             f"**Hybrid {datapath}, {spec.rows} x {spec.cols} PEs:** {row['steady_state_cycles']:,.0f} cycles a step, "
@@ -677,8 +677,15 @@ def acceleration_verdict(acceleration: Acceleration, target: float, loss_limit: 
         text += (f" So in cycles the hybrid plan **{'wins' if ratio > 1 else 'loses' if ratio < 1 else 'draws'}**: it takes "
                  f"{1 / ratio:.2f} times as many. In accuracy it loses {lost['loss (points)']:.2f} points{_bounded(lost)} to "
                  f"that uniform plan (paired by seed and test item; negative: it gains)"
-                 f"{', not told apart' if lost['low'] <= 0 <= lost['high'] else ''}.")
+                 f"{_told_apart(lost)}.")
     return Markdown("\n\n".join([*paragraphs, text]))
+
+
+def _told_apart(lost) -> str:
+    """The end of a sentence on a loss with its interval, NaN of a single seed."""
+    if np.isnan(lost["low"]):
+        return ", which one seed does not tell apart"
+    return ", not told apart" if lost["low"] <= 0 <= lost["high"] else ""
 
 
 def region_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
