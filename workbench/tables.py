@@ -677,11 +677,11 @@ def acceleration_verdict(acceleration: Acceleration, target: float, loss_limit: 
         text += (f" So in cycles the hybrid plan **{'wins' if ratio > 1 else 'loses' if ratio < 1 else 'draws'}**: it takes "
                  f"{1 / ratio:.2f} times as many. In accuracy it loses {lost['loss (points)']:.2f} points{_bounded(lost)} to "
                  f"that uniform plan (paired by seed and test item; negative: it gains)"
-                 f"{_told_apart(lost)}.")
+                 f"{_unless_told_apart(lost)}.")
     return Markdown("\n\n".join([*paragraphs, text]))
 
 
-def _told_apart(lost) -> str:
+def _unless_told_apart(lost) -> str:
     """The end of a sentence on a loss with its interval, NaN of a single seed."""
     if np.isnan(lost["low"]):
         return ", which one seed does not tell apart"
