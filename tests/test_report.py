@@ -125,6 +125,8 @@ def test_report_hides_code_and_shows_what_was_asked(page, run_dir):
         (new_markdown_cell("<p onclick='x()'>a</p>"), "<p onclick>"),
         (new_markdown_cell("<style>@import 'x.css';</style>"), "a style that loads a file"),
         (new_markdown_cell("<p style='background: url(https://example.org/x.png)'>a</p>"), "a style that loads a file"),
+        (new_markdown_cell("<p style='background: URL(https://example.org/x.png)'>a</p>"), "a style that loads a file"),
+        (new_markdown_cell("<svg><image xlink:href='https://example.org/x.png'/></svg>"), "<image xlink:href>"),
         (new_markdown_cell("<meta http-equiv='Refresh' content='0; url=https://example.org'>"), "<meta http-equiv=refresh>"),
         (new_markdown_cell("<iframe srcdoc='a'></iframe>"), "<iframe>"),
         (new_markdown_cell("<link rel='stylesheet' href='x.css'>"), "<link>"),

@@ -674,7 +674,7 @@ def stalls_figure(curves: pd.DataFrame, kept: float, parts: tuple[str, ...]) -> 
     for n, part in enumerate(shown):
         share = (100 * rows[part] / rows["step_cycles"]).to_numpy()
         axis.barh(np.arange(len(rows)), share, left=left, color=METHOD_COLOURS[n % len(METHOD_COLOURS)], label=part,
-                  edgecolor="white", linewidth=0.5)
+                  edgecolor="white", linewidth=0.5, hatch="//" if n >= len(METHOD_COLOURS) else None)
         left += share
     for n, row in enumerate(rows.itertuples()):
         axis.text(101, n, f"{row.step_cycles:,.0f} cycles, {100 * row.efficiency_step:.1f} % of ideal", va="center", fontsize=8)

@@ -128,9 +128,9 @@ class _Checker(HTMLParser):
         for name, value in attrs.items():
             if name in ("src", "srcset", "data", "poster", "background") and not (value or "").startswith("data:"):
                 self.problems.append(f'{name}="{(value or "")[:60]}"')
-            if name == "href" and tag != "a":
-                self.problems.append(f"<{tag} href>")
-            if name == "style" and "url(" in (value or ""):
+            if name in ("href", "xlink:href") and tag != "a":
+                self.problems.append(f"<{tag} {name}>")
+            if name == "style" and "url(" in (value or "").lower():
                 self.problems.append("a style that loads a file")
             if name == "http-equiv" and (value or "").lower() == "refresh":
                 self.problems.append("<meta http-equiv=refresh>")
@@ -141,7 +141,7 @@ class _Checker(HTMLParser):
         self.tag = None
 
     def handle_data(self, data):
-        if self.tag == "style" and re.search(r"@import|url\(", data):
+        if self.tag == "style" and re.search(r"@import|url\(", data, re.IGNORECASE):
             self.problems.append("a style that loads a file")
         if self.tag == "script" and self.script not in (None, data):
             self.problems.append("a script that is not ours")

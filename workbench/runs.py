@@ -234,7 +234,8 @@ class Run:
 
     @property
     def id(self) -> str:
-        """Name of the run: 16 hexadecimal digits of a SHA-256 over all that its result depends on."""
+        """Name of the run: 16 hexadecimal digits of a SHA-256 over the question, the code and the data. Versions of other
+        packages are no part of it: the provenance names them."""
         identity = {"question": question(self.notebook.stem, self.parameters), "code": self.code, "data": self.data}
         return hashlib.sha256(_canonical({"schema": SCHEMA} | identity)).hexdigest()[:16]
 
