@@ -114,6 +114,15 @@ def test_a_baseline_that_streams_is_compared_resident_too(points):
     assert circulant["acceleration"] > circulant["acceleration_resident"]
 
 
+def test_an_fft_plan_that_streams_is_compared_resident_too():
+    """8 tiles of 8 words in each PE and a word of constants beside them; room for 40."""
+    layer, spec = random_layer(BlockCirculant(8, "fft"), 32, 8), SPEC.with_(load_bits_per_cycle=1)
+    schedule, resident, streamed = acceleration._figures(layer, spec.with_(weight_words=40), 4)
+    assert schedule.mapping.streamed_bits and schedule.mapping.memory_words.max() == 64
+    assert resident == schedule_layer(layer, spec.with_(weight_words=65), 4).steady_state_cycles
+    assert resident < schedule.steady_state_cycles < streamed
+
+
 def test_the_fastest_plan_meets_the_limit(accelerated):
     summary = accelerated.summary
     uniform_rows = summary[summary["method"].isin(["TopK", "BlockCirculant", "Dense"]) & summary["acceleration"].notna()]

@@ -1,12 +1,13 @@
 """Energy, resources and comparison: hand numbers and messages."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 from test_array import COARSE, KINDS, PRESETS, SIGNALS, SMALL, dense_layer, hybrid_layer, one_region
+from test_array_forms import spectral_layer
 
-from workbench.array import ASSUMPTIONS, ArraySpec, map_layer, schedule_layer, schedule_layers
+from workbench.array import ASSUMPTIONS, ArraySpec, map_layer, schedule_hoisted, schedule_layer, schedule_layers
 from workbench.array.cost import (
     DEVICES,
     ENERGY_NOTE,
@@ -69,7 +70,8 @@ def test_energy_refuses_unknown_events():
 
 @pytest.mark.parametrize("depth, bits, luts, ramb18", [
     (64, 18, 18, 0), (65, 18, 0, 1), (1024, 18, 0, 1), (1025, 18, 0, 2), (2048, 18, 0, 2), (2048, 9, 0, 1), (2049, 9, 0, 2),
-    (5000, 4, 0, 2), (16384, 1, 0, 1), (3000, 12, 0, 3)])
+    (5000, 4, 0, 2), (16384, 1, 0, 1), (3000, 12, 0, 3), (512, 27, 0, 1), (512, 36, 0, 1), (513, 27, 0, 2), (512, 72, 0, 2),
+    (512, 48, 0, 2), (1024, 48, 0, 3)])
 def test_memory_by_hand(depth, bits, luts, ramb18):
     assert (Memory(depth, bits).luts, Memory(depth, bits).ramb18) == (luts, ramb18)
 
@@ -165,6 +167,31 @@ def test_streamed_weights_in_lut_ram_need_two_ports():
     assert streamed.lut == (220 + 16 * (16 + 8 + 96 + 48), 1023 + 16 * (32 + 16 + 192 + 48))
 
 
+@pytest.mark.parametrize(("block", "word_bits", "bits"), [(4, 18, 10), (8, 18, 16), (8, 12, 12), (8, 9, 9)])
+def test_the_weight_memory_is_as_wide_as_the_constants_in_it(block, word_bits, bits):
+    """Spectra of 8 + log2 k bits; from k = 8 on constants of 16 bits lie beside them, in as many words as they need."""
+    spec = SMALL.with_(weight_word_bits=word_bits)
+    used = resources(schedule_layer(spectral_layer(32, 32, {"ih": block, "hh": block}), spec, 1).mapping)
+    assert used.weights.bits == bits
+
+
+def test_spectra_may_be_wider_than_word_bits_and_it_is_said():
+    """Weights and signals of 8 bits, spectra of 8 + 4; constants of 16 bits; transforms take and give 27."""
+    layer = spectral_layer(32, 16, {"ih": 16, "hh": 16}, signals=SIGNALS | {"input": QFormat(8, 4), "hidden": QFormat(8, 6)})
+    mapping = schedule_layer(layer, SMALL.with_(word_bits=8), 1).mapping
+    assert {block.word_bits for block in mapping.blocks.values()} == {12}
+    assert (resources(mapping).weights.bits, resources(mapping).data.bits) == (16, 27)
+    assert [text.startswith("Datapath fft") for text in ASSUMPTIONS if "word_bits bounds" in text] == [True]
+
+
+def test_memories_of_a_delta_threshold_count_once_where_input_products_are_hoisted():
+    """On 4 units: sums of 8 rows and 4 gates, and 8 values of h; hoisted beside them the input's sums of 6 steps."""
+    layer, spec = replace(dense_layer(8, 4), delta={"hidden": 3}), SMALL.with_(word_bits=17)
+    kept = Memory(4 * 2, 48), Memory(2, 16)
+    assert resources(schedule_layer(layer, spec, 6).mapping).edge == kept
+    assert resources(schedule_hoisted(layer, spec, 6).mapping).edge == (*kept, Memory(6 * 4 * 2, 48))
+
+
 def test_streaming_buffers_count_twice():
     mapping = schedule_layer(dense_layer(128, 40, bits=16), PRESETS["group4x4"], 1).mapping
     used = resources(mapping)
@@ -183,6 +210,19 @@ def test_compare_against_the_dense_baseline():
     assert hybrid["cr_chip"] == pytest.approx(32 * 4 * 16 * 22 / schedule.mapping.on_chip_bits)
     with pytest.raises(ValueError, match="compare needs a schedule labelled 'dense 16-bit', got hybrid"):
         compare(schedule_layers({"hybrid": layers["hybrid"]}, SMALL, 5))
+
+
+@pytest.mark.parametrize("mac_ii", [1, 2])
+def test_transforms_are_no_overhead_of_the_multiplications(mac_ii):
+    """32 x 32 in tiles of 8 on 4 x 4 PEs: in each PE a tile of each of the 8 blocks, 14 products; two forward transforms of
+    22 operations and two inverse ones of 28. Dense, 8 x 8 products of each block."""
+    layers = {"dense 16-bit": dense_layer(32, 32, bits=16), "fft": spectral_layer(32, 32, {"ih": 8, "hh": 8})}
+    dense, fft = compare(schedule_layers(layers, SMALL.with_(mac_ii=mac_ii), 4))
+    assert dense["multiply_cycles"] == mac_ii * 8 * 64
+    assert fft["multiply_cycles"] == mac_ii * (8 * 14 + 2 * 22 + 2 * 28) == mac_ii * 212
+    assert fft["acceleration_multiply"] == 512 / 212
+    hoisted = compare({"dense 16-bit": schedule_hoisted(layers["fft"], SMALL.with_(mac_ii=mac_ii), 4)})
+    assert hoisted[0]["multiply_cycles"] == fft["multiply_cycles"]
 
 
 def test_a_narrower_memory_word_takes_several():

@@ -251,11 +251,22 @@ def test_an_fft_step_by_hand():
     assert resources(mapping).lut[0] == 220 + 16 * (2 * 27 + 96 + 48)  # data twice, accumulators, a link's adder
 
 
+def test_transforms_stand_beside_the_products_that_share_them():
+    """Of the step above. W_ih of 4 rows and 2 columns a PE, then the spectra; links: 4 rows, 8 sums, 8 results."""
+    schedule = schedule_layer(spectral_layer(16, 8, {"hh": 8}), SMALL, 1)
+    rows = {row.pop("sum"): row for row in schedule.products()}
+    same = {"layer": "", "region": 0, "memory": 0, "bound": "compute"}
+    assert rows == {gate: same | {"compute": 8 + 14, "links": 4 + 8 + 8} for gate in "ifgo"} | {
+        "forward hh.fft8": same | {"compute": 22, "links": 0}, "inverse hh": same | {"compute": 28, "links": 0}}
+    pes = [op.busy for i, op in zip(schedule.mapping.program, schedule.timed, strict=True) if i.resource == "PEs 0"]
+    assert sum(row["compute"] for row in rows.values()) == sum(pes)
+
+
 def test_data_that_additions_of_transforms_read_are_kept_twice():
     """An addition takes two data words in a cycle, of a memory with one port to read and one to write."""
     used = resources(schedule_layer(spectral_layer(64, 64, {"ih": 16, "hh": 16}), SMALL, 1).mapping)
-    assert used.data.depth > 64 and used.data.bits == 27 and used.data.ramb18 == 2  # 18 and 9 bits wide
-    assert used.bram36 == (16 * (used.weights.ramb18 + 2 * 2) + 4 * 1) // 2  # tables of 4 units
+    assert used.data.depth > 64 and used.data.bits == 27 and used.data.ramb18 == 1  # up to 36 bits wide
+    assert used.bram36 == (16 * (used.weights.ramb18 + 2 * 1) + 4 * 1) // 2  # tables of 4 units
 
 
 def test_one_transform_serves_all_gates_and_sizes_of_blocks_have_one_each():

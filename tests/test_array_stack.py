@@ -353,6 +353,41 @@ def test_streamed_input_weights_serve_the_steps_that_the_data_memories_hold(data
     assert check_hoisted(dense_layer(8, 8), spec, 5, 1, 0, 1).stages[0].mapping.batch == min(together, 5)
 
 
+def test_the_last_steps_take_the_words_that_are_there():
+    """W_ih takes 32 words of a PE that has 24, x of a step 4 of its 16 data words: three steps together, then two. Three items
+    share two banks of 4 sums, so 2 of the 4 rows of a gate at a time; two alone would take 4, and keep other words."""
+    layer, spec = dense_layer(16, 8), SMALL.with_(acc_depth=4, weight_words=24, data_words=16, load_bits_per_cycle=4)
+    schedule = check_hoisted(layer, spec, 5, 1, 0, 0)
+    first, rest, _ = (stage.mapping for stage in schedule.stages)
+    assert (first.batch, rest.batch, schedule.loads[:2]) == (3, 2, (0, 0))
+    for mapping in (first, rest):
+        assert {i.rows for i in mapping.program if i.kind == "mac"} == {(0, 2), (2, 4)}
+    np.testing.assert_array_equal(first.resident_words, rest.resident_words)
+    other = map_layer(layer, spec, first.layout, batch=2, parts=("ih",))
+    assert {i.rows for i in other.program if i.kind == "mac"} == {(0, 4)}
+    with pytest.raises(RuntimeError, match="hazard: 128 words that a stage takes as resident were not loaded"):
+        interpret_hoisted([(first, 1), (other, 1)], np.zeros((5, 1, 8), dtype=int))
+
+
+def test_later_windows_take_the_words_that_are_there():
+    """At most four steps together: of windows of 5 steps three, then two, of the last one, of 4, all."""
+    spec = SMALL.with_(acc_depth=4, weight_words=24, data_words=16)
+    stages = check_hoisted(dense_layer(16, 8), spec, 9, 1, 5, 0).stages
+    assert [stage.mapping.batch for stage in stages] == [3, 2, 1, 4, 1]
+    assert stages[3].mapping.passes == 2  # no more than three share the accumulators
+
+
+def test_stages_share_the_dense_weights_of_their_layer():
+    """Two bytes a weight against four: 4 gates of 8 x 4 and of 8 x 8."""
+    alone, hoisted = (schedule(dense_layer(8, 4, bits=16), SMALL, 4) for schedule in (schedule_layer, schedule_hoisted))
+    assert alone.mapping.dense_weights == hoisted.mapping.dense_weights == 4 * 8 * (4 + 8)
+    assert [stage.mapping.dense_weights for stage in hoisted.stages] == [4 * 8 * 4, 4 * 8 * 8]
+    assert [stage.mapping.cr_chip for stage in hoisted.stages] == [2, 2]
+    assert [row["cr_chip"] for row in compare({"dense 16-bit": hoisted, "alone": alone})] == [2, 2]
+    low_rank = schedule_layer(low_rank_layer(8, 4), SMALL, 4).mapping  # two blocks on the array for each of the layer
+    assert low_rank.dense_weights == 4 * 8 * (4 + 8)
+
+
 def test_hoisting_wins_where_the_loader_binds():
     layer, spec = dense_layer(128, 40, bits=16), preset("group4x4")
     alone, hoisted = schedule_layer(layer, spec, 32), schedule_hoisted(layer, spec, 32)
@@ -387,6 +422,8 @@ def test_hoisted_execution_equals_the_engine(kind, hoist):
 def test_what_cannot_be_hoisted_is_refused():
     with pytest.raises(ValueError, match="hoisting takes no delta threshold of x"):
         schedule_hoisted(replace(dense_layer(), delta={"input": 3}), SMALL, 3)
+    with pytest.raises(ValueError, match="execute_layer takes no layout with hoist, whose stages .*, got all on 4x4"):
+        execute_layer(dense_layer(), SMALL, np.zeros((2, 1, 4), dtype=int), Layout((Region(0, 0, 4, 4),)), hoist=True)
     with pytest.raises(ValueError, match="schedule_stack hoists input products of layers in turn only"):
         schedule_stack(stack_of(), WIDE, 3, form="side by side", hoist=True)
     with pytest.raises(ValueError, match="hoisting takes a whole number of steps at a time, 0 for all, got -1"):

@@ -196,7 +196,7 @@ class Acceleration:
     the array refuses for one seed has no figures of the array, and the reasons under "refused".
 
     acceleration: dense 16-bit cycles of a step / its own, all overhead included; _sequence: of all steps; _multiply and _load:
-    of the multiplications of the fullest PE alone, and of the loader alone if it brought all weights every step; _resident
+    of the multiplications and transforms of the fullest PE alone, and of the loader alone if it brought all weights every step; _resident
     and _streamed: scheduled with all weights in the PEs, and with all of them through the loader every step.
     """
 
@@ -271,13 +271,13 @@ def _figures(layer, spec, steps):
     """(its schedule, the steady-state cycles with all weights resident, and with all of them streamed)."""
     schedule = schedule_layer(layer, spec, steps)
     mapping = schedule.mapping
-    resident = schedule
+    constants, resident = constants_kept(spec, mapping.layout, mapping.blocks), schedule
     if mapping.streamed_bits:
-        resident = schedule_layer(layer, spec.with_(weight_words=int(mapping.memory_words.max())), steps,
-                                  replace(mapping.layout, stream_words=0))
+        words = int(mapping.memory_words.max()) + constants
+        resident = schedule_layer(layer, spec.with_(weight_words=words), steps, replace(mapping.layout, stream_words=0))
     widest = max(words_taken(block, spec) for block in mapping.blocks.values())
-    words = 2 * widest + constants_kept(spec, mapping.layout, mapping.blocks)
-    streamed = schedule_layer(layer, spec.with_(weight_words=words), steps, replace(mapping.layout, stream_words=widest))
+    streamed = schedule_layer(layer, spec.with_(weight_words=2 * widest + constants), steps,
+                              replace(mapping.layout, stream_words=widest))
     return schedule, resident.steady_state_cycles, streamed.steady_state_cycles
 
 

@@ -1,10 +1,10 @@
 """Quantisation-aware training: nn.LSTM and nn.GRU that round every internal signal exactly where the integer engine does.
 
 In float64 every sum and product before a rounding is exact, so the outputs are the engine's, bit for bit. In float32 they are
-as long as the sums fit 24 bits (8-bit weights and 12-bit signals do, in layers of 300 units); beyond, some fall on the other
-side of a rounding boundary: mismatch_rate says how often. Gradients pass straight through every rounding and stop where its
-result saturates (Bengio 2013, arXiv 1308.3432); that of a table is the slope of its function at the rounded input, also where
-few output bits cut its values off, so that a gate comes back from there.
+as long as the sums fit 24 bits, which the weights decide: 300 weights of 8 bits can bring signals of 12 bits to 27. Beyond,
+some fall on the other side of a rounding boundary: mismatch_rate says how often. Gradients pass straight through every rounding
+and stop where its result saturates (Bengio 2013, arXiv 1308.3432); that of a table is the slope of its function at the rounded
+input, also where few output bits cut its values off, so that a gate comes back from there.
 """
 
 import copy

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
-from workbench.array.mapping import LayerMapping, is_transformed, kept_at_edge, operand_bits, parts_of
+from workbench.array.mapping import LayerMapping, constants_kept, is_transformed, kept_at_edge, operand_bits, parts_of
 from workbench.array.schedule import EVENTS, Schedule
 from workbench.array.spec import ArraySpec, ceil_div
 from workbench.fixedpoint import FUNCTIONS, KNOT_BITS, ExactTable, LinearTable
+from workbench.packed import PARTS
+from workbench.spectrum import TWIDDLE_BITS
 
 HOROWITZ = "M. Horowitz, Computing's energy problem, ISSCC 2014, 45 nm, 0.9 V"
 SEEN = "as quoted in stillwater-sc/universal, generic_45nm.hpp, and in gist V0XNIHILI/2b6fa61e"
@@ -43,8 +45,9 @@ ENERGY_NOTE = ("All rows are of a 45 nm ASIC, none of an FPGA, and one interval 
                "without a look-up are counted but not priced, static power is not given. So a ratio of totals is no ratio of "
                "energies.")
 
-# One RAMB18E2, depth x width (UltraScale memory resources, UG573).
-RAMB18_SHAPES = ((16384, 1), (8192, 2), (4096, 4), (2048, 9), (1024, 18))
+# One RAMB18E2, depth x width (UltraScale memory resources, UG573). 36 bits in simple dual-port mode: a port to read, one to
+# write, which all memories here have. Two side by side are a RAMB36E2 in each of its shapes, up to 512 x 72.
+RAMB18_SHAPES = ((16384, 1), (8192, 2), (4096, 4), (2048, 9), (1024, 18), (512, 36))
 LUT_RAM_DEPTH = 64  # one LUT of a SLICEM stores 64 x 1 bits
 # A 4 x 4 grid of 16-bit multiply-accumulate PEs as synthesised: what a tool packs into the DSP decides within the interval.
 LUT_PER_16_PES, FF_PER_16_PES = (220, 1023), (145, 1681)
@@ -161,8 +164,9 @@ def resources(mapping: LayerMapping) -> Resources:
     spec, edge = mapping.spec, tuple(memory for m in mapping.layers for memory in _edge_memories(m))
     if mapping.edge_words:
         edge += (Memory(mapping.edge_words, spec.acc_bits),)
-    weights = Memory(mapping.weight_depth,
-                     min(max(block.word_bits for m in mapping.layers for block in m.blocks.values()), spec.weight_word_bits))
+    widths = [block.word_bits for m in mapping.layers for block in m.blocks.values()]
+    widths += [TWIDDLE_BITS for m in mapping.layers if constants_kept(m.spec, m.layout, m.blocks)]  # beside the weights
+    weights = Memory(mapping.weight_depth, min(max(widths), spec.weight_word_bits))
     data = Memory(mapping.data_words, max(operand_bits(m.layer, part) for m in mapping.layers for part in parts_of(m.layer)))
     copies = 1 + any(is_transformed(part) for m in mapping.layers for part in parts_of(m.layer))
     # Layers share a table where it is the same.
@@ -180,13 +184,14 @@ def _table_memories(tables) -> tuple[Memory, ...]:
 
 def _edge_memories(mapping) -> tuple[Memory, ...]:
     layer, spec = mapping.layer, mapping.spec
-    if not layer.delta:
+    sent = [name for part, name in PARTS.items() if part in mapping.parts and name in layer.delta]
+    if not sent:
         return ()
     kept = sum(mapping.blocks[i.parts[0], i.gate].rows_between(*i.rows) for i in mapping.program
                if i.kind == "drain" and kept_at_edge(layer, i))
     widths = {"input": layer.input_size, "hidden": layer.output_size, "unprojected": layer.hidden_size}
     return (Memory(ceil_div(kept, spec.act_units), spec.acc_bits),
-            *(Memory(ceil_div(mapping.batch * widths[name], spec.act_units), layer.signals[name].bits) for name in layer.delta))
+            *(Memory(ceil_div(mapping.batch * widths[name], spec.act_units), layer.signals[name].bits) for name in sent))
 
 
 def full_resources(spec: ArraySpec) -> Resources:
@@ -220,9 +225,8 @@ def compare(schedules: dict[str, Schedule]) -> list[dict]:
     """One row per schedule of equal length; accelerations, item for item, against the one labelled "dense 16-bit".
 
     cycles: of the whole sequence; energy: modelled, of the whole sequence (a partial sum, ENERGY_NOTE), both for all items of
-    a batch; multiply_cycles:
-    multiply-accumulates of the fullest PE in one step, so that `acceleration_multiply` is what would be won with no
-    overhead at all.
+    a batch; multiply_cycles: cycles for which the fullest PE multiplies and transforms in one step of one item, so that
+    `acceleration_multiply` is what would be won with no overhead at all.
     """
     if BASELINE not in schedules:
         raise ValueError(f"compare needs a schedule labelled {BASELINE!r}, got {', '.join(schedules) or 'none'}")
@@ -234,7 +238,7 @@ def compare(schedules: dict[str, Schedule]) -> list[dict]:
 
 def _row(label, schedule: Schedule, base: Schedule) -> dict:
     mapping, used, modelled = schedule.mapping, resources(schedule.mapping), energy(schedule.counts())
-    multiply, base_multiply = int(mapping.macs.max()), int(base.mapping.macs.max())
+    multiply, base_multiply = (int(m.working_cycles.max()) for m in (mapping, base.mapping))
     base_bits = 32 * base.mapping.dense_weights  # also for a layer of fewer units
     return {
         "label": label, "layout": mapping.layout_name, "batch": mapping.batch,

@@ -36,7 +36,8 @@ class Execution:
 def execute_layer(layer: PackedLayer, spec: ArraySpec, x, layout: Layout | None = None, hoist: bool | int = False) -> Execution:
     """Run B sequences side by side: x (T, B, input_size) integers in the input format, h and c zero at the start.
 
-    hoist: True, or so many steps at a time: input products ahead of the recurrence, as schedule_hoisted does (no layout then).
+    hoist: True, or so many steps at a time: input products ahead of the recurrence, as schedule_hoisted does; a layout beside
+    it raises ValueError.
 
     The sums come from the words as they lie in the PEs; each part is drained, then shifted once, as the engine defines.
     """
@@ -44,6 +45,8 @@ def execute_layer(layer: PackedLayer, spec: ArraySpec, x, layout: Layout | None 
     steps, batch, _ = x.shape
     inputs = multiplied(layer, x) if spec.lookahead > 1 else None
     if hoist:
+        if layout is not None:
+            raise ValueError(f"execute_layer takes no layout with hoist, whose stages have one each, got {layout.name}")
         schedule = schedule_hoisted(layer, spec, steps, batch, 0 if hoist is True else hoist, inputs)
     else:
         schedule = schedule_layer(layer, spec, steps, layout, batch, inputs)

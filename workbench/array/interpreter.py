@@ -149,8 +149,11 @@ def interpret_hoisted(stages, x) -> list[Interpretation]:
     """Run one layer whose input products are hoisted: x (T, B, input_size). stages: (mapping, steps of its program) in turn, of
     input products, whose items are some steps of all sequences, and of the recurrence over the steps that they were for."""
     x, found, done, waiting, former = np.asarray(x), [], 0, {}, None
-    batch = x.shape[1]
+    batch, resident = x.shape[1], {}
     for mapping, steps in stages:
+        taken = _resident_words(mapping)
+        if missing := taken - resident.setdefault(mapping.fills_edge, taken):
+            raise RuntimeError(f"hazard: {len(missing)} words that a stage takes as resident were not loaded")
         if mapping.fills_edge:
             ahead = mapping.batch // batch  # steps that a step of the program takes together
             first = done + len({step for step, *_ in waiting})
@@ -170,6 +173,21 @@ def interpret_hoisted(stages, x) -> list[Interpretation]:
             done, waiting = done + steps, {}
             found.append(Interpretation(*machine.result(0), machine.now, machine.spans, dict(+machine.counts)))
     return found
+
+
+def _listed(block, low, high):
+    """PE -> numbers of its words in the block for the local rows [low, high), in the order in which it uses them."""
+    found = defaultdict(list)
+    for number, (pe, row) in enumerate(zip(block.pe.tolist(), block.local_row.tolist(), strict=True)):
+        if low <= row < high:
+            found[pe].append(number)
+    return found
+
+
+def _resident_words(mapping):
+    """(part, gate, number in its block) of the words that are multiplied and never loaded."""
+    return {(*i.parts, i.gate, number) for i in mapping.program if i.kind == "mac" and i.chunk < 0
+            for numbers in _listed(mapping.blocks[i.parts[0], i.gate], *i.rows).values() for number in numbers[slice(*i.words)]}
 
 
 def _sent(i):
@@ -505,20 +523,20 @@ class _Machine:
         """(pe row, pe col) -> list of (first of its word or not, value, row, column, padding or not), in the PE's order."""
         block = self._block(i)
         sparse = isinstance(block.packed, PackedSparse)
-        words = defaultdict(list)
-        for number, value in enumerate(block.values.tolist()):
-            if i.rows[0] <= int(block.local_row[number]) < i.rows[1]:
-                pe = divmod(int(block.pe[number]), block.pe_cols)
+        lists = defaultdict(list)
+        for pe, numbers in _listed(block, *i.rows).items():
+            for number in numbers[slice(*i.words)]:
+                value = int(block.values[number])
                 targets = block.rows[number].tolist(), block.cols[number].tolist(), block.used[number].tolist()
                 macs = [(row, column) for row, column, used in zip(*targets, strict=True) if used]
                 if is_spectral(block.packed):  # whose words are never padding
-                    words[pe].append([(n == 0, _signed(value, row, column, block.unit), row, column, False)
-                                      for n, (row, column) in enumerate(macs)])
-                    continue
-                words[pe].append([(n == 0, value, row, column, column >= block.shape[1] or (sparse and value == 0))
-                                  for n, (row, column) in enumerate(macs)])
-        return {pe: [mac for word in listed[slice(*i.words)] for mac in word] for pe, listed in words.items()
-                if listed[slice(*i.words)]}
+                    macs = [(n == 0, _signed(value, row, column, block.unit), row, column, False)
+                            for n, (row, column) in enumerate(macs)]
+                else:
+                    macs = [(n == 0, value, row, column, column >= block.shape[1] or (sparse and value == 0))
+                            for n, (row, column) in enumerate(macs)]
+                lists[divmod(pe, block.pe_cols)] += macs
+        return dict(lists)
 
     # One cycle of work.
 

@@ -694,8 +694,15 @@ class LayerMapping:
                    for n, region in enumerate(self.layout.regions))
 
     @property
+    def pass_items(self) -> int:
+        """Items of a pass; the last may have fewer."""
+        return ceil_div(self.batch, self.passes)
+
+    @property
     def dense_weights(self) -> int:
-        return sum(block.shape[0] * block.shape[1] for block in self.layer.blocks.values())
+        """Weights of the layer's blocks that are multiplied here, as if they were dense."""
+        blocks = (self.layer.block(*p) for p in {(part_of(part), gate) for part, gate in self.blocks})
+        return sum(block.shape[0] * block.shape[1] for block in blocks)
 
     @property
     def initial_bits(self) -> int:
@@ -735,8 +742,19 @@ class LayerMapping:
         """(rows, cols) multiply-accumulates of each PE in one time step of one item."""
         return self.per_pe(lambda block: block.macs)
 
+    @property
+    def working_cycles(self) -> np.ndarray:
+        """(rows, cols) cycles that each PE takes in one time step of one item to multiply, and to add and multiply in its
+        transforms, if it never waits, nor for further memory words."""
+        operations, spectra = self.macs, {part for part, _ in self.blocks if is_transformed(part)}
+        for part in spectra | {part_of(part) for part in spectra}:
+            for k, tiles in transformed_tiles(self, part):
+                operations[self.layout.regions[-1].window] += tiles * sum(real_operations(k, not is_transformed(part)))
+        return operations * self.spec.mac_ii
 
-ADDED_UP = ("dense_weights", "on_chip_bits", "streamed_bits", "initial_bits", "memory_words", "resident_words", "macs")
+
+ADDED_UP = ("dense_weights", "on_chip_bits", "streamed_bits", "initial_bits", "memory_words", "resident_words", "macs",
+            "working_cycles")
 
 
 def _added_up(name):
@@ -776,7 +794,8 @@ class SideBySide:
     def weight_depth(self) -> int:
         return max(m.weight_depth for m in self.layers)
 
-    dense_weights, on_chip_bits, streamed_bits, initial_bits, memory_words, resident_words, macs = map(_added_up, ADDED_UP)
+    (dense_weights, on_chip_bits, streamed_bits, initial_bits, memory_words, resident_words, macs,
+     working_cycles) = map(_added_up, ADDED_UP)
 
 
 @dataclass(frozen=True)
@@ -815,7 +834,9 @@ class InTurn:
     def weight_depth(self) -> int:
         return (sum if self.all_fit else max)(stage.weight_depth for stage in self.stages)
 
-    dense_weights, on_chip_bits, streamed_bits, initial_bits, memory_words, resident_words, macs = map(_added_up, ADDED_UP)
+    (dense_weights, on_chip_bits, streamed_bits, initial_bits, memory_words, resident_words, macs,
+     working_cycles) = map(_added_up, ADDED_UP)
+
 
 def programs_side_by_side(layers, pipelined: bool) -> list[list[Instruction]]:
     """The programs of layers that run at the same time, with regions numbered through; pipelined: layer n, n steps behind."""
@@ -857,10 +878,11 @@ def words_taken(block: BlockMapping, spec: ArraySpec) -> int:
 
 
 def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, *, batch: int = 1, parts=None,
-              ahead: bool = True) -> LayerMapping:
+              ahead: bool = True, pass_items: int = 0) -> LayerMapping:
     """Map a layer for `batch` sequences side by side; blocks: what map_blocks gave for this layout and these parts, if at hand;
-    ahead: whether PEs that wait for a projection's operands begin what needs only the next x. What does not fit raises
-    ValueError."""
+    ahead: whether PEs that wait for a projection's operands begin what needs only the next x; pass_items: those of another
+    mapping of this layout and these parts, among which the accumulators are then shared out as there, so that the same words
+    stay resident. What does not fit raises ValueError."""
     check_layer(layer, spec)
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"the array runs a whole number of sequences side by side (batch), at least 1, got {batch!r}")
@@ -874,7 +896,7 @@ def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, 
         beside = f" beside {constants} words of constants" * (constants > 0)
         raise ValueError(f"{layout} needs two buffers of {layout.stream_words} words per PE{beside}, the array has "
                          f"{spec.weight_words} (weight_words)")
-    builder = _ProgramBuilder(layer, spec, layout, blocks, batch, ahead)
+    builder = _ProgramBuilder(layer, spec, layout, blocks, batch, ahead, pass_items)
     mapping = LayerMapping(layer, spec, layout, blocks, builder.program(), builder.resident, builder.streamed_bits, batch,
                            len(builder.passes))
     if mapping.data_words > spec.data_words:
@@ -1124,6 +1146,17 @@ def inverse_tiles(layout: Layout, blocks, part: str) -> dict[tuple[int, int], np
     return found
 
 
+def transformed_tiles(mapping: LayerMapping, part: str) -> list[tuple[int, np.ndarray]]:
+    """(k, (pe_rows, pe_cols) tiles that each PE of the last region, where they lie, transforms in a step of one item), an entry
+    for each k: forward for the spectra "ih.fft8", back for the sums of a part "ih"."""
+    layer, layout, blocks = mapping.layer, mapping.layout, mapping.blocks
+    if not is_transformed(part):
+        return [(k, tiles) for (k, _), tiles in inverse_tiles(layout, blocks, part).items()]
+    k, number = block_of(part), len(layout.regions) - 1
+    kept = columns_kept(layer, layout, blocks, part, number)
+    return [(k, np.tile(kept.sum(axis=1) // k, (layout.regions[number].rows, 1)))]
+
+
 def _phases(layer) -> list[list[Instruction]]:
     """What a step does beside the PEs. A phase begins after the one before; within one, the order is that of the drains."""
     hidden = layer.hidden_size
@@ -1162,18 +1195,19 @@ def _phases(layer) -> list[list[Instruction]]:
 class _ProgramBuilder:
     """Builds the program of one step and notes what stays resident and what is streamed."""
 
-    def __init__(self, layer, spec, layout, blocks, batch, ahead):
+    def __init__(self, layer, spec, layout, blocks, batch, ahead, pass_items):
         self.layer, self.spec, self.layout, self.blocks, self.batch, self.ahead = layer, spec, layout, blocks, batch, ahead
         self.resident = np.zeros((spec.rows, spec.cols), dtype=np.int64)
         self.streamed_bits = 0
         self.chunks, self.drains = ([0] * len(layout.regions) for _ in range(2))  # so far in the program, per region
-        self.passes, self.parts = self._passes(), parts_of(layer)
+        self.passes, self.parts = self._passes(pass_items), parts_of(layer)
+        self.share = ceil_div(pass_items or len(self.passes[0]), spec.acc_banks)  # items that share a bank
 
-    def _passes(self):
+    def _passes(self, pass_items):
         """The items in groups. Resident words serve one item after the other, so that the PEs multiply for one while another's
         sums are activated. Streamed words serve as many items at a time as the accumulators hold a unit of rows for."""
-        shared = 1
-        if not _fits(self.layer, self.spec, self.layout, self.blocks):
+        shared = pass_items or 1
+        if not pass_items and not _fits(self.layer, self.spec, self.layout, self.blocks):
             shared = self.spec.acc_banks * (self.spec.acc_depth // max(block.unit for block in self.blocks.values()))
         size = ceil_div(self.batch, ceil_div(self.batch, shared))
         return [range(low, min(low + size, self.batch)) for low in range(0, self.batch, size)]
@@ -1215,13 +1249,13 @@ class _ProgramBuilder:
 
     def _entries(self, region):
         """In the order in which they are drained: first the sums of inputs alone, which may run before h is back."""
-        entries, share = [], ceil_div(max(map(len, self.passes)), self.spec.acc_banks)  # items that share a bank
+        entries = []
         for name, products in _sums_here(self.layer, self.blocks).items():
             here = [p for p in products if self.layout.region_of(self.blocks[p].packed) == region]
             together = _share_accumulators(self.layer, self.layout, products, {p: self.blocks[p].unit for p in products})
             for some in ([here] if together and here else [[p] for p in here]):
                 block = self.blocks[some[0]]
-                rows, size = int(block.local_rows.max()), self.spec.acc_depth // share // block.unit * block.unit
+                rows, size = int(block.local_rows.max()), self.spec.acc_depth // self.share // block.unit * block.unit
                 for low in range(0, rows, size):
                     entries.append(_Entry(name, some[0][1], tuple(part for part, _ in some), low, min(low + size, rows)))
         return sorted(entries, key=lambda e: not _needs_x_only(e))  # stable

@@ -25,13 +25,10 @@ from workbench.array.mapping import (
     LayerMapping,
     Layout,
     SideBySide,
-    block_of,
     candidate_layouts,
     check_layer,
-    columns_kept,
     constant_taken,
     inverse_columns,
-    inverse_tiles,
     is_transformed,
     kept_at_edge,
     least_cycles,
@@ -46,6 +43,7 @@ from workbench.array.mapping import (
     takers,
     takes_multicast,
     transform_cycles,
+    transformed_tiles,
     units_of,
     words_taken,
 )
@@ -143,13 +141,7 @@ def time_program(mapping) -> tuple[Timed, ...]:
                          {"acc_reads": words + kept, "acc_writes": kept + hoisted, "link_words": words})
         if i.kind in ("transform", "inverse"):
             back, region = i.kind == "inverse", layer.layout.regions[-1]
-            if back:
-                tiles = inverse_tiles(layer.layout, layer.blocks, i.parts[0]).items()
-                counted_tiles = [(k, number) for (k, _), number in tiles]
-            else:
-                k = block_of(i.parts[0])
-                kept = columns_kept(layer.layer, layer.layout, layer.blocks, i.parts[0], len(layer.layout.regions) - 1)
-                counted_tiles = [(k, np.tile(kept.sum(axis=1) // k, (region.rows, 1)))]
+            counted_tiles = transformed_tiles(layer, i.parts[0])
             operations = np.array([real_operations(k, back) for k, _ in counted_tiles])
             adds, macs = (int(total) for total in np.array([number.sum() for _, number in counted_tiles]) @ operations)
             busy = int(sum(number * transform_cycles(k, back, spec) for k, number in counted_tiles).max())
@@ -549,14 +541,15 @@ class Schedule(Readings):
         return split
 
     def products(self) -> list[dict]:
-        """A row for each sum of matrix products and region: cycles of a step, all items, for which it holds its PEs (compute:
-        multiplications and transforms), the loader (memory) and the links that drain it; bound: by which of these it is, which
-        work side by side. Zeros that are skipped count as multiplied."""
+        """A row for each sum of matrix products and region, and one for the transforms that such sums have in common, under the
+        name of the operation: cycles of a step, all items, for which it holds its PEs (compute: multiplications, or
+        transforms), the loader (memory) and the links that drain it; bound: by which of these it is, which work side by side.
+        Zeros that are skipped count as multiplied."""
         found = {}
         for i, op in zip(self.mapping.program, self.timed, strict=True):
             kind = COUNTED_AS.get(i.kind, i.kind)
-            if kind in PRODUCT_BOUND_BY and i.sum:
-                key = self.mapping.layers[i.layer].name, i.sum, i.region
+            if kind in PRODUCT_BOUND_BY:
+                key = self.mapping.layers[i.layer].name, i.sum or i.name, i.region
                 row = found.setdefault(key, dict.fromkeys(PRODUCT_BOUND_BY.values(), 0))
                 row[PRODUCT_BOUND_BY[kind]] += op.busy
         return [dict(zip(("layer", "sum", "region"), key, strict=True)) | row | {"bound": max(row, key=row.get)}

@@ -36,8 +36,6 @@ FIGURES = ("steady_state_cycles", "first_step_latency", "cycles", "energy_low_nj
            "lut_low", "lut_high", "ff_low", "ff_high")
 AT_ONCE = 512  # points that are scheduled together, which bounds the memory
 _NO_TIMING = {name: getattr(ArraySpec(), name) for name in TIMING}
-AT_ONCE = 512  # points that are scheduled together, which bounds the memory
-_NO_TIMING = {name: getattr(ArraySpec(), name) for name in TIMING}
 STORED = ("values", "vectors", "left", "right")  # fields of packed blocks that hold the stored integers
 
 

@@ -14,7 +14,7 @@ def ceil_div(a: int, b: int) -> int:
 class ArraySpec:
     """A two-dimensional grid of processing elements (PEs). Units and sources of all fields: FIELDS, shown in reports.
 
-    rows, cols: PEs, multiples of 4. clock_mhz: MHz. word_bits: widest weight or signal word; acc_bits: accumulator.
+    rows, cols: PEs, multiples of 4. clock_mhz: MHz. word_bits: widest packed weight or signal; acc_bits: accumulator.
     mac_latency: cycles between the last that a multiply-accumulate holds its PE and the first that can read its accumulator;
     mac_ii: cycles that it holds its PE.
     acc_depth: accumulators per bank and PE; acc_banks: banks, each a memory that multiplications or a drain use, never both
@@ -106,7 +106,8 @@ ASSUMPTIONS = (
     "PE row in the PE that has the tile's inverse, in turn over the PE columns; what that gives leaves over the links as a "
     "drain does. One inverse per block and output tile, none shared by W_ih and W_hh, so that that of W_ih runs before h is "
     "back. The half-up shift of a sum belongs to its arrival; a turned sign and a result that is used within mac_latency "
-    "cost nothing.",
+    "cost nothing. word_bits bounds the packed weights and what passes the network; spectra of weights, up to 18 bits a "
+    "word, and what a transform takes and gives, 27 bits, may be wider: memories are as wide as the widest (counted).",
     "With a lookahead above 1 a PE sees the columns of the words in its window and a flag for each input that it keeps (zero "
     "or not) beside its memories; neither is charged, and what it drops is read from neither memory.",
     "With a delta threshold the sender takes the difference from what it sent last and sends it, one bit wider, or 0 in its "

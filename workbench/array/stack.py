@@ -156,7 +156,7 @@ def schedule_hoisted(layer: PackedLayer, spec: ArraySpec, steps: int, batch: int
     for done in range(window, steps, window):  # on the same regions
         some = min(window, steps - done)
         if some < window or inputs is not None:
-            products = _input_products(layer, spec, some, batch, inputs, done, products[0].mapping.layout)
+            products = _input_products(layer, spec, some, batch, inputs, done, products[0].mapping)
             recurrence = _recurrence(layer, spec, some, batch, inputs, done, recurrence.mapping.layout)
         stages += [*products, recurrence]
     return StagedSchedule(tuple(stages), steps, window=window)
@@ -168,25 +168,29 @@ def _recurrence(layer, spec, steps, batch, inputs, start, layout):
     return schedule_layer(layer, spec, steps, layout, batch, inputs, parts)
 
 
-def _input_products(layer, spec, steps, batch, inputs, start, layout):
-    """Stages that compute the input products of some steps."""
-    def schedule(first, rows, together, layout):
+def _input_products(layer, spec, steps, batch, inputs, start, like):
+    """Stages that compute the input products of some steps. like: the mapping of such a stage that came before, if any: its
+    resident words are those that are in the PEs."""
+    def schedule(first, rows, together, like):
         """In so many rows of the program, each for some steps together."""
         x = None
         if inputs is not None:
             x = inputs["ih"][start + first : start + first + rows * together]
             x = {"ih": x.reshape(rows, together * batch, -1)}
-        return schedule_layer(layer, spec, rows, layout, together * batch, x, ("ih",))
+        if like is None:
+            return schedule_layer(layer, spec, rows, None, together * batch, x, ("ih",))
+        return schedule_mapping(map_layer(layer, spec, like.layout, like.blocks, batch=together * batch, parts=("ih",),
+                                          pass_items=like.pass_items), rows, x)
 
-    alone = schedule(0, steps, 1, layout)
+    alone = schedule(0, steps, 1, like)
     together = min(spec.data_words // (alone.mapping.data_words // batch) // batch, steps) if alone.mapping.streamed_bits else 1
     if together <= 1:
         return [alone]
     together = ceil_div(steps, ceil_div(steps, together))
     whole, rest = divmod(steps, together)
-    found = [schedule(0, whole, together, layout)]
+    found = [schedule(0, whole, together, like)]
     if rest:
-        found.append(schedule(whole * together, 1, rest, found[0].mapping.layout))
+        found.append(schedule(whole * together, 1, rest, found[0].mapping))
     return found
 
 
