@@ -196,8 +196,8 @@ class Acceleration:
     the array refuses for one seed has no figures of the array, and the reasons under "refused".
 
     acceleration: dense 16-bit cycles of a step / its own, all overhead included; _sequence: of all steps; _multiply and _load:
-    of the multiplications and transforms of the fullest PE alone, and of the loader alone if it brought all weights every step; _resident
-    and _streamed: scheduled with all weights in the PEs, and with all of them through the loader every step.
+    of the multiplications and transforms of the fullest PE alone, and of the loader alone if it brought all weights every
+    step; _resident and _streamed: scheduled with all weights in the PEs, and with all of them through the loader every step.
     """
 
     points: TrainedPoints
