@@ -278,7 +278,8 @@ def test_an_interval_pairs_the_seeds_that_are_there(tiny_task):
     rng = np.random.default_rng(0)
     control = {seed: rng.random(40) < 0.9 for seed in range(3)}
     mine = {seed: rng.random(40) < 0.6 for seed in (2, 0)}
-    common = {"cell": "GRU", "cr_disk": 1.0, "cr_model": 1.0, "rnn_bytes": 1, "valid": 0.0, "test": 0.0, "lost": 0.0,
+    common = {"cell": "GRU", "cr_disk": 1.0, "cr_model": 1.0, "rnn_bytes": 1, "valid": 0.0, "test": 0.0,
+              "valid_lost": 0.0, "lost": 0.0,
               "control": AS_TRAINED, "cell_bits": None, "mismatches %": None}
     key, found = ("GRU", AFTER, "Dense", 4, 4), ("GRU", FLOAT, AS_TRAINED, 32, 32)
     rows = [common | dict(zip(POINT, place, strict=True)) | {"seed": seed, "refused": None}

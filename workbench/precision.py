@@ -407,7 +407,7 @@ def _mixed_points(task, cell, seed, model, observation, target_cr_disks, activat
             rows.append({"cell": cell, "seed": seed, "target_cr_disk": target, "kind": kind,
                          "bits": packed.value_bits / sum(block.stored_values for block in packed.blocks.values()),
                          "cr_disk": packed.cr_disk, "valid": measured["valid"], "test": measured["test"],
-                         "lost": _lost(task, control, measured)})
+                         "lost": _lost(task, control["test"], measured["test"])})
     return rows, allocations
 
 
