@@ -415,7 +415,7 @@ def tradeoff_table(tradeoff: Tradeoff) -> pd.DataFrame:
 def tradeoff_grid(summary: pd.DataFrame) -> pd.DataFrame:
     """One row a method, one column a target: the loss in points with its 95 % interval, the ratio that was reached, and the
     cross-entropy in nats; how many of the seeds or folds, where not all reached it. summary: of a Tradeoff, or over_folds."""
-    counts = {"folds": "folds only", "seeds": "seeds in some"} if "folds" in summary else {"seeds": "seeds only"}
+    counts = {"folds": "folds only", "seeds": "seeds a fold at least"} if "folds" in summary else {"seeds": "seeds only"}
     cells = {target: {} for target in sorted(summary["target_cr_disk"].unique())}
     for row in summary.to_dict("records"):
         few = [f", {row[name]} {what}" for name, what in counts.items() if row[name] < summary[name].max()]
