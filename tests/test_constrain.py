@@ -291,6 +291,24 @@ def test_the_factors_that_were_trained_are_packed(model, x):
     assert torch.equal(compress(trained, plan)(x), trained(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", [6, 14])  # products of 14-bit factors are finer than either dtype
+def test_the_factors_that_were_trained_are_packed_where_their_product_was_rounded(dtype, bits):
+    torch.manual_seed(0)
+    rnn = nn.LSTM(12, 16)
+    plan = uniform(rnn, LowRank(5), bits, calibrate(rnn, [torch.randn(20, 2, 12)]))
+    compressed = compress(rnn.to(dtype), plan)
+    for p in compressed.parameters():
+        nn.init.normal_(p, std=0.1)
+    packed = pack(compressed, plan)
+    for parameter in ("weight_ih_l0", "weight_hh_l0"):
+        for gate, module, stored in zip("ifgo", compressed.parametrizations[parameter][0].gates,
+                                        compressed.parametrizations[parameter].parameters(), strict=True):
+            block = packed.blocks[f"{parameter}.{gate}"]
+            ours = np.concatenate([block.left, block.right.T]) * 2.0**-block.fmt.frac
+            np.testing.assert_array_equal(ours, module.shown(stored).detach().double())
+
+
 @pytest.mark.parametrize("model", ["LSTM"], indirect=True)
 def test_changed_weights_and_other_methods_leave_the_old_factors(model, x):
     plan = uniform(model, LowRank(2), 6, calibrate(model, [x], 12))

@@ -55,11 +55,13 @@ class LowRank:
         return PackedLowRank(fmt, factors[: w.shape[0]], factors[w.shape[0] :].T)
 
     def _factors(self, w, fmt, stored):
-        """`stored` where its product is w, on the grid of the products of fmt; else a decomposition."""
+        """`stored` where its product is w, as far as the grid of the products of fmt and its own precision tell (w was
+        rounded to that, in bfloat16 coarser than the grid); else a decomposition."""
         rank = min(self.rank, *w.shape)
         if stored is not None and fmt is not None and stored.shape == (sum(w.shape), rank):
+            alike = max(2.0 ** -(self.factors * fmt.frac + 1), torch.finfo(stored.dtype).eps * w.abs().max())
             stored = stored.to(w)
-            if (_product(stored, w.shape[0]) - w).abs().max() < 2.0 ** -(self.factors * fmt.frac + 1):
+            if (_product(stored, w.shape[0]) - w).abs().max() < alike:
                 return stored
         return self.decompose(w)
 
