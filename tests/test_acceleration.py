@@ -202,11 +202,12 @@ def test_tables_and_verdict_say_what_the_figures_say(accelerated):
     text = tables.acceleration_verdict(accelerated, 6.0, np.inf).data
     hybrid = accelerated.summary.set_index(["label", "target_cr_disk"]).loc[HYBRID, 6.0]
     assert f"{hybrid['acceleration']:.2f} times as fast as dense 16-bit" in text
-    assert f"is {'reached' if hybrid['acceleration'] >= 1.41 else 'missed'}" in text
+    assert f"is {'reached' if round(hybrid['acceleration'], 2) >= 1.41 else 'missed'}" in text
     small = accelerated.summary.set_index(["label", "target_cr_disk"]).loc[SMALL, 6.0]
     assert f"small dense network of that ratio: {small['acceleration']:.2f}x, for {small['loss (points)']:.2f} points" in text
     nothing = tables.acceleration_verdict(accelerated, 6.0, -np.inf).data
-    assert "none of the uniform plans; none of the hybrid plans" in nothing and "So the hybrid plan" not in nothing
+    none = "none of the uniform plans that all seeds have; none of the hybrid plans that all seeds have"
+    assert none in nothing and "So the hybrid plan" not in nothing
     assert "In cycles it **" in text
     table = tables.acceleration_table(accelerated, -np.inf)
     above = accelerated.results.groupby(["label", "target_cr_disk"], sort=False)["valid_loss_above"]

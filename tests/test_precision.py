@@ -269,7 +269,7 @@ def test_refused_points_are_listed_and_not_averaged_in_silence(partly_refused):
     assert summary.loc[FLOAT, "seeds"] == 2 and (summary.loc[AFTER, "seeds"] == 1).all()
     # Nothing that one of the seeds was refused is called within the tolerance.
     text = tables.precision_verdict(partly_refused, pd.DataFrame(), 100.0).data
-    assert "no pair of widths stays within 100 points" in text
+    assert "no pair of widths that all seeds have stays within 100 points" in text
     assert tables.precision_table(partly_refused)["95 % interval"].eq("").all()
     assert plots.bits_figure(partly_refused.summary, "lost").axes
 
@@ -518,7 +518,7 @@ def test_the_verdict_by_hand(tiny_language_task):
         "Quantised in training, the smallest matrices within 1 % on the validation split have 4-bit weights with 4-bit "
         "signals: test perplexity 82.00, lost 2.50 % against the float model trained on, at cr_disk 8.0.")
     text = tables.precision_verdict(found, pd.DataFrame(), 0.1).data
-    assert "Quantised after training, no pair of widths stays within 0.1 % on the validation split." in text
+    assert "Quantised after training, no pair of widths that all seeds have stays within 0.1 % on the validation split." in text
     assert "Quantised in training, no pair" in text and "retracted" not in text
 
 

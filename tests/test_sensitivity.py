@@ -443,6 +443,8 @@ def test_the_verdict_says_what_is_stable():
     assert "All blocks in one ranking correlate with 0.32, " in text
     assert "Not stable: TopK 0.5 at 4 bits." in text and "4.6 to 4.6 nats where it is stable and 4.5 to 4.5 nats" in text
     assert "All 2 seeds have the same blocks in the top quarter in 2 of 3 compressions." in text
+    level = tables.sensitivity_verdict(measured(LOSSES | {("Dense", 16): {seed: [0.0] * 8 for seed in (0, 1)}})).data
+    assert "in the top quarter in 2 of 4 compressions." in level  # where all are equal none is in it
     assert "Of the 6 rankings, in the top quarter: lstm.weight_hh_l0.g in 5, lstm.weight_ih_l0.g in 4, " in text
     assert "lstm.weight_ih_l0.o" not in text  # in none
     assert "where the method differs (least " in text

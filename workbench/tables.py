@@ -154,7 +154,8 @@ def _seed_text(ranks):
     means = [f"{part['excess_loss'].min():.2g} to {part['excess_loss'].max():.2g} nats where {what}"
              for part, what in ((agreement[is_stable], "it is stable"), (agreement[~is_stable], "it is not")) if len(part)]
     top = ranks.pivot(index=["compression", "block"], columns="seed", values="top_quarter")
-    same_top = (top.nunique(axis=1) == 1).groupby(level="compression").all()
+    by_compression = top.any(axis=1).groupby(level="compression").any()  # one where no block differs has no top quarter
+    same_top = (top.nunique(axis=1) == 1).groupby(level="compression").all() & by_compression
     within, pooled = agreement[["within_mean", "pooled_mean"]].mean()
     return (f"Within a matrix, two seeds' rankings of the gates correlate with {within:.2f} on average, in "
             f"{is_stable.sum()} of {len(agreement)} compressions with at least {STABLE} (called stable). "
@@ -414,7 +415,8 @@ def tradeoff_table(tradeoff: Tradeoff) -> pd.DataFrame:
 
 def tradeoff_grid(summary: pd.DataFrame) -> pd.DataFrame:
     """One row a method, one column a target: the loss in points with its 95 % interval, the ratio that was reached, and the
-    cross-entropy in nats; how many of the seeds or folds, where not all reached it. summary: of a Tradeoff, or over_folds."""
+    cross-entropy in nats; how many of the seeds or folds, where not all reached it. What has no row was out of reach.
+    summary: of a Tradeoff, or over_folds of runs that all asked for the same."""
     counts = {"folds": "folds only", "seeds": "seeds a fold at least"} if "folds" in summary else {"seeds": "seeds only"}
     cells = {target: {} for target in sorted(summary["target_cr_disk"].unique())}
     for row in summary.to_dict("records"):
@@ -476,7 +478,7 @@ def _control_verdict(controls) -> list[str]:
     gap = before["test_accuracy"] - after["test_accuracy"]
     return [f"**Retraining harms the dense model itself**: its validation loss is {before['valid_loss']:.3f} nats before and "
             f"{after['valid_loss']:.3f} after it (means). The losses above are against the control, retrained like all others; "
-            f"against the dense model as trained once every mean loss is {abs(gap):.2f} points "
+            f"against the dense model as trained once every mean loss of all seeds is {abs(gap):.2f} points "
             f"{'larger' if gap >= 0 else 'smaller'}. With `keep_start` no model is measured after a retraining that harms it."]
 
 
@@ -496,7 +498,7 @@ def _target_verdict(target, rows, missing):
                  f"{listed(several.loc[several['high'] < 0, 'method'])}.")
     elif losses:
         text += " One seed gives no interval."
-    small, rivals = rows[rows["method"] == SMALL], rows[rows["vs_small"].notna()]
+    small, rivals = rows[rows["method"] == SMALL], rows[rows["vs_small_low"].notna()]
     if len(rivals):
         share = 100 * target / small["cr_disk"].iloc[0]
         text += (f" Against the 8-bit small network ({share:.1f} % of the bytes asked for), by the interval of the difference, "
@@ -567,7 +569,8 @@ def precision_verdict(precision: Precision, published: pd.DataFrame, tolerance: 
             rows = rows[rows["seeds"] == floats.loc[AS_TRAINED, "seeds"]]  # none that was refused for one of them
             within = rows[rows["valid_lost"].round(9) <= tolerance].sort_values(["rnn_bytes", "activation_bits"])
             if not len(within):
-                text.append(f"Quantised {when}, no pair of widths stays within {tolerance:g} {unit} on the validation split.")
+                text.append(f"Quantised {when}, no pair of widths that all seeds have stays within {tolerance:g} {unit} on the "
+                            "validation split.")
                 continue
             row = within.iloc[0]
             text.append(f"Quantised {when}, the smallest matrices within {tolerance:g} {unit} on the validation split have "
@@ -655,7 +658,7 @@ def acceleration_verdict(acceleration: Acceleration, target: float, loss_limit: 
             f"{row['acceleration_multiply']:.2f}), at cr_disk {row['cr_disk']:.1f} and cr_chip {row['cr_chip']:.1f}, "
             f"for {row['loss (points)']:.2f} points"
             f"{_bounded(row)}. The published {wu.acceleration} ({wu.work}, whose baseline is not stated) is "
-            f"{'reached' if row['acceleration'] >= wu.acceleration else 'missed'}. {verdict} at the same ratio"
+            f"{'reached' if round(row['acceleration'], 2) >= wu.acceleration else 'missed'}. {verdict} at the same ratio"
             f"{': ' + '; '.join(than) if than else ''}.")
     paragraphs += small
     if len(large := mine[mine["bram36"] > acceleration.block_rams]):
@@ -663,7 +666,8 @@ def acceleration_verdict(acceleration: Acceleration, target: float, loss_limit: 
         paragraphs.append(f"**No design for the device**, which has {acceleration.block_rams:,} BRAM36: as modelled "
                           f"{listed(taken)} of them are taken.")
     within = acceleration.fastest(loss_limit, hybrid=False), acceleration.fastest(loss_limit, hybrid=True)
-    texts = [f"none of the {kind} plans" if row is None else
+    fitting = " and that fits the device" if acceleration.block_rams < np.inf else ""
+    texts = [f"none of the {kind} plans that all seeds have{fitting}" if row is None else
              f"the fastest {kind} plan is {plan_name(row['label'], row['target_cr_disk'])} with "
              f"{row['steady_state_cycles']:,.0f} cycles a step ({row['acceleration']:.2f}x, loss {row['loss (points)']:.2f} "
              f"points{_bounded(row)})" for kind, row in zip(("uniform", "hybrid"), within, strict=True)]

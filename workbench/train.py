@@ -650,7 +650,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> dict:
 def paired_interval(correct_a: np.ndarray, correct_b: np.ndarray, seed: int, resamples: int = 10_000) -> Interval:
     """95 % bootstrap interval of accuracy a minus accuracy b in percentage points, paired by seed and test item.
 
-    Seeds and items are resampled independently (percentile bootstrap).
+    Seeds and items are resampled independently (percentile bootstrap). Of few seeds that is too narrow: where items add
+    nothing to what the seeds differ, intervals of 2, 3 and 5 normal ones hold the true mean in 50, 75 and 83 of 100 cases.
 
     Args:
         correct_a, correct_b: (seeds, items) bool, row by row and item by item the same seeds and items.
