@@ -742,6 +742,25 @@ def test_attach_refuses_a_layer_whose_hooks_would_be_lost(model, plan, register)
     attach(model, packed)
 
 
+def test_a_float_layer_that_is_held_elsewhere_too_does_not_run_on_in_silence():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.low, self.high = nn.LSTM(6, 8), nn.LSTM(8, 8)
+            self.order = [self.low, self.high]
+
+        def forward(self, x):
+            for rnn in self.order:
+                x = rnn(x)[0]
+            return x
+
+    listed, x = Listed(), torch.randn(5, 2, 6)
+    packed = pack(listed, uniform(listed, Dense(), 8, calibrate(listed, [x])))
+    with pytest.raises(ValueError, match="attach has replaced 'low', but the model calls the float layer"):
+        attach(listed, packed)(x)
+    listed(x)  # as it was
+
+
 def test_the_integer_engine_takes_bfloat16(model, plan, x):
     integers = attach(model, pack(model, plan)).body["rnn"]
     output, _ = integers(x.bfloat16())

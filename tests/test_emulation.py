@@ -454,7 +454,22 @@ def test_what_is_not_finite_is_named(model, plan, x):
         emulated(x)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_autocast_does_not_make_it_coarser(kind):
+    rnn, x = make(kind).float(), torch.randn(STEPS, BATCH, INPUTS)
+    emulated = emulate(rnn, uniform(rnn, TopK(0.5), 8, calibrate(rnn, [x])))
+    plain = emulated(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(emulated(x)[0], plain)
+        from_other_layers = emulated(x.bfloat16())[0]
+    assert torch.equal(from_other_layers, emulated(x.bfloat16().float())[0])
+    from_other_layers.sum().backward()
+    assert all(p.grad is not None for p in emulated.parameters())
+
+
 def test_refusals(model, plan, x):
+    with pytest.raises(ValueError, match=r"emulate needs .* float32 or float64, .* got torch.bfloat16 in 'first'"):
+        emulate(copy.deepcopy(model).bfloat16(), plan)
     with pytest.raises(ValueError, match="mismatch_rate needs a model from emulate, got a plain nn.GRU 'first'"):
         mismatch_rate(compress(model, plan), pack(model, plan), [x])
     wide = {name: signals | {"pre": QFormat(21, 12)} for name, signals in plan.signals.items()}

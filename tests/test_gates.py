@@ -101,7 +101,39 @@ class Doubled(nn.LSTM):
 
 
 class Renamed(nn.LSTM):
-    """A subclass that computes what its parent does."""
+    """A subclass that is what its parent is."""
+
+    def __init__(self, hidden_size, input_size=3):
+        super().__init__(input_size, hidden_size)
+
+
+class Learned(nn.LSTM):
+    """A subclass with states that it learns and hands out."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.first = nn.Parameter(torch.zeros(4))
+
+    def initial(self):
+        return self.first
+
+
+def with_parameter():
+    rnn = nn.GRU(3, 4)
+    rnn.first = nn.Parameter(torch.zeros(4))
+    return rnn
+
+
+def with_module():
+    rnn = nn.GRU(3, 4)
+    rnn.norm = nn.LayerNorm(4)
+    return rnn
+
+
+def compiled():
+    rnn = nn.LSTM(3, 4)
+    rnn.compile(backend="eager")  # nothing is compiled before the first call
+    return rnn
 
 
 def own_forward():
@@ -129,8 +161,13 @@ def tied_to_a_head():
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:torch.quantize_per:UserWarning")
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: Doubled(3, 4), r"'encoder\.1\.1' is a Doubled with a forward of its own, .* what nn\.LSTM computes"),
-    (own_forward, r"'encoder\.1\.1' is a GRU with a forward of its own, .* what nn\.GRU computes"),
+    (lambda: Doubled(3, 4), r"'encoder\.1\.1' is a Doubled with forward of its own, .* what nn\.LSTM is"),
+    (own_forward, r"'encoder\.1\.1' is a GRU with forward of its own, .* what nn\.GRU is"),
+    (lambda: Learned(3, 4), r"'encoder\.1\.1' is a Learned with initial of its own, which integers would not have"),
+    (with_parameter, r"'encoder\.1\.1' is a GRU with first of its own, which integers would not have"),
+    (with_module, r"'encoder\.1\.1' is a GRU with norm of its own, which integers would not have"),
+    (compiled, r"'encoder\.1\.1' is compiled, which a copy would not be, or it would go on calling the original"),
+    (lambda: torch.compile(nn.LSTM(3, 4), backend="eager"), r"'encoder\.1\.1\._orig_mod' is compiled, which a copy"),
     (lambda: torch.ao.nn.quantizable.LSTM(3, 4), r"'encoder\.1\.1' is the LSTM of torch\.ao\.nn\.quantizable"),
     (lambda: torch.ao.nn.quantized.dynamic.GRU(3, 4), r"'encoder\.1\.1' is the GRU of torch\.ao\.nn\.quantized\.dyn"),
     (lambda: torch.ao.nn.quantized.dynamic.LSTMCell(3, 4), r"'encoder\.1\.1' is the LSTMCell of torch\.ao\.nn\."),
@@ -147,7 +184,7 @@ def test_what_would_go_wrong_in_silence_is_refused_by_name_beside_a_layer_that_i
 
 
 def test_a_module_under_two_names_and_a_subclass_that_computes_the_same_are_taken():
-    rnn = Renamed(3, 4)
+    rnn = Renamed(4)
     assert list(rnns(nn.ModuleDict({"a": rnn, "b": rnn, "c": nn.Linear(4, 4)}))) == ["a"]
 
 

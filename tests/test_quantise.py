@@ -498,9 +498,48 @@ def test_explain_by_hand():
 # --- what cannot be calibrated
 
 
+class Aside(nn.Module):
+    """Its second layer is called past the module, and where it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.aside = nn.GRU(3, 5), nn.GRU(3, 5)
+
+    def forward(self, x):
+        return self.rnn(x)[0] + (self.aside(x)[0] if self.training else self.aside.forward(x)[0])
+
+
+def test_a_layer_that_no_batch_calls_has_no_formats():
+    with pytest.raises(ValueError, match=r"calls every recurrent module .*, got no call of 'aside'"):
+        calibrate(Aside(), [torch.ones(4, 2, 3)])
+    assert sorted(calibrate(Aside().rnn, [torch.zeros(4, 2, 3)])) == ["l0"]  # called, if with zeros alone
+
+
+def test_states_in_a_list_are_states(lstm):
+    x, states = torch.randn(4, 2, 3).double(), [torch.full((1, 2, 5), value).double() for value in (0.5, 3.0)]
+    assert calibrate(lstm, [(x, states)]) == calibrate(lstm, [(x, tuple(states))]) != calibrate(lstm, [x])
+
+
+def test_a_model_that_has_autocast_within_is_calibrated():
+    class Cast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.front, self.rnn = nn.Linear(3, 3), nn.GRU(3, 5)
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.rnn(self.front(x))
+
+    torch.manual_seed(0)
+    model, x = Cast(), torch.randn(6, 2, 3)
+    assert calibrate(model, [x])["rnn.l0"]["pre"] == calibrate(model.rnn, [model.front(x)])["l0"]["pre"]
+
+
 def test_calibrate_refuses(lstm):
     with pytest.raises(ValueError, match="calibrate needs at least one batch, got none"):
         calibrate(lstm, [])
+    with pytest.raises(ValueError, match="needs several batches, each the model's arguments, got one Tensor"):
+        calibrate(lstm, torch.zeros(2, 2, 3).double())
     with pytest.raises(ValueError, match="calibrate knows the clipping rules max, percentile, mse, got 'least'"):
         calibrate(lstm, [torch.zeros(2, 2, 3).double()], clip="least")
     for rnn in (nn.RNN(3, 5), nn.Sequential(lstm, nn.GRUCell(5, 5))):

@@ -224,7 +224,13 @@ def attach(model: nn.Module, packed: PackedModel, layers_as: type["IntegerRNN"] 
         for alias in [name for name, module in model.named_modules(remove_duplicate=False) if module is rnn]:
             parent, _, name = alias.rpartition(".")
             setattr(model.get_submodule(parent), name, integer)
+        rnn.forward = functools.partial(_replaced, path)  # of the copy, where the model holds it otherwise
     return model
+
+
+def _replaced(path, *args, **kwargs):
+    raise ValueError(f"attach has replaced {path!r}, but the model calls the float layer, which it holds outside of its "
+                     "modules, as in a plain list or dict: call it by its name, or keep an nn.ModuleList or nn.ModuleDict")
 
 
 class IntegerRNN(nn.Module):

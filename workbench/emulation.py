@@ -27,7 +27,7 @@ from workbench.gates import cell_name, layers, layers_of, merged_bias, parts_of,
 from workbench.methods.base import fake_quantise
 from workbench.packed import PARTS, PROJECTION, PackedLayer, PackedModel
 from workbench.plan import Plan
-from workbench.quantise import as_given, quantised_states, recurrent_calls, time_first
+from workbench.quantise import as_given, cast, quantised_states, recurrent_calls, time_first
 
 MAX_TABLE_BITS = 20  # of a table's input: the emulation holds one entry for every code
 # What a sum takes with it, in units of the last place of what it is rounded to, so that its floor rounds half up. Sums have at
@@ -319,7 +319,12 @@ class _Quantised:
     rounding: dict[str, Rounding]
 
     def forward(self, input, hx=None):
-        """input and hx as nn.LSTM and nn.GRU take and name them; returns what they return."""
+        """input and hx as nn.LSTM and nn.GRU take and name them; returns what they return, under autocast too in the dtype of
+        the weights: coarser products would not be the integers'."""
+        device = (input.data if isinstance(input, PackedSequence) else input).device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.forward(*cast((input, hx), next(self.parameters()).dtype))
         x, hx, lengths = time_first(self, input, hx)  # (T, B, input_size)
         self.check_input(x, None)
         if hx is not None:
@@ -386,6 +391,10 @@ def emulate(model: nn.Module, plan) -> nn.Module:
     the engine bit for bit. What `pack` refuses is refused here, before the training.
     """
     plan = Plan.read(plan)
+    for path, rnn in rnns(model).items():
+        if (dtype := next(rnn.parameters()).dtype) not in (torch.float32, torch.float64):
+            raise ValueError(f"emulate needs recurrent layers in float32 or float64, which hold their integers, got {dtype} in "
+                             f"{path!r}: train in autocast, or convert them before")
     packed = pack(model, plan)
     model = bake(model)
     for path, rnn in rnns(model).items():
@@ -427,7 +436,7 @@ class EmulatedRNN(IntegerRNN):
     def forward(self, input, hx=None):
         """input and hx as the replaced module takes and names them; returns what it returns, in input's shapes and dtype."""
         dtype = (input.data if isinstance(input, PackedSequence) else input).dtype
-        return _cast(self.rnn(_cast(input, torch.float64), _cast(hx, torch.float64)), dtype)
+        return cast(self.rnn(cast(input, torch.float64), cast(hx, torch.float64)), dtype)
 
 
 def mismatch_rate(model: nn.Module, packed: PackedModel, batches) -> list[dict]:
@@ -439,7 +448,7 @@ def mismatch_rate(model: nn.Module, packed: PackedModel, batches) -> list[dict]:
     """
     dtype = next(model.parameters()).dtype
     counts = {name: [0, 0, 0] for name in layers(model)}  # outputs, mismatches, largest difference
-    for path, (x, state, lengths) in recurrent_calls(model, (_cast(batch, dtype) for batch in batches)):
+    for path, (x, state, lengths) in recurrent_calls(model, (cast(batch, dtype) for batch in batches)):
         rnn, stack = rnns(model)[path], packed.stack(path)
         if not isinstance(rnn, _Quantised):
             raise ValueError(f"mismatch_rate needs a model from emulate, got a plain nn.{cell_name(rnn)} {path!r}")
@@ -460,10 +469,3 @@ def mismatch_rate(model: nn.Module, packed: PackedModel, batches) -> list[dict]:
                 count[2] = max(count[2], part.max(initial=0))
     return [{"layer": name, "outputs": outputs, "mismatches %": 100 * wrong / max(outputs, 1), "largest ulp": int(largest)}
             for name, (outputs, wrong, largest) in counts.items()]
-
-
-def _cast(batch, dtype):
-    """Floats of a batch in that dtype."""
-    if isinstance(batch, (torch.Tensor, PackedSequence)):
-        return batch.to(dtype) if (batch if isinstance(batch, torch.Tensor) else batch.data).is_floating_point() else batch
-    return tuple(_cast(item, dtype) for item in batch) if isinstance(batch, (tuple, list)) else batch

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from workbench.packed import GATES, PROJECTION
 
 RECURRENT = {"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"}  # names of torch's recurrent modules, in every namespace
-OWN = ("torch", "workbench")  # whose forward of an nn.LSTM or nn.GRU is known
+OWN = ("torch", "workbench")  # whose kinds of nn.LSTM and nn.GRU are known
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def rnns(model: nn.Module) -> dict[str, nn.RNNBase]:
     """Module path -> nn.LSTM or nn.GRU ("" when the model itself is one).
 
     ValueError for a model without one, and for one with a recurrent module that the workbench does not take, by name, so that
-    none is left out or replaced in silence: another kind, a forward of its own, weights that are not plain parameters (pruned,
-    parametrized by others) or that another module has too.
+    none is left out or replaced in silence: another kind, a subclass with parameters or methods of its own, compiled alone,
+    weights that are not plain parameters (pruned, parametrized by others) or that another module has too.
     """
     found, owners = {}, {}  # owners: id of a parameter -> (whether of an nn.LSTM or nn.GRU, its name)
     for path, module in model.named_modules():
@@ -96,12 +96,15 @@ def _check_other(path, module):
 
 
 def _check_rnn(path, rnn):
-    if "forward" in vars(rnn) or type(rnn).forward.__module__.split(".")[0] not in OWN:
-        raise ValueError(f"{path!r} is a {type(rnn).__name__} with a forward of its own, which integers would not run: the "
-                         f"workbench takes what nn.{cell_name(rnn)} computes; put the rest into a module around it")
     plain = dict(rnn.named_parameters(recurse=False, remove_duplicate=False))
     biases = [f"bias_{part}_{layer.suffix}" for layer in layers_of(rnn) for part in ("ih", "hh") if rnn.bias]
-    for name in parameters_of(rnn) + biases:
+    expected = parameters_of(rnn) + biases
+    if added := _added(rnn):
+        raise _own(path, rnn, added)
+    if rnn._compiled_call_impl is not None or path.rpartition(".")[2] == "_orig_mod":
+        raise ValueError(f"{path!r} is compiled, which a copy would not be, or it would go on calling the original: compile "
+                         "the whole model, or what the workbench returns")
+    for name in expected:
         if parametrize.is_parametrized(rnn, name):
             for kind in map(type, rnn.parametrizations[name]):
                 if kind.__module__.split(".")[0] != "workbench":
@@ -110,6 +113,23 @@ def _check_rnn(path, rnn):
         elif name not in plain:
             raise ValueError(f"{name} of {path!r} is no plain parameter, as of a pruned or weight-normalised module: make it "
                              "one first (torch.nn.utils.prune.remove, torch.nn.utils.remove_weight_norm)")
+    if added := [name for name in plain if name not in expected]:
+        raise _own(path, rnn, added)
+
+
+def _own(path, rnn, added):
+    return ValueError(f"{path!r} is a {type(rnn).__name__} with {', '.join(added)} of its own, which integers would not have: "
+                      f"the workbench takes what nn.{cell_name(rnn)} is; put the rest into a module around it")
+
+
+def _added(rnn) -> list[str]:
+    """Methods and modules that a recurrent module has beside torch's and the workbench's own."""
+    methods = ["forward"] if "forward" in vars(rnn) else []
+    for kind in type(rnn).__mro__:
+        if kind.__module__.split(".")[0] not in (*OWN, "builtins"):
+            methods += [name for name, value in vars(kind).items() if name != "__init__" and (
+                callable(value) or isinstance(value, (property, staticmethod, classmethod)))]
+    return list(dict.fromkeys(methods)) + [name for name, _ in rnn.named_children() if name != "parametrizations"]
 
 
 @contextlib.contextmanager

@@ -120,8 +120,8 @@ def calibrate(model: nn.Module, batches, bits: int | dict[str, int] = 16, clip: 
     """Signal formats of every layer from data: layer name -> {signal -> QFormat}, the signals of packed.signals_of.
 
     batches: iterable of the model's arguments, each a tuple, one tensor or one packed sequence. bits, clip: see
-    Observation.formats. The model runs in evaluation mode and is left as it was. No batch and values that are not finite
-    raise ValueError.
+    Observation.formats. The model runs in evaluation mode and is left as it was. No batch, a recurrent module that no batch
+    calls and values that are not finite raise ValueError.
     """
     _check_clip(clip)
     return _observe(model, batches, binned=clip != "max").formats(bits, clip)
@@ -138,8 +138,9 @@ def observe(model: nn.Module, batches) -> "Observation":
 
 
 def _observe(model, batches, binned):
-    seen = defaultdict(_Magnitudes)
+    seen, called = defaultdict(_Magnitudes), set()
     for path, call in recurrent_calls(model, batches):
+        called.add(path)
         for layer, signals, alive, first in float_signals(rnns(model)[path], *call, path=path):
             if not alive.all():  # a selection copies all that it leaves
                 signals = {name: values[alive] for name, values in signals.items()}
@@ -149,6 +150,9 @@ def _observe(model, batches, binned):
                 if magnitudes.largest == math.inf:
                     bad = values[~torch.isfinite(values)]
                     raise ValueError(f"calibrate needs finite values, got {bad[0].item()} in {name} of layer {layer.name}")
+    if silent := [repr(path) for path in rnns(model) if path not in called]:
+        raise ValueError("calibrate needs batches on which the model, in evaluation mode, calls every recurrent module (as "
+                         f"module(x), not module.forward(x)), got no call of {', '.join(silent)}")
     cells = {layer: (cell_name(rnns(model)[layer.rnn]), bool(rnns(model)[layer.rnn].proj_size))
              for layer in layers(model).values()}
     return Observation(cells, seen)
@@ -247,6 +251,9 @@ def format_of(name: str) -> str:
 def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
     """(module path, (x (T, B, input_size), state or None, lengths or None)) of every call of a recurrent module while the
     model, in evaluation mode, runs over the batches."""
+    if isinstance(batches, (torch.Tensor, PackedSequence)):  # it would be read step by step
+        raise ValueError("calibrate needs several batches, each the model's arguments, got one "
+                         f"{type(batches).__name__}: give it in a list")
     calls = []
 
     def hook(rnn, args, kwargs, path):
@@ -273,14 +280,22 @@ def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
 
 def time_first(rnn: nn.RNNBase, x, state):
     """Arguments of a recurrent module in any of torch's forms -> (x (T, B, input_size), state, lengths (B,) or None)."""
+    state = tuple(state) if isinstance(state, list) else state  # torch takes h and c in either
     if isinstance(x, PackedSequence):
         x, lengths = pad_packed_sequence(x)  # sorted back to the caller's order
         return x, state, lengths
     if x.ndim == 2:
         if state is not None:
-            state = tuple(s.unsqueeze(1) for s in state) if isinstance(state, (tuple, list)) else state.unsqueeze(1)
+            state = tuple(s.unsqueeze(1) for s in state) if isinstance(state, tuple) else state.unsqueeze(1)
         return x.unsqueeze(1), state, None
     return x.transpose(0, 1) if rnn.batch_first else x, state, None
+
+
+def cast(batch, dtype: torch.dtype):
+    """The floats of a batch, a tensor or packed sequence or nested tuples or lists of them, in that dtype."""
+    if isinstance(batch, (torch.Tensor, PackedSequence)):
+        return batch.to(dtype) if (batch if isinstance(batch, torch.Tensor) else batch.data).is_floating_point() else batch
+    return tuple(cast(item, dtype) for item in batch) if isinstance(batch, (tuple, list)) else batch
 
 
 def as_given(rnn, input, output, hx, lengths):
@@ -312,6 +327,7 @@ def float_signals(rnn: nn.RNNBase, x, state=None, lengths=None, path: str = ""):
     steps, batch, _ = x.shape
     step = torch.arange(steps)[:, None]  # (T, B) below
     last = torch.full((batch,), steps) if lengths is None else lengths
+    x, state = cast((x, state), next(rnn.parameters()).dtype)  # under autocast another module may have given them
     alive = (step < last).to(x.device)
     order, outputs = torch.where(step < last, last - 1 - step, step).to(x.device)[:, :, None], []
     with torch.no_grad():
