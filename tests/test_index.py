@@ -7,13 +7,14 @@ from pathlib import Path
 
 import matplotlib.image
 import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 import workbench as wb
-from workbench import report
+from workbench import plots, report
 from workbench.__main__ import main
 from workbench.pareto import pareto_front
 
@@ -206,6 +207,12 @@ def test_a_model_that_several_runs_share_counts_once(made):
     assert [row[:2] for row in page.tables[0][1:]] == [["a", "2"], ["b", "4"]] and page.tables[0][1][5] == "0.07071"
 
 
+def test_points_with_the_same_figures_are_all_there(made):
+    page = made("seeds = [0, 1]\n[grid]\nhidden = [2, 4]\n" + PARETO + 'records = "table"\ngroup = ["hidden"]',
+                lambda seed, **_: {"table": [{"seed": seed, "accuracy": 98.0 + seed, "bits": 10}]})
+    assert [row[:2] for row in page.tables[0][1:]] == [["2", "2"], ["4", "2"]]
+
+
 def test_rows_without_a_seed_are_called_rows(made):
     page = made("[grid]\nhidden = [2, 4]\n" + PARETO + 'records = "table"\ngroup = ["kind"]',
                 lambda hidden, **_: {"table": [{"kind": "a", "accuracy": hidden, "bits": 1}]})
@@ -355,3 +362,11 @@ def test_the_page_opens_in_a_browser_without_network(made, screenshot, tmp_path,
     # The green of the picture is there, the only one of the page, at either width.
     red, green, blue = np.moveaxis(pixels, 2, 0)
     assert ((green - red > 0.3) & (green - blue > 0.1)).sum() > 20
+
+
+def test_a_long_value_is_cut_in_the_legend():
+    points = pd.DataFrame({"p_label": ["$" * 500, "short"], "n": 1, "m_bits": [1.0, 2.0], "m_accuracy": [1.0, 2.0],
+                           "std bits": np.nan, "std accuracy": np.nan, "front": "yes"})
+    figure = plots.sweep_figure(points, points, "m_bits", "m_accuracy", [])
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["Pareto front of the means", r"\$" * 39 + "…", "short"]

@@ -88,6 +88,10 @@ def test_text_and_values_become_the_declared_type(tmp_path, write_notebook, name
         ({"seeds": [0, 1.5]}, TypeError, "'seeds', item 1 needs int, .*got 1.5"),
         ({"seeds": (0, 1)}, TypeError, r"needs list\[int\]"),
         ({"limit": "nothing"}, TypeError, r"needs int \| None"),
+        ({"hidden": str(2**63)}, ValueError, "'hidden' needs a whole number of at most 64 bits, got 9223372036854775808"),
+        ({"seeds": [0, -(2**63) - 1]}, ValueError, "'seeds', item 1 needs a whole number of at most 64 bits, got -9223372036"),
+        ({"rate": 10**400}, TypeError, "'rate' needs float, for example 0.5, got 1000"),
+        ({"seeds": "[" * 100_000}, TypeError, r"needs list\[int\]"),
     ],
 )
 def test_wrong_parameters_are_refused(tmp_path, write_notebook, overrides, error, message):
@@ -144,7 +148,9 @@ def test_code_hash_reads_code_cells_only(tmp_path, write_notebook):
 
 
 def test_data_digest_names_the_task_or_refuses_it():
-    assert runs.data_digest({"seed": 0}) is None
+    assert runs.data_digest({"seed": 0}) is None and runs.data_digest({"task": None}) is None
+    with pytest.raises(ValueError, match="the parameter task names the data of a run and needs one name, got \\['fsdd'\\]"):
+        runs.data_digest({"task": ["fsdd"]})
     assert len(runs.data_digest({"task": "japanese_vowels"})) == 64
     with pytest.raises(ValueError, match="japanese_vowles"):
         runs.data_digest({"task": "japanese_vowles"})
@@ -196,7 +202,10 @@ def test_record_refuses_by_name(tmp_path, monkeypatch, value, error, message):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "3", "", '{"state": "failed"}', '{"state": "ok"'])
+WHOLE = '{"state": "ok", "schema": 1, "notebook": "n", "parameters": {}, "provenance": {}}'
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", "", WHOLE.replace("ok", "failed"), WHOLE[:-1], '{"state": "ok"}'])
 def test_a_damaged_status_is_not_a_finished_run(tmp_path, text):
     (tmp_path / "metrics.json").write_text('{"a": 1}')
     (tmp_path / "status.json").write_text(text)
@@ -205,7 +214,7 @@ def test_a_damaged_status_is_not_a_finished_run(tmp_path, text):
 
 @pytest.mark.parametrize("text", ["{}", "[1]", '{"a": NaN}', '{"a": ', "3"])
 def test_invalid_metrics_are_not_a_finished_run(tmp_path, text):
-    (tmp_path / "status.json").write_text('{"state": "ok"}')
+    (tmp_path / "status.json").write_text(WHOLE)
     (tmp_path / "metrics.json").write_text(text)
     assert not runs.is_finished(tmp_path)
     (tmp_path / "metrics.json").write_text('{"a": 1}')

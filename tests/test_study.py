@@ -179,6 +179,8 @@ def test_bad_input_is_refused_before_any_training(tiny_task, dense):
     ({"seeds": [1, 1]}, "different seeds"),
     ({"epochs": 0}, "epochs of at least 1, got 0"),
     ({"retrain_epochs": -1}, "epochs of at least 1, got -1"),
+    ({"sensitivity_epochs": -1}, "sensitivity_epochs of at least 0, got -1"),
+    ({"search_epochs": -1}, "search_epochs of at least 0, got -1"),
     ({"distillation_weight": 1.5}, r"distillation_weight in \[0, 1\], got 1.5"),
     ({"steps": 0}, "at least 1 step, got 0"),
     ({"workers": 0}, "at least 1 worker, got 0"),
@@ -187,7 +189,8 @@ def test_bad_input_is_refused_before_any_training(tiny_task, dense):
 ])
 def test_a_study_is_checked_before_training(tiny_task, change, message):
     good = {"hidden_size": 16, "target_cr_disk": 10.0, "seeds": [0], "epochs": 1, "retrain_epochs": 1,
-            "distillation_weight": 0.0, "spec": preset("group4x4"), "steps": 1, "workers": 1}
+            "sensitivity_epochs": 0, "search_epochs": 0, "distillation_weight": 0.0, "spec": preset("group4x4"), "steps": 1,
+            "workers": 1}
     study.check_study(tiny_task, **good)
     with pytest.raises(ValueError, match=message):
         study.check_study(tiny_task, **(good | change))

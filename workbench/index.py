@@ -85,7 +85,7 @@ def build_reports(folder, again: bool = False) -> list[str]:
         if again or not (directory / report.REPORT).is_file():
             try:
                 report.build(directory)
-            except ValueError as error:
+            except (ValueError, FileNotFoundError) as error:
                 problems.append(f"no report of {directory}: {error}")
     return problems
 
@@ -99,8 +99,9 @@ def samples(frame: pd.DataFrame, asked: dict) -> pd.DataFrame:
     rows = sweep.explode(done, pareto["records"])
     if "m_seed" not in rows:
         return rows
-    # What several runs measured of one model, as of a float baseline that they share, counts once.
-    return rows[~rows.filter(regex="^m_").astype(str).duplicated()]
+    # What several runs measured of one model, as of a float baseline that they share, counts once for each point.
+    told = dict.fromkeys([name for name in rows if name.startswith("m_")] + _groups(rows, asked))
+    return rows[~rows[list(told)].astype(str).duplicated()]
 
 
 def spread(rows: pd.DataFrame, asked: dict) -> pd.DataFrame:

@@ -16,6 +16,7 @@ PALE = ("drain", "activation", "gather", "send")  # kinds whose bars need dark l
 GATE_COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7")  # in the model's order
 MATRIX_LINES = ("--", "-", ":", "-.")  # of the weight matrices, in the model's order
 LINEAR_NATS = 0.01  # losses are drawn on a logarithmic scale down to this, and linearly below
+LONG_LABEL = 40  # characters of a legend's entry; longer ones are cut
 SENSITIVE, INSENSITIVE = "#D55E00", "#0072B2"
 # One pair a method: colours of the same palette (the last two of Tol 2021), and markers whose count shares no divisor.
 METHOD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black", "#882255", "#999933")
@@ -252,7 +253,8 @@ def sweep_figure(points: pd.DataFrame, samples: pd.DataFrame, x: str, y: str, lo
         parts = [(kind, points[points[group].isin([kind])], samples[samples[group].isin([kind])]) for kind in kinds]
     for n, (kind, mine, runs) in enumerate(parts):
         colour, marker = _method_style(n)
-        label = "none" if kind is None or kind != kind else str(kind).replace("$", r"\$")
+        label = "none" if kind is None or kind != kind else str(kind)
+        label = (label if len(label) <= LONG_LABEL else label[: LONG_LABEL - 1] + "…").replace("$", r"\$")
         axis.errorbar(mine[x], mine[y], xerr=_deviation(mine, x), yerr=_deviation(mine, y), fmt=marker, color=colour,
                       markerfacecolor="white", markersize=9, capsize=3, label=label)
         axis.plot(runs[x], runs[y], marker, color=colour, alpha=0.5, markersize=4, linestyle="none", zorder=4)

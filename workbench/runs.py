@@ -174,7 +174,7 @@ def _parsed(text, kind):
     readers = {"int": int, "float": float, "str": str, "bool": lambda text: truth[text.lower()]}
     try:
         return readers.get(base, json.loads)(text)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         return text
 
 
@@ -184,9 +184,12 @@ def _checked(who, value, kind):
     if value is None and base != kind:
         return None
     if base == "float" and type(value) is int:
-        value = float(value)
+        with contextlib.suppress(OverflowError):  # that one stays whole and is refused
+            value = float(value)
     if type(value) is not python_type:  # exactly: True is no int, and papermill would pass np.int64(3) on as text
         raise TypeError(f"{who} needs {kind}, for example {example}, got {value!r}")
+    if base == "int" and not -(2**63) <= value < 2**63:  # what tables hold
+        raise ValueError(f"{who} needs a whole number of at most 64 bits, got {value!r}")
     if base == "float" and not math.isfinite(value):
         raise ValueError(f"{who} needs a finite number, got {value!r}")
     if python_type is list:
@@ -215,12 +218,14 @@ def _package_digest(first=b""):
 
 
 def data_digest(parameters: dict) -> str | None:
-    """Digest of the data that the parameter `task` names, None without such a parameter; an unknown task raises."""
-    if "task" not in parameters:
+    """Digest of the data that the parameter `task` names, None without such a parameter or value; an unknown task raises."""
+    if (task := parameters.get("task")) is None:
         return None
+    if not isinstance(task, str):
+        raise ValueError(f"the parameter task names the data of a run and needs one name, got {task!r}")
     from workbench import tasks  # loads torch: only where a task is named
 
-    return tasks.digest(parameters["task"])
+    return tasks.digest(task)
 
 
 @dataclass(frozen=True)
@@ -431,9 +436,11 @@ def read_status(directory) -> dict:
 
 
 def is_finished(directory) -> bool:
-    """Whether `directory` holds a run whose status says ok and whose metrics are valid."""
+    """Whether `directory` holds a run whose status is whole and says ok, and whose metrics are valid."""
     try:
-        return read_status(directory)["state"] == "ok" and bool(read_metrics(directory))
+        status = read_status(directory)
+        return status["state"] == "ok" and {"schema", "notebook", "parameters", "provenance"} <= set(status) and bool(
+            read_metrics(directory))
     except ValueError:
         return False
 

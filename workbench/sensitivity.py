@@ -360,6 +360,8 @@ def search_hybrid(model: torch.nn.Module, task: Task | LanguageTask | Loop, sens
     """
     check_target(target_cr_disk)
     check_place(task, device)
+    if epochs < 0:
+        raise ValueError(f"search_hybrid needs epochs of at least 0, got {epochs}")
     signals = calibrate(model, batches_of(model, task, epochs))
     plans, refused = [], []  # every plan before any retraining: a strength that fits no block is refused here
     for strength in strengths:

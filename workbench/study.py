@@ -112,11 +112,15 @@ def check_seeds(seeds: list[int]) -> None:
 
 
 def check_study(task: Task, *, hidden_size: int, target_cr_disk: float, seeds: list[int], epochs: int, retrain_epochs: int,
-                distillation_weight: float, spec: ArraySpec, steps: int, workers: int) -> None:
+                sensitivity_epochs: int, search_epochs: int, distillation_weight: float, spec: ArraySpec, steps: int,
+                workers: int) -> None:
     """Refuse the bad values of a comparison before any training, also a ratio that no hybrid plan reaches and an array that
     does not hold the dense model."""
     _check_training(task, seeds, epochs, retrain_epochs, distillation_weight)
     _check_counts(step=steps, worker=workers)
+    for name, count in (("sensitivity_epochs", sensitivity_epochs), ("search_epochs", search_epochs)):
+        if count < 0:
+            raise ValueError(f"a study needs {name} of at least 0, got {count}")
     check_hybrid(task, hidden_size, target_cr_disk)
     check_array(task, hidden_size, spec)
 
