@@ -498,6 +498,14 @@ def test_explain_by_hand():
 # --- what cannot be calibrated
 
 
+@pytest.mark.parametrize(("bits", "error", "message"), [
+    (4.0, TypeError, "a whole number for bits, got 4.0"), (1, ValueError, "2 to 32 bits when signed .*, got 1"),
+])
+def test_weights_need_a_width_that_a_format_has(bits, error, message):
+    with pytest.raises(error, match=message):
+        weight_format(torch.ones(2, 3), bits)
+
+
 class Aside(nn.Module):
     """Its second layer is called past the module, and where it trains."""
 

@@ -34,6 +34,7 @@ def weight_format(w: torch.Tensor, bits: int, factors: int = 1) -> QFormat:
     (of equal ones the finest is taken); none is finer than MAX_WEIGHT_FRAC, because the bias is stored in 32 bits at the
     fraction bits of the products. factors: stored values that make up a weight as their product, whose fraction bits count.
     """
+    QFormat(bits, 0)  # refuses what is no width
     finest = MAX_WEIGHT_FRAC // factors
     values = w.detach().double()
     values = values[values != 0].cpu().numpy()

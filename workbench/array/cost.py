@@ -159,8 +159,8 @@ def resources(mapping: LayerMapping) -> Resources:
     data, streamed weights, those of the edge) take DUAL_PORT times as much. Every bank is a memory of its own. Every activation
     unit has the tables: of "linear" the start and the slope of each segment, in one memory; of "exact" all codes. A transform's
     addition reads two data words in a cycle, so that where there are transforms every PE keeps its data twice. Not counted:
-    logic of the activation units, what they keep of c, of a GRU's h and of gates until these are used, multicast, loader, edge
-    buffer, control."""
+    logic of the activation units, what they keep of c, of a GRU's h and of gates until these are used, the second link of a
+    gather, which comes from both ends, multicast, loader, edge buffer, control."""
     spec, edge = mapping.spec, tuple(memory for m in mapping.layers for memory in _edge_memories(m))
     if mapping.edge_words:
         edge += (Memory(mapping.edge_words, spec.acc_bits),)
