@@ -163,7 +163,7 @@ def tied_to_a_head():
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: Doubled(3, 4), r"'encoder\.1\.1' is a Doubled with forward of its own, .* what nn\.LSTM is"),
     (own_forward, r"'encoder\.1\.1' is a GRU with forward of its own, .* what nn\.GRU is"),
-    (lambda: Learned(3, 4), r"'encoder\.1\.1' is a Learned with initial of its own, which integers would not have"),
+    (lambda: Learned(3, 4), r"'encoder\.1\.1' is a Learned with initial, first of its own, which integers would not have"),
     (with_parameter, r"'encoder\.1\.1' is a GRU with first of its own, which integers would not have"),
     (with_module, r"'encoder\.1\.1' is a GRU with norm of its own, which integers would not have"),
     (compiled, r"'encoder\.1\.1' is compiled, which a copy would not be, or it would go on calling the original"),

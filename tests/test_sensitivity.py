@@ -159,7 +159,7 @@ def test_unreachable_targets_are_refused_with_the_numbers(model, signals, tiny_t
         hybrid_plan(model, [], Strength(2, 8, 8), 200.0, signals)
     with pytest.raises(ValueError, match="no hybrid plan meets cr_disk 200"):
         search_hybrid(model, tiny_task, ["g"], 200.0, [Strength(2, 8, 8)], epochs=0, seed=0)
-    with pytest.raises(ValueError, match="search_hybrid needs epochs of at least 0, got -1"):
+    with pytest.raises(ValueError, match="search_hybrid needs whole epochs of at least 0, got -1"):
         search_hybrid(model, tiny_task, ["g"], 12.0, [Strength(2, 8, 8)], epochs=-1, seed=0)
     for target in (0.5, float("nan"), True, "38"):
         with pytest.raises(ValueError, match="a target cr_disk must be a number of at least 1"):

@@ -28,7 +28,7 @@ from workbench.methods import METHODS, Method, method_from_label
 from workbench.packed import PackedModel
 from workbench.plan import Plan, plan_block
 from workbench.quantise import calibrate
-from workbench.sensitivity import Loop, batches_of, check_place, outcome, retraining_curve
+from workbench.sensitivity import Loop, batches_of, check_epochs, check_place, outcome, retraining_curve
 from workbench.tasks import LanguageTask, Task
 
 MOST_UNITS = 1_000_000  # of a budget that are told apart
@@ -187,6 +187,7 @@ def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     check_target(target_cr_disk)
     check_bits(bits)
     check_place(task, device)
+    check_epochs("search_allocation", epochs)
     signals = calibrate(model, batches_of(model, task, epochs))
     tables = dict(list(table.groupby(family(table["method"]), sort=False)))
     planners = {f"allocation of {name}": lambda rows=rows: allocate(model, rows, target_cr_disk, signals).plan

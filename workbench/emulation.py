@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.nn.utils.rnn import PackedSequence
 
 from workbench.constrain import IntegerRNN, attach, bake, constrain_weights, pack
 from workbench.engine import StackEngine
@@ -321,7 +320,7 @@ class _Quantised:
     def forward(self, input, hx=None):
         """input and hx as nn.LSTM and nn.GRU take and name them; returns what they return, under autocast too in the dtype of
         the weights: coarser products would not be the integers'."""
-        device = (input.data if isinstance(input, PackedSequence) else input).device.type
+        device = input.data.device.type  # of a tensor, and of a PackedSequence its values
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return self.forward(*cast((input, hx), next(self.parameters()).dtype))
@@ -435,7 +434,7 @@ class EmulatedRNN(IntegerRNN):
 
     def forward(self, input, hx=None):
         """input and hx as the replaced module takes and names them; returns what it returns, in input's shapes and dtype."""
-        dtype = (input.data if isinstance(input, PackedSequence) else input).dtype
+        dtype = input.data.dtype
         return cast(self.rnn(cast(input, torch.float64), cast(hx, torch.float64)), dtype)
 
 

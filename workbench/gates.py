@@ -99,8 +99,6 @@ def _check_rnn(path, rnn):
     plain = dict(rnn.named_parameters(recurse=False, remove_duplicate=False))
     biases = [f"bias_{part}_{layer.suffix}" for layer in layers_of(rnn) for part in ("ih", "hh") if rnn.bias]
     expected = parameters_of(rnn) + biases
-    if added := _added(rnn):
-        raise _own(path, rnn, added)
     if rnn._compiled_call_impl is not None or path.rpartition(".")[2] == "_orig_mod":
         raise ValueError(f"{path!r} is compiled, which a copy would not be, or it would go on calling the original: compile "
                          "the whole model, or what the workbench returns")
@@ -113,13 +111,9 @@ def _check_rnn(path, rnn):
         elif name not in plain:
             raise ValueError(f"{name} of {path!r} is no plain parameter, as of a pruned or weight-normalised module: make it "
                              "one first (torch.nn.utils.prune.remove, torch.nn.utils.remove_weight_norm)")
-    if added := [name for name in plain if name not in expected]:
-        raise _own(path, rnn, added)
-
-
-def _own(path, rnn, added):
-    return ValueError(f"{path!r} is a {type(rnn).__name__} with {', '.join(added)} of its own, which integers would not have: "
-                      f"the workbench takes what nn.{cell_name(rnn)} is; put the rest into a module around it")
+    if added := _added(rnn) + [name for name in plain if name not in expected]:
+        raise ValueError(f"{path!r} is a {type(rnn).__name__} with {', '.join(added)} of its own, which integers would not "
+                         f"have: the workbench takes what nn.{cell_name(rnn)} is; put the rest into a module around it")
 
 
 def _added(rnn) -> list[str]:

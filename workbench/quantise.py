@@ -139,10 +139,10 @@ def observe(model: nn.Module, batches) -> "Observation":
 
 
 def _observe(model, batches, binned):
-    seen, called = defaultdict(_Magnitudes), set()
+    seen, called, modules = defaultdict(_Magnitudes), set(), rnns(model)
     for path, call in recurrent_calls(model, batches):
         called.add(path)
-        for layer, signals, alive, first in float_signals(rnns(model)[path], *call, path=path):
+        for layer, signals, alive, first in float_signals(modules[path], *call, path=path):
             if not alive.all():  # a selection copies all that it leaves
                 signals = {name: values[alive] for name, values in signals.items()}
             for name, values in (*signals.items(), *first.items()):
@@ -151,10 +151,10 @@ def _observe(model, batches, binned):
                 if magnitudes.largest == math.inf:
                     bad = values[~torch.isfinite(values)]
                     raise ValueError(f"calibrate needs finite values, got {bad[0].item()} in {name} of layer {layer.name}")
-    if silent := [repr(path) for path in rnns(model) if path not in called]:
+    if silent := [repr(path) for path in modules if path not in called]:
         raise ValueError("calibrate needs batches on which the model, in evaluation mode, calls every recurrent module (as "
                          f"module(x), not module.forward(x)), got no call of {', '.join(silent)}")
-    cells = {layer: (cell_name(rnns(model)[layer.rnn]), bool(rnns(model)[layer.rnn].proj_size))
+    cells = {layer: (cell_name(modules[layer.rnn]), bool(modules[layer.rnn].proj_size))
              for layer in layers(model).values()}
     return Observation(cells, seen)
 
@@ -295,7 +295,7 @@ def time_first(rnn: nn.RNNBase, x, state):
 def cast(batch, dtype: torch.dtype):
     """The floats of a batch, a tensor or packed sequence or nested tuples or lists of them, in that dtype."""
     if isinstance(batch, (torch.Tensor, PackedSequence)):
-        return batch.to(dtype) if (batch if isinstance(batch, torch.Tensor) else batch.data).is_floating_point() else batch
+        return batch.to(dtype) if batch.data.is_floating_point() else batch
     return tuple(cast(item, dtype) for item in batch) if isinstance(batch, (tuple, list)) else batch
 
 

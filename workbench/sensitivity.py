@@ -101,8 +101,7 @@ def check_sensitivity(model: torch.nn.Module, methods: list[Method], bits: int |
     for what, asked in (("methods", labels), ("widths in bits", widths)):
         if not asked or len(set(asked)) != len(asked):
             raise ValueError(f"a sensitivity measurement needs different {what}, got {', '.join(map(str, asked)) or 'none'}")
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
-        raise ValueError(f"a sensitivity measurement needs whole epochs of at least 0, got {epochs!r}")
+    check_epochs("a sensitivity measurement", epochs)
     for name, w in weights(model).items():
         for method in methods:
             for width in widths:
@@ -110,6 +109,11 @@ def check_sensitivity(model: torch.nn.Module, methods: list[Method], bits: int |
                     plan_block(w, method, width)
                 except ValueError as error:
                     raise ValueError(f"block {name} at {width} bits: {error}") from error
+
+
+def check_epochs(who: str, epochs: int, name: str = "epochs") -> None:
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
+        raise ValueError(f"{who} needs whole {name} of at least 0, got {epochs!r}")
 
 
 def check_place(task: Task | LanguageTask | Loop, device: str | None) -> None:
@@ -360,8 +364,7 @@ def search_hybrid(model: torch.nn.Module, task: Task | LanguageTask | Loop, sens
     """
     check_target(target_cr_disk)
     check_place(task, device)
-    if epochs < 0:
-        raise ValueError(f"search_hybrid needs epochs of at least 0, got {epochs}")
+    check_epochs("search_hybrid", epochs)
     signals = calibrate(model, batches_of(model, task, epochs))
     plans, refused = [], []  # every plan before any retraining: a strength that fits no block is refused here
     for strength in strengths:

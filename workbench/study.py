@@ -40,6 +40,7 @@ from workbench.sensitivity import (
     LOSSLESS_BITS,
     Strength,
     calibration_batches,
+    check_epochs,
     classify,
     hybrid_plan,
     search_hybrid,
@@ -118,9 +119,8 @@ def check_study(task: Task, *, hidden_size: int, target_cr_disk: float, seeds: l
     does not hold the dense model."""
     _check_training(task, seeds, epochs, retrain_epochs, distillation_weight)
     _check_counts(step=steps, worker=workers)
-    for name, count in (("sensitivity_epochs", sensitivity_epochs), ("search_epochs", search_epochs)):
-        if count < 0:
-            raise ValueError(f"a study needs {name} of at least 0, got {count}")
+    check_epochs("a study", sensitivity_epochs, "sensitivity_epochs")
+    check_epochs("a study", search_epochs, "search_epochs")
     check_hybrid(task, hidden_size, target_cr_disk)
     check_array(task, hidden_size, spec)
 
@@ -180,8 +180,7 @@ def _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule,
         if not values or len(set(values)) != len(values):
             raise ValueError(f"a tradeoff needs different {what}, at least one, got {values}")
     check_bits(bits)
-    if search_epochs < 0:
-        raise ValueError(f"a tradeoff needs search_epochs of at least 0, got {search_epochs}")
+    check_epochs("a tradeoff", search_epochs, "search_epochs")
     if retrain_lr is not None and not 0 < retrain_lr < math.inf:
         raise ValueError(f"a tradeoff needs a retrain_lr above 0, or none for the task's own, got {retrain_lr}")
 
