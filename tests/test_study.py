@@ -340,7 +340,8 @@ def summary_of(points):
             correct = np.arange(8) >= loss
             rows.append({"method": method, "target_cr_disk": target, "seed": seed, "hidden_size": 4, "strength": f"s{seed}",
                          "bits": 6.0, "cr_params": ratio, "cr_bits": ratio, "cr_disk": ratio, "cr_model": ratio / 2,
-                         "test_loss": 0.5, "test_accuracy": 100 * correct.mean(), "loss_points": 12.5 * loss,
+                         "valid_loss": 0.1 * loss, "test_loss": 0.5, "test_accuracy": 100 * correct.mean(),
+                         "loss_points": 12.5 * loss,
                          "correct": correct})
     reference = {seed: {"correct": np.ones(8, bool)} for seed in range(3)}
     return pd.DataFrame(rows), study._summary(rows, reference)
@@ -378,6 +379,45 @@ def test_the_loss_against_the_small_network_by_hand():
     assert found.tolist() == [low, high] and low > 0
     for name in ("vs_small_low", "vs_small_high"):
         assert by_method[name].isna().tolist() == [True, False, True, False, True]
+
+
+def test_the_loss_against_the_method_that_validation_takes_by_hand():
+    """In these rows the validation loss of a seed is a tenth of the items it lost, so it is that of the test split here."""
+    _, summary = summary_of([
+        ("TopK", 10, 10.0, (0, 0, None)),  # the least of all, but one seed is out of reach
+        ("Dense", 10, 10.0, (1, 2, 3)), ("LowRank", 10, 10.0, (0, 1, 4)), (study.HYBRID, 10, 10.0, (0, 0, 0)),
+        (study.ALLOCATION, 10, 10.0, (1, 1, 4)), (study.SMALL, 10, 9.0, (0, 0, 1)), (study.HYBRID, 40, 40.0, (8, 8, 8)),
+        ("TopK", 80, 80.0, (8,)), (study.HYBRID, 80, 80.0, (2,)),
+    ])
+    assert summary["chosen"].fillna("none").tolist() == ["LowRank"] * 6 + ["none"] + ["TopK"] * 2
+    lost = [-100 / 16, 100 / 24, -1, -500 / 24, 100 / 24, -400 / 24, -1, -1, -75]
+    assert summary["vs_chosen"].fillna(-1).tolist() == pytest.approx(lost)
+    low, _, high = paired_interval(*(np.array([np.arange(8) >= loss for loss in losses]) for losses in ((0, 1, 4), (1, 1, 4))),
+                                   seed=0)
+    assert summary.loc[4, ["vs_chosen_low", "vs_chosen_high"]].tolist() == [low, high]
+    assert summary["vs_chosen_low"].notna().tolist() == [True, True, False, True, True, True, False, False, False]
+
+
+def test_the_method_that_validation_takes_in_every_fold_by_hand():
+    columns = ["p_split", "m_method", "m_target_cr_disk", "m_seed", "m_valid_loss", "m_cr_disk", "m_test_accuracy",
+               "m_test_loss", "m_loss_points"]
+    rows = pd.DataFrame([
+        ("a", "TopK", 10, 0, 0.1, 10.0, 90, 0.1, 1.0), ("a", "TopK", 10, 1, 0.4, 10.0, 92, 0.3, 3.0),
+        ("a", "LowRank", 10, 0, 0.2, 12.0, 95, 0.1, 0.0), ("a", "LowRank", 10, 1, 0.2, 12.0, 95, 0.1, 0.0),  # less in the mean
+        ("b", "TopK", 10, 0, 0.3, 10.0, 80, 0.6, 4.0), ("b", "LowRank", 10, 0, 0.4, 12.0, 90, 0.6, 2.0),
+        ("a", study.ALLOCATION, 10, 0, 0.0, 12.0, 96, 0.4, 2.0), ("b", study.SMALL, 10, 0, 0.0, 12.0, 84, 0.4, 0.0),
+        ("b", study.HYBRID, 10, 0, 0.0, 12.0, 84, 0.4, 0.0), ("b", "LowRank", 20, 0, 0.4, 20.0, 70, 0.6, 9.0),
+    ], columns=columns, index=[0] * 10)  # an index of pieces put together
+    found = study.with_chosen(rows)
+    pd.testing.assert_frame_equal(found[:10], rows.reset_index(drop=True))
+    copies = found[10:]
+    assert (copies["m_method"] == study.CHOSEN).all()
+    rest = [name for name in columns if name != "m_method"]
+    assert copies[rest].values.tolist() == rows.iloc[[2, 3, 4, 9]][rest].values.tolist()
+    losses = study.over_folds(found).set_index(["method", "target_cr_disk"])["loss (points)"]
+    assert losses[study.CHOSEN, 10] == 2 and losses["LowRank", 10] == 1
+    with pytest.raises(ValueError, match="with_chosen needs one row for each method, target, split and seed, got several"):
+        study.with_chosen(pd.concat([rows, rows]))
 
 
 def test_losses_over_folds_by_hand():
@@ -526,6 +566,9 @@ def test_the_verdict_of_a_tradeoff_by_hand():
             "above zero for: small dense, Dense, BlockCirculant; below zero for: none.") in first
     assert ("Against the 8-bit small network (102.6 % of the bytes asked for), by the interval of the difference, better: TopK"
             "; worse: BlockCirculant; not told apart: Dense.") in first and "Out of reach" not in first
+    assert re.search(r"Of the methods alone the validation split takes TopK \(least mean cross-entropy there\); its test "
+                     r"loss, 0\.00 \(0\.00 to 0\.00\), was not picked after the test\. Lost against it, in points: small dense "
+                     r"50\.00 \([\d.]+ to [\d.]+\)\.$", first)
     assert "least mean loss: small dense.**" in second and "better: none; worse: TopK; not told apart: none." in second
     assert second.endswith(" Out of reach: Dense (seeds 0, 1).")
     assert third.startswith("**Asked for 80x.** Loss in points") and "small network" not in third

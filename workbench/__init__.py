@@ -34,7 +34,7 @@ _NAMES = {
         "sparsity": "delta_study operation_study",
         "sweep": "results",
         "study": "array_layers check_study check_tradeoff compare over_folds over_settings pairs_over_folds"
-        " sensitivity_over_seeds tradeoff train_dense variants",
+        " sensitivity_over_seeds tradeoff train_dense variants with_chosen",
         "runs": "record run",
         "tables": "acceleration_parts_table acceleration_table acceleration_verdict accuracy_table assumption_table"
         " count_table crossover_table delta_verdict device_table energy_note energy_table front_table hardware_table"

@@ -65,6 +65,8 @@ UNIFORM_CIRCULANT = "uniform circulant"
 UNIFORM = {UNIFORM_TOPK: TopK, UNIFORM_CIRCULANT: BlockCirculant}  # the hybrid plan's own methods, each alone
 VARIANTS = (DENSE, DENSE_ONCE, HYBRID, SMALL, *UNIFORM)
 ITERATIVE = "iterative"
+NOT_ALONE = (HYBRID, ALLOCATION, SMALL)  # of a tradeoff's rows those that are not of one method
+CHOSEN = "chosen alone"  # of the methods alone, what a choice on the validation split takes
 TRADEOFF_METHODS = (*METHODS, UNITS, HYBRID, ALLOCATION, SMALL)
 VARIED = ("methods", "target_cr_disks", "seed", "seeds", "workers", "checkpoints")  # parameters that make no setting
 RESULT_COLUMNS = [
@@ -74,7 +76,7 @@ RESULT_COLUMNS = [
 SUMMARY_COLUMNS = [
     "method", "target_cr_disk", "units", "strength", "bits", "cr_params", "cr_bits", "cr_disk", "cr_model", "accuracy %",
     "accuracy std", "seeds", "loss (points)", "low", "high", "loss std", "vs_small", "vs_small_low", "vs_small_high",
-    "cross-entropy",
+    "chosen", "vs_chosen", "vs_chosen_low", "vs_chosen_high", "cross-entropy",
 ]  # fmt: skip
 
 
@@ -494,7 +496,9 @@ class Tradeoff:
     """Compression ratio against accuracy. results: one row per method, target and seed; summary: one row per method and
     target: means over the seeds, the strength of the first, whether the mean is on the front, and the accuracy lost against
     the small dense network of that target with its 95 % interval (vs_small, in points, on the seeds that both have; no
-    interval from a single seed); controls: the dense models per seed; unreachable: the points that no plan reaches, and why.
+    interval from a single seed), and so against `chosen` (vs_chosen), the method alone that the validation split takes for
+    that target, as with_chosen says; controls: the dense models per seed; unreachable: the points that no plan reaches, and
+    why.
     """
 
     results: pd.DataFrame
@@ -676,7 +680,9 @@ def _loss_points(control, row) -> float:
 
 def _summary(rows, reference) -> pd.DataFrame:
     """reference: seed -> row of the dense control."""
-    small = {(row["target_cr_disk"], row["seed"]): row["correct"] for row in rows if row["method"] == SMALL}
+    small = [row for row in rows if row["method"] == SMALL]
+    chosen = _chosen(pd.DataFrame(rows, columns=[*RESULT_COLUMNS, "correct"])).to_dict("records")
+    alone = {row["target_cr_disk"]: row["method"] for row in chosen}
     points = {}
     for row in rows:
         points.setdefault((row["method"], row["target_cr_disk"]), []).append(row)
@@ -688,24 +694,23 @@ def _summary(rows, reference) -> pd.DataFrame:
         table.append({
             "method": method, "target_cr_disk": target, "units": group[0]["hidden_size"],
             "strength": group[0]["strength"], "bits": frame["bits"].mean(),
-            "loss std": frame["loss_points"].std(ddof=1),
+            "loss std": frame["loss_points"].std(ddof=1), "chosen": alone.get(target),
         } | {name: frame[name].mean() for name in ("cr_params", "cr_bits", "cr_disk", "cr_model")} | found
-            | _against_small(group, small))
+            | _against("vs_small", group, small) | _against("vs_chosen", group, chosen))
     summary = pd.DataFrame(table, columns=SUMMARY_COLUMNS)
     return summary.assign(front=pareto_front(summary["cr_disk"], summary["loss (points)"], lower_y=True))
 
 
-def _against_small(group, small) -> dict:
-    """Accuracy that a method loses against the small network of its target, paired by seed and test item (points).
-
-    small: (target, seed) -> correct. Empty where no seed has both.
-    """
-    paired = [(small[key], row["correct"]) for row in group
-              if row["method"] != SMALL and (key := (row["target_cr_disk"], row["seed"])) in small]
+def _against(name, group, rivals) -> dict:
+    """Accuracy that a method loses against the rival of its target, paired by seed and test item (points). Empty where no seed
+    has both, and for the rival itself."""
+    rivals = {(row["target_cr_disk"], row["seed"]): row for row in rivals if row["method"] != group[0]["method"]}
+    paired = [(rivals[key]["correct"], row["correct"]) for row in group
+              if (key := (row["target_cr_disk"], row["seed"])) in rivals]
     if not paired:
         return {}
     low, mean, high = paired_interval(*map(np.array, zip(*paired, strict=True)), seed=0)
-    return {"vs_small": mean} | ({"vs_small_low": low, "vs_small_high": high} if len(paired) > 1 else {})
+    return {name: mean} | ({f"{name}_low": low, f"{name}_high": high} if len(paired) > 1 else {})
 
 
 def over_folds(rows: pd.DataFrame) -> pd.DataFrame:
@@ -736,6 +741,32 @@ def over_folds(rows: pd.DataFrame) -> pd.DataFrame:
             "vs_small": against.mean, "vs_small_low": against.low, "vs_small_high": against.high,
         })
     return pd.DataFrame(table)
+
+
+def with_chosen(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a tradeoff's sweep, and once more, as the method CHOSEN, those of the method alone that the validation split
+    takes for their fold and target: the least mean cross-entropy there over the seeds, of the methods that all seeds reach.
+
+    rows: as of over_folds, which with pairs_over_folds then tells what a user can choose from what is best after the test, and
+    so rather too good. Methods alone: all but the small dense network and the two that mix methods, which are searched on the
+    validation split.
+    """
+    _check_folds("with_chosen", rows)
+    rows = rows.reset_index(drop=True)
+    names = {f"m_{name}": name for name in ("method", "target_cr_disk", "seed", "valid_loss")}
+    chosen = rows.loc[_chosen(rows[["p_split", *names]].rename(columns=names), "p_split").index]
+    return pd.concat([rows, chosen.assign(m_method=CHOSEN)], ignore_index=True)
+
+
+def _chosen(rows, *fold) -> pd.DataFrame:
+    """What with_chosen takes of rows with the columns method, target_cr_disk, seed, valid_loss and fold."""
+    chosen = [rows.iloc[:0]]
+    for _, group in rows[~rows["method"].isin(NOT_ALONE)].groupby([*fold, "target_cr_disk"]):
+        by_method = group.groupby("method", sort=False)
+        losses = by_method["valid_loss"].mean()[by_method["seed"].nunique() == group["seed"].nunique()]
+        if len(losses):
+            chosen.append(group[group["method"] == losses.idxmin()])
+    return pd.concat(chosen)
 
 
 def pairs_over_folds(rows: pd.DataFrame, controls: pd.DataFrame | None = None) -> pd.DataFrame:

@@ -40,7 +40,7 @@ from workbench.precision import (
 from workbench.published import PERPLEXITY_SOURCE, PUBLISHED, PUBLISHED_PERPLEXITIES, PUBLISHED_SPEED_UP
 from workbench.runs import listed, record
 from workbench.sensitivity import class_stability, method_agreement, rank_blocks, seed_agreement
-from workbench.study import DENSE, DENSE_ONCE, HYBRID, SMALL, Comparison, Tradeoff
+from workbench.study import DENSE, DENSE_ONCE, HYBRID, NOT_ALONE, SMALL, Comparison, Tradeoff
 from workbench.tasks import LanguageTask, Task
 from workbench.train import Interval, evaluate, paired_interval
 
@@ -503,9 +503,23 @@ def _target_verdict(target, rows, missing):
         share = 100 * target / small["cr_disk"].iloc[0]
         text += (f" Against the 8-bit small network ({share:.1f} % of the bytes asked for), by the interval of the difference, "
                  f"{_told_apart(rivals['method'], rivals['vs_small_high'] < 0, rivals['vs_small_low'] > 0)}.")
+    text += _choice_verdict(rows)
     if len(missing):
         text += f" Out of reach: {listed(f'{row.method} (seeds {row.seeds})' for row in missing.itertuples())}."
     return text
+
+
+def _choice_verdict(rows):
+    """What a user gets who chooses on the validation split, and how those do against it that are searched there, or smaller."""
+    chosen, rivals = rows[rows["method"] == rows["chosen"]], rows[rows["method"].isin(NOT_ALONE)]
+    if len(rows) == 1 or chosen.empty:
+        return ""
+    row = chosen.iloc[0]
+    text = (f" Of the methods alone the validation split takes {row['method']} (least mean cross-entropy there); its test "
+            f"loss, {row['loss (points)']:.2f}{_bounded(row)}, was not picked after the test.")
+    against = [f"{rival['method']} {rival['vs_chosen']:.2f}{_bounded(rival, 'vs_chosen_low', 'vs_chosen_high')}"
+               for _, rival in rivals.iterrows() if pd.notna(rival["vs_chosen"])]
+    return text + (f" Lost against it, in points: {'; '.join(against)}." if against else "")
 
 
 def _bounds(low, high):
@@ -583,8 +597,8 @@ def precision_verdict(precision: Precision, published: pd.DataFrame, tolerance: 
     return Markdown("\n\n".join(paragraphs))
 
 
-def _bounded(row) -> str:
-    bounds = _bounds(row.get("low", np.nan), row.get("high", np.nan))
+def _bounded(row, low="low", high="high") -> str:
+    bounds = _bounds(row.get(low, np.nan), row.get(high, np.nan))
     return f" ({bounds})" if bounds else ""
 
 
