@@ -17,6 +17,7 @@ _NAMES = {
         "cheap": "cheap_agreement cheap_over_seeds cheap_sensitivity",
         "constrain": "attach bake compress pack",
         "emulation": "emulate mismatch_rate",
+        "exploration": "Question explore explorer present_answer untrained",
         "fixedpoint": "QFormat",
         "methods": "METHODS BankBalanced BlockCirculant BlockSparse Dense LowRank RowBalanced Structured TopK"
         " method_from_label",
@@ -50,10 +51,10 @@ _NAMES = {
     for name in names.split()
 }
 _SUBMODULES = (
-    "acceleration", "allocation", "array", "budget", "cheap", "constrain", "container", "emulation", "engine", "fixedpoint",
-    "gates", "index", "methods", "models", "packed", "pareto", "plan", "plots", "precision", "published", "quantise",
-    "report", "runs", "schedules", "sensitivity", "signals", "sparsity", "study", "sweep", "tables", "tasks", "train",
-    "units",
+    "acceleration", "allocation", "array", "budget", "cheap", "constrain", "container", "emulation", "engine", "exploration",
+    "fixedpoint", "gates", "index", "methods", "models", "packed", "pareto", "plan", "plots", "precision", "published",
+    "quantise", "report", "runs", "schedules", "sensitivity", "signals", "sparsity", "study", "sweep", "tables", "tasks",
+    "train", "units",
 )  # fmt: skip
 
 __all__ = ["__version__", *_NAMES, *_SUBMODULES]

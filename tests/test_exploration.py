@@ -1,0 +1,167 @@
+"""What a plan costs before training: each figure against the calls that it stands for, and every control."""
+
+import pytest
+import torch
+
+import workbench as wb
+from workbench import exploration
+from workbench.array import PRESETS, schedule_layer
+from workbench.array.cost import BASELINE
+from workbench.exploration import Question, call_of, explore, untrained
+from workbench.methods import METHODS
+
+
+@pytest.fixture(scope="module")
+def lstm():
+    return untrained("LSTM", 6, 32, seed=0)
+
+
+def bits_in(plan):
+    return {name: (entry.method, entry.format.bits) for name, entry in plan.blocks.items()}
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("method", ["hybrid", *METHODS])
+def test_an_answer_is_what_the_single_calls_give(cell, method):
+    model, signals = untrained(cell, 6, 32, seed=1)
+    answer = explore(model, signals, Question(method, 6.0, 5, array="group4x4", batch=2))
+    if method == "hybrid":
+        plan = wb.hybrid_plan(model, ["g" if cell == "LSTM" else "n"], wb.Strength(8, 5, 5), 6.0, signals)
+    else:
+        plan = wb.budget.uniform_plan(model, METHODS[method], 5, 6.0, signals)
+    packed, dense = wb.pack(model, plan), wb.pack(model, wb.uniform(model, wb.methods.Dense(), 16, signals))
+    assert bits_in(answer.plan) == bits_in(plan) and answer.packed.storage_bits == packed.storage_bits
+    mine, base = (schedule_layer(of.layers["l0"], PRESETS["group4x4"], 40, batch=2) for of in (packed, dense))
+    figures = answer.figures()
+    assert figures["steady_state_cycles"] == mine.steady_state_cycles  # of 10 steps as of 40
+    assert answer.schedules[BASELINE].steady_state_cycles == base.steady_state_cycles
+    assert figures["acceleration"] == pytest.approx(base.steady_state_cycles / mine.steady_state_cycles)
+    assert figures["step_us"] == pytest.approx(mine.steady_state_cycles / 2 / 200)  # 200 MHz, two sequences
+    assert figures["cr_disk"] == packed.cr_disk >= 6 and figures["rnn_bytes"] == packed.storage_bits / 8
+    assert f"{packed.cr_disk:.1f}x**" in answer.sentence() and f"**{mine.cycles_per_item:,.0f} cycles**" in answer.sentence()
+
+
+def test_the_array_of_a_question():
+    for name, spec in PRESETS.items():
+        assert Question(array=name).spec() == spec == Question(array=name, rows=spec.rows, cols=spec.cols).spec()
+    points = wb.array.scaled_points(24)
+    for n in range(len(points["rows"])):
+        point = {name: int(values[n]) for name, values in points.items()}
+        assert Question(rows=point["rows"], cols=point["cols"]).spec() == PRESETS["array16x16"].with_(**point)
+    assert Question(array="k26", rows=8).spec() == PRESETS["k26"].with_(rows=8, act_units=8)
+
+
+def test_circulant_blocks_by_fft_and_a_layer_by_name():
+    model = torch.nn.Sequential(torch.nn.LSTM(8, 16, num_layers=2))
+    signals = wb.calibrate(model, [torch.randn(5, 2, 8)])
+    first, second = (explore(model, signals, Question("BlockCirculant", 8.0, array="group4x4", layer=layer)).schedules
+                     for layer in (None, "0.l1"))
+    assert first[BASELINE].mapping.layer.input_size == 8 and second[BASELINE].mapping.layer.input_size == 16
+    by_fft = explore(model, signals, Question("BlockCirculant", 8.0, fft=True, array="group4x4"))
+    assert {entry.method.datapath for entry in by_fft.plan.blocks.values()} == {"fft"}
+    assert by_fft.schedules["BlockCirculant"].counts() != first["BlockCirculant"].counts()
+
+
+@pytest.mark.parametrize(("asked", "message"), [
+    ({"method": "topk"}, "a question knows the methods hybrid, Dense, .*, got 'topk'"),
+    ({"method": "TopK", "fft": True}, "fft needs circulant blocks .* got a plan of TopK without"),
+    ({"method": "Dense", "target_cr_disk": 40.0}, "no uniform Dense of 2 to 8 bits meets cr_disk 40.0"),
+    ({"target_cr_disk": 0.5}, "a target cr_disk must be a number of at least 1, got 0.5"),
+    ({"sensitive": ("x",)}, "hybrid_plan .*x"),
+    ({"array": "tpu"}, "preset knows group4x4, .*, got 'tpu'"),
+    ({"rows": 6}, "ArraySpec needs rows and cols in multiples of 4"),
+    ({"layer": "l1"}, "a question needs a layer of the model, l0, got 'l1'"),
+    ({"batch": 0}, "batch.* at least 1.*got 0"),
+], ids=str)
+def test_what_a_question_refuses(lstm, asked, message):
+    with pytest.raises(ValueError, match=message):
+        explore(*lstm, Question(**{"target_cr_disk": 6.0} | asked))
+
+
+@pytest.mark.parametrize(("sizes", "message"), [
+    (("RNN", 4, 8), "untrained knows the cells LSTM, GRU, got 'RNN'"),
+    (("LSTM", 0, 8), "untrained needs input_size of at least 1, got 0"),
+    (("GRU", 4, -1), "untrained needs hidden_size of at least 1, got -1"),
+])
+def test_what_untrained_refuses(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        untrained(*sizes, seed=0)
+
+
+def test_an_untrained_layer_is_drawn_from_its_seed_alone():
+    torch.manual_seed(1)
+    (one, signals), state = untrained("GRU", 4, 8, seed=3), torch.get_rng_state()
+    torch.manual_seed(2)
+    other, others = untrained("GRU", 4, 8, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True)) and signals == others
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.get_rng_state())  # nobody else's randomness is touched
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The questions that the controls ask, and what is displayed in place of answers."""
+    questions, texts = [], []
+    monkeypatch.setattr(exploration, "present_answer", lambda answer: questions.append(answer.question))
+    monkeypatch.setattr("IPython.display.display", lambda shown: texts.append(shown.data))
+    return questions, texts
+
+
+def controls(box):
+    return {control.description: control for column in box.children[0].children for control in column.children}
+
+
+def test_every_control_asks_its_question(lstm, asked):
+    questions, texts = asked
+    model, signals = lstm
+    start = Question("TopK", 6.0, array="group4x4")
+    known = controls(wb.explorer(model, signals, start))
+    assert questions.pop() == Question("TopK", 6.0, sensitive=("g",), array="group4x4", rows=4, cols=4)
+    for description, value, field in (
+            ("asked cr_disk", 8.0, "target_cr_disk"), ("bits of a weight", 4, "bits"), ("method", "hybrid", "method"),
+            ("Top-k gates", ("i", "f"), "sensitive"), ("circulant block", 4, "block"), ("circulant blocks by FFT", True, "fft"),
+            ("PE rows", 8, "rows"), ("PE columns", 8, "cols"), ("batch", 3, "batch")):
+        known[description].value = value
+        assert getattr(questions.pop(), field) == value, description
+    assert not questions and all(text.startswith("The same again: `wb.explore(") for text in texts)
+    known["circulant blocks by FFT"].value, known["batch"].value = False, 1  # which k26 could not hold
+    questions.clear()
+    known["array"].value = "k26"
+    (question,) = questions  # one answer, though three fields change
+    assert (question.array, question.rows, question.cols) == ("k26", 16, 16)
+
+
+def test_controls_that_mean_nothing_are_off(lstm, asked):
+    questions, _ = asked
+    known = controls(wb.explorer(*lstm, Question("hybrid", 6.0, fft=True, array="group4x4")))
+    names = ("Top-k gates", "circulant block", "circulant blocks by FFT")
+    for method, off in (
+            ("hybrid", (False, False, False)), ("BlockCirculant", (True, True, False)), ("TopK", (True, True, True))):
+        known["method"].value = method
+        assert tuple(known[name].disabled for name in names) == off
+    assert [question.fft for question in questions] == [True, True, False]
+
+
+def test_a_refused_question_is_said_and_the_next_one_answered(lstm, asked):
+    questions, texts = asked
+    box = wb.explorer(*lstm, Question("Dense", 6.0, array="group4x4"))
+    known = controls(box)
+    questions.clear(), texts.clear()
+    known["asked cr_disk"].value = 100.0
+    assert not questions and texts[0] == "**Not possible:** no uniform Dense of 2 to 8 bits meets cr_disk 100.0"
+    assert box.children[1].value == ""  # no longer computing
+    known["asked cr_disk"].value = 4.0
+    assert len(questions) == 1
+
+
+@pytest.mark.parametrize("question", [
+    Question(), Question("TopK", 6.0, sensitive=("g",)), Question(sensitive=("i", "o"), block=4, fft=True, target_cr_disk=6.0),
+    Question("LowRank", 6.0, 4, array="vu440", rows=48, cols=48),
+    Question("LowRank", 6.0, array="k26", rows=8, cols=16, batch=2),
+], ids=str)
+def test_the_call_asks_the_same_again(lstm, question):
+    model, signals = lstm
+    called = eval(call_of(question), {"wb": wb, "model": model, "signals": signals})  # what a user would paste
+    answer = explore(model, signals, question)
+    assert called.figures() == answer.figures() and bits_in(called.plan) == bits_in(answer.plan)
+    assert "None" not in call_of(question) and ("rows" in call_of(question)) == (question.rows == 8)
