@@ -331,7 +331,8 @@ def test_the_summary_of_a_tradeoff(tradeoff):
 
 
 def summary_of(points):
-    """points: (method, target, ratio, items lost by the seeds, None where out of reach); every control has 8 of 8 right."""
+    """points: (method, target, ratio, items lost by the seeds, None where out of reach); every control has 8 of 8 right.
+    The validation loss ranks them the other way round: who chooses by the test is found out."""
     rows = []
     for method, target, ratio, losses in points:
         for seed, loss in enumerate(losses):
@@ -340,9 +341,8 @@ def summary_of(points):
             correct = np.arange(8) >= loss
             rows.append({"method": method, "target_cr_disk": target, "seed": seed, "hidden_size": 4, "strength": f"s{seed}",
                          "bits": 6.0, "cr_params": ratio, "cr_bits": ratio, "cr_disk": ratio, "cr_model": ratio / 2,
-                         "valid_loss": 0.1 * loss, "test_loss": 0.5, "test_accuracy": 100 * correct.mean(),
-                         "loss_points": 12.5 * loss,
-                         "correct": correct})
+                         "valid_loss": 1 - 0.1 * loss, "test_loss": 0.5, "test_accuracy": 100 * correct.mean(),
+                         "loss_points": 12.5 * loss, "correct": correct})
     reference = {seed: {"correct": np.ones(8, bool)} for seed in range(3)}
     return pd.DataFrame(rows), study._summary(rows, reference)
 
@@ -382,42 +382,72 @@ def test_the_loss_against_the_small_network_by_hand():
 
 
 def test_the_loss_against_the_method_that_validation_takes_by_hand():
-    """In these rows the validation loss of a seed is a tenth of the items it lost, so it is that of the test split here."""
     _, summary = summary_of([
-        ("TopK", 10, 10.0, (0, 0, None)),  # the least of all, but one seed is out of reach
-        ("Dense", 10, 10.0, (1, 2, 3)), ("LowRank", 10, 10.0, (0, 1, 4)), (study.HYBRID, 10, 10.0, (0, 0, 0)),
-        (study.ALLOCATION, 10, 10.0, (1, 1, 4)), (study.SMALL, 10, 9.0, (0, 0, 1)), (study.HYBRID, 40, 40.0, (8, 8, 8)),
-        ("TopK", 80, 80.0, (8,)), (study.HYBRID, 80, 80.0, (2,)),
+        ("TopK", 10, 10.0, (7, 7, None)),  # the least validation loss of all, but one seed is out of reach
+        ("Dense", 10, 10.0, (1, 2, 3)), ("LowRank", 10, 10.0, (0, 1, 8)),  # 0.8 and, by one seed, 0.7
+        (study.HYBRID, 10, 10.0, (8, 8, 8)), (study.ALLOCATION, 10, 10.0, (7, 8, 8)), (study.SMALL, 10, 9.0, (8, 8, 6)),
+        (study.HYBRID, 40, 40.0, (8, 8, 8)),
+        (study.UNITS, 80, 80.0, (8,)), ("LowRank", 80, 80.0, (2,)), (study.HYBRID, 80, 80.0, (3,)),
+        ("TopK", 160, 160.0, (8, 8)), ("Dense", 160, 160.0, (7, 7)), (study.SMALL, 160, 160.0, (0, 0, 0)),
     ])
-    assert summary["chosen"].fillna("none").tolist() == ["LowRank"] * 6 + ["none"] + ["TopK"] * 2
-    lost = [-100 / 16, 100 / 24, -1, -500 / 24, 100 / 24, -400 / 24, -1, -1, -75]
-    assert summary["vs_chosen"].fillna(-1).tolist() == pytest.approx(lost)
-    low, _, high = paired_interval(*(np.array([np.arange(8) >= loss for loss in losses]) for losses in ((0, 1, 4), (1, 1, 4))),
-                                   seed=0)
+    chosen = ["LowRank"] * 6 + ["none"] + [study.UNITS] * 3 + ["none"] * 3
+    assert summary["chosen"].fillna("none").tolist() == chosen
+    lost = [1300 / 16, -300 / 24, None, 1500 / 24, 1400 / 24, 1300 / 24, None, None, -75, -62.5, None, None, None]
+    assert summary["vs_chosen"].fillna(-1).tolist() == pytest.approx([-1 if loss is None else loss for loss in lost])
+    assert summary["valid_loss"].tolist()[:3] == pytest.approx([0.3, 0.8, 0.7])
+    rival, alone = (np.array([np.arange(8) >= loss for loss in losses]) for losses in ((7, 8, 8), (0, 1, 8)))
+    low, _, high = paired_interval(alone, rival, seed=0)
     assert summary.loc[4, ["vs_chosen_low", "vs_chosen_high"]].tolist() == [low, high]
-    assert summary["vs_chosen_low"].notna().tolist() == [True, True, False, True, True, True, False, False, False]
+    assert summary["vs_chosen_low"].notna().tolist() == [True, True, False, True, True, True] + 7 * [False]
 
 
 def test_the_method_that_validation_takes_in_every_fold_by_hand():
+    """By the test split LowRank would be taken in fold b and Top-k in fold a."""
     columns = ["p_split", "m_method", "m_target_cr_disk", "m_seed", "m_valid_loss", "m_cr_disk", "m_test_accuracy",
                "m_test_loss", "m_loss_points"]
     rows = pd.DataFrame([
         ("a", "TopK", 10, 0, 0.1, 10.0, 90, 0.1, 1.0), ("a", "TopK", 10, 1, 0.4, 10.0, 92, 0.3, 3.0),
-        ("a", "LowRank", 10, 0, 0.2, 12.0, 95, 0.1, 0.0), ("a", "LowRank", 10, 1, 0.2, 12.0, 95, 0.1, 0.0),  # less in the mean
-        ("b", "TopK", 10, 0, 0.3, 10.0, 80, 0.6, 4.0), ("b", "LowRank", 10, 0, 0.4, 12.0, 90, 0.6, 2.0),
-        ("a", study.ALLOCATION, 10, 0, 0.0, 12.0, 96, 0.4, 2.0), ("b", study.SMALL, 10, 0, 0.0, 12.0, 84, 0.4, 0.0),
-        ("b", study.HYBRID, 10, 0, 0.0, 12.0, 84, 0.4, 0.0), ("b", "LowRank", 20, 0, 0.4, 20.0, 70, 0.6, 9.0),
-    ], columns=columns, index=[0] * 10)  # an index of pieces put together
+        ("a", "LowRank", 10, 0, 0.2, 12.0, 85, 0.9, 6.0), ("a", "LowRank", 10, 1, 0.2, 12.0, 85, 0.9, 6.0),  # less in the mean
+        ("b", "TopK", 10, 0, 0.3, 10.0, 80, 0.6, 4.0), ("b", "LowRank", 10, 0, 0.4, 12.0, 90, 0.5, 2.0),
+        ("a", study.ALLOCATION, 10, 0, 0.0, 12.0, 96, 0.0, 0.0), ("a", study.ALLOCATION, 10, 1, 0.0, 12.0, 96, 0.0, 0.0),
+        ("b", study.SMALL, 10, 0, 0.0, 12.0, 84, 0.4, 0.0), ("b", study.HYBRID, 10, 0, 0.0, 12.0, 84, 0.4, 0.0),
+        ("b", "TopK", 20, 0, np.nan, 20.0, 99, 0.0, 0.0), ("b", "LowRank", 20, 0, 0.4, 20.0, 70, 0.6, 9.0),
+        ("a", "TopK", 40, 0, 0.5, 40.0, 90, 0.5, 0.0), ("a", "Dense", 40, 0, 0.5, 40.0, 90, 0.4, 0.0),  # of equals the first
+        ("a", "TopK", 80, 0, 0.5, 40.0, 90, 0.5, 0.0), ("a", study.SMALL, 80, 1, 0.5, 40.0, 90, 0.5, 0.0),  # it lacks a seed
+    ], columns=columns, index=[0] * 16)  # an index of pieces put together
     found = study.with_chosen(rows)
-    pd.testing.assert_frame_equal(found[:10], rows.reset_index(drop=True))
-    copies = found[10:]
+    pd.testing.assert_frame_equal(found[:16], rows.reset_index(drop=True))
+    copies, rest = found[16:], [name for name in columns if name != "m_method"]
     assert (copies["m_method"] == study.CHOSEN).all()
-    rest = [name for name in columns if name != "m_method"]
-    assert copies[rest].values.tolist() == rows.iloc[[2, 3, 4, 9]][rest].values.tolist()
-    losses = study.over_folds(found).set_index(["method", "target_cr_disk"])["loss (points)"]
-    assert losses[study.CHOSEN, 10] == 2 and losses["LowRank", 10] == 1
+    taken = rows.iloc[[2, 3, 12, 4, 11]][rest]  # by fold, then by target
+    assert copies[rest].values.tolist() == taken.values.tolist()
+    table = study.over_folds(found).set_index(["method", "target_cr_disk"])
+    assert table.loc[(study.CHOSEN, 10), ["loss (points)", "vs_small"]].tolist() == [5, 4]  # of folds a and b, and of b
+    assert table.loc[("LowRank", 10), "loss (points)"] == 4
     with pytest.raises(ValueError, match="with_chosen needs one row for each method, target, split and seed, got several"):
         study.with_chosen(pd.concat([rows, rows]))
+    with pytest.raises(ValueError, match="with_chosen needs the rows of .*, got some without m_valid_loss"):
+        study.with_chosen(rows.drop(columns="m_valid_loss"))
+
+
+def test_the_verdict_of_a_choice_by_hand():
+    def verdict(*points):
+        results, summary = summary_of([(method, 10, 10.0, losses) for method, *losses in points])
+        missing = pd.DataFrame(columns=["method", "target_cr_disk", "seed", "reason"])
+        controls = pd.DataFrame({"variant": [study.DENSE, study.DENSE_ONCE], "valid_loss": 0.1, "test_accuracy": 90.0})
+        return tables.tradeoff_verdict(study.Tradeoff(results, summary, controls, missing)).data.split("\n\n")[0]
+
+    alone = [("TopK", 0, 0), ("Dense", 6, 6), ("LowRank", 7)]
+    said = (" Of the methods alone the validation split takes Dense (0.400 nats there, next TopK 1.000); its test loss, 75.00 "
+            "(37.50 to 100.00), was not picked after the test.")
+    assert verdict(*alone).endswith(said)
+    text = verdict(*alone, (study.HYBRID, 2, 2), (study.ALLOCATION, 8), (study.SMALL, 4, 4))
+    found = re.search(re.escape(said) + r" Lost against it, in points, this choice taken as given: hybrid -50\.00 \(-[\d.]+ to "
+                      r"-[\d.]+\); small dense -25\.00 \(-[\d.]+ to -?[\d.]+\); allocation 25\.00\.$", text)
+    assert found, text
+    for few in ([("TopK", 0, 0), (study.SMALL, 4, 4)], [("TopK", 0, 0), ("Dense", 4), (study.SMALL, 4, 4)],
+                [("TopK", 0), ("Dense", 4), (study.SMALL, 4, 4)]):
+        assert "validation" not in verdict(*few)
 
 
 def test_losses_over_folds_by_hand():
@@ -566,9 +596,11 @@ def test_the_verdict_of_a_tradeoff_by_hand():
             "above zero for: small dense, Dense, BlockCirculant; below zero for: none.") in first
     assert ("Against the 8-bit small network (102.6 % of the bytes asked for), by the interval of the difference, better: TopK"
             "; worse: BlockCirculant; not told apart: Dense.") in first and "Out of reach" not in first
-    assert re.search(r"Of the methods alone the validation split takes TopK \(least mean cross-entropy there\); its test "
-                     r"loss, 0\.00 \(0\.00 to 0\.00\), was not picked after the test\. Lost against it, in points: small dense "
-                     r"50\.00 \([\d.]+ to [\d.]+\)\.$", first)
+    assert first.endswith(
+        " Of the methods alone the validation split takes BlockCirculant (0.200 nats there, next Dense 0.600); its test loss, "
+        "100.00 (100.00 to 100.00), was not picked after the test. Lost against it, in points, this choice taken as given: "
+        "small dense -50.00 (-87.50 to -12.50).")
+    assert "validation" not in second + third  # there is one method alone, and none
     assert "least mean loss: small dense.**" in second and "better: none; worse: TopK; not told apart: none." in second
     assert second.endswith(" Out of reach: Dense (seeds 0, 1).")
     assert third.startswith("**Asked for 80x.** Loss in points") and "small network" not in third

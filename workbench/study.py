@@ -65,8 +65,8 @@ UNIFORM_CIRCULANT = "uniform circulant"
 UNIFORM = {UNIFORM_TOPK: TopK, UNIFORM_CIRCULANT: BlockCirculant}  # the hybrid plan's own methods, each alone
 VARIANTS = (DENSE, DENSE_ONCE, HYBRID, SMALL, *UNIFORM)
 ITERATIVE = "iterative"
-NOT_ALONE = (HYBRID, ALLOCATION, SMALL)  # of a tradeoff's rows those that are not of one method
 CHOSEN = "chosen alone"  # of the methods alone, what a choice on the validation split takes
+NOT_ALONE = (HYBRID, ALLOCATION, SMALL, CHOSEN)  # of a tradeoff's rows those that are not of one method
 TRADEOFF_METHODS = (*METHODS, UNITS, HYBRID, ALLOCATION, SMALL)
 VARIED = ("methods", "target_cr_disks", "seed", "seeds", "workers", "checkpoints")  # parameters that make no setting
 RESULT_COLUMNS = [
@@ -76,7 +76,7 @@ RESULT_COLUMNS = [
 SUMMARY_COLUMNS = [
     "method", "target_cr_disk", "units", "strength", "bits", "cr_params", "cr_bits", "cr_disk", "cr_model", "accuracy %",
     "accuracy std", "seeds", "loss (points)", "low", "high", "loss std", "vs_small", "vs_small_low", "vs_small_high",
-    "chosen", "vs_chosen", "vs_chosen_low", "vs_chosen_high", "cross-entropy",
+    "chosen", "vs_chosen", "vs_chosen_low", "vs_chosen_high", "valid_loss", "cross-entropy",
 ]  # fmt: skip
 
 
@@ -695,7 +695,7 @@ def _summary(rows, reference) -> pd.DataFrame:
             "method": method, "target_cr_disk": target, "units": group[0]["hidden_size"],
             "strength": group[0]["strength"], "bits": frame["bits"].mean(),
             "loss std": frame["loss_points"].std(ddof=1), "chosen": alone.get(target),
-        } | {name: frame[name].mean() for name in ("cr_params", "cr_bits", "cr_disk", "cr_model")} | found
+        } | {name: frame[name].mean() for name in ("cr_params", "cr_bits", "cr_disk", "cr_model", "valid_loss")} | found
             | _against("vs_small", group, small) | _against("vs_chosen", group, chosen))
     summary = pd.DataFrame(table, columns=SUMMARY_COLUMNS)
     return summary.assign(front=pareto_front(summary["cr_disk"], summary["loss (points)"], lower_y=True))
@@ -745,13 +745,16 @@ def over_folds(rows: pd.DataFrame) -> pd.DataFrame:
 
 def with_chosen(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of a tradeoff's sweep, and once more, as the method CHOSEN, those of the method alone that the validation split
-    takes for their fold and target: the least mean cross-entropy there over the seeds, of the methods that all seeds reach.
+    takes for their fold and target: the least mean cross-entropy there, of equals the first, of the methods that have all seeds
+    that any row of that fold and target has.
 
-    rows: as of over_folds, which with pairs_over_folds then tells what a user can choose from what is best after the test, and
-    so rather too good. Methods alone: all but the small dense network and the two that mix methods, which are searched on the
-    validation split.
+    rows: as of over_folds. over_folds and pairs_over_folds then say what a choice without a look at the test gives. It may
+    differ from fold to fold, so the best method after the test, one for all folds, may lie on either side. Methods alone: all
+    but the small dense network and the two that mix methods. Their searches know a short retraining of the first seed; this
+    choice knows every seed retrained in full. Intervals take it as given. In a fold whose choice it was, a method differs from
+    CHOSEN by 0.
     """
-    _check_folds("with_chosen", rows)
+    _check_folds("with_chosen", rows, "m_valid_loss")
     rows = rows.reset_index(drop=True)
     names = {f"m_{name}": name for name in ("method", "target_cr_disk", "seed", "valid_loss")}
     chosen = rows.loc[_chosen(rows[["p_split", *names]].rename(columns=names), "p_split").index]
@@ -761,9 +764,10 @@ def with_chosen(rows: pd.DataFrame) -> pd.DataFrame:
 def _chosen(rows, *fold) -> pd.DataFrame:
     """What with_chosen takes of rows with the columns method, target_cr_disk, seed, valid_loss and fold."""
     chosen = [rows.iloc[:0]]
-    for _, group in rows[~rows["method"].isin(NOT_ALONE)].groupby([*fold, "target_cr_disk"]):
-        by_method = group.groupby("method", sort=False)
-        losses = by_method["valid_loss"].mean()[by_method["seed"].nunique() == group["seed"].nunique()]
+    for _, group in rows.groupby([*fold, "target_cr_disk"]):
+        by_method = group[~group["method"].isin(NOT_ALONE)].groupby("method", sort=False)
+        losses = by_method["valid_loss"].agg(lambda values: values.mean(skipna=False))
+        losses = losses[by_method["seed"].nunique() == group["seed"].nunique()].dropna()
         if len(losses):
             chosen.append(group[group["method"] == losses.idxmin()])
     return pd.concat(chosen)
@@ -804,8 +808,8 @@ def pairs_over_folds(rows: pd.DataFrame, controls: pd.DataFrame | None = None) -
     return pd.DataFrame(table)
 
 
-def _check_folds(who, rows):
-    needed = ["m_method", "m_target_cr_disk", "m_seed", "p_split"]
+def _check_folds(who, rows, *more):
+    needed = ["m_method", "m_target_cr_disk", "m_seed", "p_split", *more]
     if missing := [name for name in needed if name not in rows]:
         raise ValueError(f'{who} needs the rows of results(name, records="results") of a sweep over split, got some without '
                          f"{', '.join(missing)}")

@@ -510,16 +510,19 @@ def _target_verdict(target, rows, missing):
 
 
 def _choice_verdict(rows):
-    """What a user gets who chooses on the validation split, and how those do against it that are searched there, or smaller."""
-    chosen, rivals = rows[rows["method"] == rows["chosen"]], rows[rows["method"].isin(NOT_ALONE)]
-    if len(rows) == 1 or chosen.empty:
+    """What a user gets who chooses a method on the validation split, and how the searched plans and the small network do
+    against it."""
+    alone = rows[~rows["method"].isin(NOT_ALONE) & (rows["seeds"] == rows["seeds"].max())].sort_values("valid_loss")
+    chosen = alone[alone["method"] == alone["chosen"]]
+    if len(alone) < 2 or chosen.empty:
         return ""
-    row = chosen.iloc[0]
-    text = (f" Of the methods alone the validation split takes {row['method']} (least mean cross-entropy there); its test "
-            f"loss, {row['loss (points)']:.2f}{_bounded(row)}, was not picked after the test.")
+    row, next_ = chosen.iloc[0], alone[alone["method"] != alone["chosen"]].iloc[0]
+    text = (f" Of the methods alone the validation split takes {row['method']} ({row['valid_loss']:.3f} nats there, next "
+            f"{next_['method']} {next_['valid_loss']:.3f}); its test loss, {row['loss (points)']:.2f}{_bounded(row)}, was not "
+            "picked after the test.")
     against = [f"{rival['method']} {rival['vs_chosen']:.2f}{_bounded(rival, 'vs_chosen_low', 'vs_chosen_high')}"
-               for _, rival in rivals.iterrows() if pd.notna(rival["vs_chosen"])]
-    return text + (f" Lost against it, in points: {'; '.join(against)}." if against else "")
+               for _, rival in rows[rows["method"].isin(NOT_ALONE)].iterrows()]
+    return text + (f" Lost against it, in points, this choice taken as given: {'; '.join(against)}." if against else "")
 
 
 def _bounds(low, high):
