@@ -20,7 +20,7 @@ SMALL = {  # notebook -> (small parameters, metrics that it must hand over, figu
         {"hidden_size": 16, "target_cr_disk": 8.0, "array": "group4x4"},
         {"cr_disk", "cr_model", "rnn_bytes", "step_us", "layout", "batch", "steady_state_cycles", "cycles_per_item",
          "first_step_latency", "cycles", "acceleration", "acceleration_sequence", "multiply_cycles", "acceleration_multiply",
-         "bound", "words_per_pe", "whole_sequence", "streamed_bits_per_step", "on_chip_bits", "cr_chip", "energy_low_nj",
+         "bound", "words_per_pe", "bits", "streamed_bits_per_step", "on_chip_bits", "cr_chip", "energy_low_nj",
          "energy_high_nj", "dsp", "bram36", "lut_low", "lut_high", "ff_low", "ff_high"},
         2,
         ("No accuracy", "An interactive control stands here", "BlockCirculant 8", "steady_state_cycles", "assumption"),

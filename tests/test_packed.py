@@ -465,6 +465,7 @@ def test_ratios_by_hand():
     assert model.blocks["lstm.weight_hh_l0.f"].index_bits == 8 * 4 - 16
     assert model.index_bits == 28
     assert model.cr_params == 112 / (28 + 7 + 16)
+    assert model.stored_values == 28 + 7 + 16 and model.mean_bits == model.value_bits / (28 + 7 + 16)
     assert model.cr_bits == 32 * 112 / 316
     assert model.cr_disk == 32 * 112 / 344
     assert model.cr_model == (32 * 112 + 32 * 26) / (344 + 32 * 26)

@@ -22,7 +22,8 @@ def test_the_sweep_file_is_one(tmp_path):
 def test_the_ready_sweep_files_are_valid(path):
     asked = sweep.read(path)
     assert asked.description and len(asked.parameters) > 1 and asked.timeout_s
-    assert all(values["workers"] == 1 and values["checkpoints"] == "checkpoints" for values in asked.parameters)
+    if path.stem != "explore":  # which trains nothing
+        assert all(values["workers"] == 1 and values["checkpoints"] == "checkpoints" for values in asked.parameters)
 
 
 def test_the_short_table_says_what_the_recorded_ones_do():

@@ -3,7 +3,9 @@
 No accuracy is here: the weights stay as they come. A tradeoff or your own training loop says what a plan loses.
 """
 
+import functools
 import html
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import pandas as pd
@@ -11,12 +13,12 @@ import torch
 
 from workbench.acceleration import by_fft
 from workbench.array import PRESETS, ArraySpec, Schedule, preset, schedule_layer
-from workbench.array.cost import BASELINE
-from workbench.array.spec import GROUP
-from workbench.budget import WIDTHS, pack_within_reach, uniform_plan
+from workbench.array.cost import BASELINE, DEVICES, resources
+from workbench.array.spec import GROUP, ceil_div
+from workbench.budget import WIDTHS, check_bits, check_target, pack_within_reach, uniform_plan
 from workbench.constrain import pack
-from workbench.gates import blocks
-from workbench.methods import METHODS, Dense
+from workbench.gates import blocks, check_gates, layers
+from workbench.methods import METHODS, BlockCirculant, Dense
 from workbench.packed import PackedModel
 from workbench.plan import Plan, uniform
 from workbench.plots import gantt_figure, region_figure
@@ -27,7 +29,7 @@ from workbench.sensitivity import LOSSLESS_BITS, Strength, hybrid_plan
 from workbench.study import HYBRID
 from workbench.tables import hardware_table, present
 
-STEPS = 10  # of the sequence that is scheduled; the steady state is reached after two or three
+STEPS = 10  # of the sequence that is scheduled: matters to its cycles and energy, not to the steady state
 CELLS = {"LSTM": torch.nn.LSTM, "GRU": torch.nn.GRU}
 BLOCKS = (2, 4, 8, 16, 32)  # that the controls offer; a block that does not divide a matrix is refused
 MOST_PES, MOST_SEQUENCES = 64, 16  # a side of the array and a batch, of the controls
@@ -35,13 +37,13 @@ MOST_PES, MOST_SEQUENCES = 64, 16  # a side of the array and a batch, of the con
 
 @dataclass(frozen=True)
 class Question:
-    """What explore answers; every field but `layer` is a control of explorer.
+    """What explore answers; every field is a control of explorer.
 
     method: "hybrid", or a name of METHODS for its uniform plan; target_cr_disk: ratio that the plan reaches at least; bits: of
     a weight, of a uniform plan about (uniform_plan); sensitive, block: gates that the hybrid plan prunes by Top-k, None for an
     LSTM's g or a GRU's n, and the size of the circulant blocks of the others; fft: whether circulant blocks are multiplied by
     FFT; array: a name of PRESETS; rows, cols: its PEs, None for the preset's; activation units and multicast then go in step,
-    as in scaled_points; batch: sequences side by side; layer: which of the model's, None for the first.
+    as in scaled_points; batch: sequences side by side; layer: which of the model's goes on the array, None for the first.
     """
 
     method: str = HYBRID
@@ -58,30 +60,42 @@ class Question:
 
     def spec(self) -> ArraySpec:
         spec = preset(self.array)
-        rows, cols = self.rows or spec.rows, self.cols or spec.cols
+        rows, cols = spec.rows if self.rows is None else self.rows, spec.cols if self.cols is None else self.cols
         if (rows, cols) == (spec.rows, spec.cols):
             return spec
         return spec.with_(rows=rows, cols=cols, act_units=rows, h_words_per_cycle=max(1, cols // GROUP))
 
-    def gates(self, model: torch.nn.Module) -> list[str]:
-        """The gates that a hybrid plan prunes."""
-        if self.sensitive is not None:
-            return list(self.sensitive)
-        return [gate for gate in dict.fromkeys(block.gate for block in blocks(model).values()) if gate in ("g", "n")]
+    def of(self, model: torch.nn.Module) -> "Question":
+        """The question with what None stands for. ValueError for what no model, or not this one, can be asked."""
+        if self.method not in (HYBRID, *METHODS):
+            raise ValueError(f"a question knows the methods {', '.join((HYBRID, *METHODS))}, got {self.method!r}")
+        check_target(self.target_cr_disk)
+        check_bits(self.bits)
+        if self.fft and self.method not in (HYBRID, BlockCirculant.__name__):
+            raise ValueError(f"fft needs a plan with circulant blocks, got one of {self.method}")
+        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
+            raise ValueError(f"a question needs a batch of at least 1 sequence, got {self.batch!r}")
+        gates = list(dict.fromkeys(block.gate for block in blocks(model).values()))
+        sensitive = [gate for gate in gates if gate in ("g", "n")] if self.sensitive is None else list(self.sensitive)
+        check_gates("a question", model, sensitive)
+        known = list(layers(model))
+        layer = known[0] if self.layer is None else self.layer
+        if layer not in known:
+            raise ValueError(f"a question needs a layer of the model, {listed(known)}, got {layer!r}")
+        spec = self.spec()
+        return replace(self, sensitive=tuple(sensitive), rows=spec.rows, cols=spec.cols, layer=layer)
 
     def plan(self, model: torch.nn.Module, signals) -> Plan:
         """The plan that is asked for; OutOfReach, a ValueError, where there is none of that ratio."""
         if self.method == HYBRID:
             strength = Strength(self.block, circulant_bits=self.bits, topk_bits=self.bits)
-            plan = hybrid_plan(model, self.gates(model), strength, self.target_cr_disk, signals)
-        elif self.method in METHODS:
-            plan = uniform_plan(model, METHODS[self.method], self.bits, self.target_cr_disk, signals)
+            plan = hybrid_plan(model, list(self.sensitive), strength, self.target_cr_disk, signals)
         else:
-            raise ValueError(f"a question knows the methods {', '.join((HYBRID, *METHODS))}, got {self.method!r}")
+            plan = uniform_plan(model, METHODS[self.method], self.bits, self.target_cr_disk, signals)
         if not self.fft:
             return plan
         if (turned := by_fft(plan)) is None:
-            raise ValueError(f"fft needs circulant blocks whose size is a power of two, got a plan of {self.method} without")
+            raise ValueError("fft needs circulant blocks whose size is a power of two, got a plan without")
         return turned
 
 
@@ -94,21 +108,36 @@ class Answer:
     packed: PackedModel
     schedules: dict[str, Schedule]
 
+    def hardware(self) -> pd.DataFrame:
+        """hardware_table of the layer."""
+        return hardware_table(self.schedules).drop(index="whole_sequence")  # a matter of several layers
+
     def figures(self) -> dict:
-        """Of the plan: cr_disk, cr_model, bytes on disk of the recurrent matrices, microseconds of a step of one sequence, and
-        what hardware_table says."""
+        """Of the plan of the whole model cr_disk, cr_model, bytes on disk of the recurrent matrices and mean width of what is
+        stored (bits), and of the layer microseconds of a step (of all sequences) and what `hardware` says."""
         schedule = self.schedules[self.question.method]
         return {"cr_disk": self.packed.cr_disk, "cr_model": self.packed.cr_model, "rnn_bytes": self.packed.storage_bits // 8,
-                "step_us": schedule.cycles_per_item / schedule.mapping.spec.clock_mhz
-                } | hardware_table(self.schedules)[self.question.method].to_dict()
+                "bits": self.packed.mean_bits,
+                "step_us": schedule.steady_state_cycles / schedule.mapping.spec.clock_mhz
+                } | self.hardware()[self.question.method].to_dict()
 
     def sentence(self) -> str:
         """What was found, in words (Markdown)."""
-        f, base = self.figures(), self.schedules[BASELINE]
-        return (f"**{self.question.method}, asked for {self.question.target_cr_disk:g}x: {f['cr_disk']:.1f}x**, "
-                f"{f['rnn_bytes']:,.0f} bytes of matrices. A step takes **{f['cycles_per_item']:,.0f} cycles** a sequence "
-                f"({f['step_us']:.2f} µs at {base.mapping.spec.clock_mhz} MHz), {f['acceleration']:.2f} times as fast as dense "
-                f"16-bit ({base.cycles_per_item:,.0f}); it waits mostly for {f['bound']}. No accuracy: nothing was trained.")
+        f, q, base, clock = self.figures(), self.question, self.schedules[BASELINE], self.question.spec().clock_mhz
+        layer = f" of layer {q.layer} alone, one of {len(self.packed.layers)}," if len(self.packed.layers) > 1 else ""
+        batch = f"; {q.batch} sequences, {f['cycles_per_item']:,.0f} cycles each" if q.batch > 1 else ""
+        text = (
+            f"**{q.method}, asked for {q.target_cr_disk:g}x: {f['cr_disk']:.1f}x**, {f['rnn_bytes']:,.0f} bytes of matrices, "
+            f"{f['bits']:.3g} bits a weight. A step{layer} takes **{f['steady_state_cycles']:,.0f} cycles** "
+            f"({f['step_us']:.2f} µs at {clock} MHz{batch}), mostly for {f['bound']}: {f['acceleration']:.2f} times as fast "
+            f"as dense 16-bit ({base.steady_state_cycles:,.0f} cycles, mostly for {base.bound}). No accuracy: nothing was "
+            "trained.")
+        if q.array in DEVICES:
+            try:
+                resources(self.schedules[q.method].mapping).check_fit(q.array)
+            except ValueError as error:
+                text += f" **Only a model: {error}.**"
+        return text
 
 
 def untrained(cell: str, input_size: int, hidden_size: int, seed: int) -> tuple[torch.nn.Module, dict]:
@@ -127,17 +156,22 @@ def untrained(cell: str, input_size: int, hidden_size: int, seed: int) -> tuple[
 
 
 def explore(model: torch.nn.Module, signals, question: Question) -> Answer:
-    """Size and schedule of the plan that is asked for, of a model as it is. signals: as calibrate gives them. ValueError for
-    what no plan reaches and what the array does not take."""
+    """Size of the plan that is asked for, of a model as it is, and its schedule. signals: as calibrate gives them. ValueError
+    for what no plan reaches and what the array does not take."""
+    return _explore(model, signals, question.of(model), functools.partial(_dense, model, signals))
+
+
+def _explore(model, signals, question, dense: Callable):
     spec, plan = question.spec(), question.plan(model, signals)
-    dense = uniform(model, Dense(), LOSSLESS_BITS, signals)
-    packed = {BASELINE: pack(model, dense), question.method: pack_within_reach(model, plan)}
-    known = packed[BASELINE].layers
-    layer = next(iter(known)) if question.layer is None else question.layer
-    if layer not in known:
-        raise ValueError(f"a question needs a layer of the model, {listed(known)}, got {layer!r}")
-    schedules = {label: schedule_layer(of.layers[layer], spec, STEPS, batch=question.batch) for label, of in packed.items()}
-    return Answer(question, plan, packed[question.method], schedules)
+    packed = pack_within_reach(model, plan)
+    schedules = {BASELINE: dense(spec, question.layer, question.batch),
+                 question.method: schedule_layer(packed.layers[question.layer], spec, STEPS, batch=question.batch)}
+    return Answer(question, plan, packed, schedules)
+
+
+def _dense(model, signals, spec, layer, batch) -> Schedule:
+    packed = pack(model, uniform(model, Dense(), LOSSLESS_BITS, signals))
+    return schedule_layer(packed.layers[layer], spec, STEPS, batch=batch)
 
 
 def present_answer(answer: Answer) -> None:
@@ -148,75 +182,84 @@ def present_answer(answer: Answer) -> None:
     display(Markdown(answer.sentence()))
     show(region_figure(answer.schedules), "Which processing elements take which gates, and how much of a step each multiplies")
     show(gantt_figure(schedule, STEPS // 2), "What runs when in one time step of the plan")
-    display(present(hardware_table(answer.schedules), index=True))
+    display(present(answer.hardware(), index=True))
     display(present(pd.DataFrame(answer.plan.table(answer.packed))))
 
 
 def explorer(model: torch.nn.Module, signals, question: Question | None = None):
-    """Controls over the fields of a question, with its answer below: an ipywidgets.VBox for JupyterLab, answered at once.
+    """Controls over the fields of a question, with its answer below: an ipywidgets.VBox for JupyterLab.
 
-    Below the answer stands the call that gives it again. What is refused is said in place of an answer."""
+    Below the answer stands the call that gives it again. What is refused is said in place of an answer. ValueError for a first
+    question that no control can hold."""
     import ipywidgets
     from IPython.display import Markdown, display
 
-    question = Question() if question is None else question
-    spec, gates = question.spec(), list(dict.fromkeys(block.gate for block in blocks(model).values()))
-    question = replace(question, rows=spec.rows, cols=spec.cols, sensitive=tuple(question.gates(model)))
+    question = (Question() if question is None else question).of(model)
+    gates = list(dict.fromkeys(block.gate for block in blocks(model).values()))
     wide, late = {"description_width": "initial"}, {"continuous_update": False}
+    most = max(10_000, question.target_cr_disk)
     kinds = {
         "method": ipywidgets.Dropdown(options=[HYBRID, *METHODS], description="method"),
-        "target_cr_disk": ipywidgets.BoundedFloatText(min=1, max=10_000, step=0.1, description="asked cr_disk"),
+        "target_cr_disk": ipywidgets.BoundedFloatText(min=1, max=most, step=0.1, description="asked cr_disk"),
         "bits": ipywidgets.IntSlider(min=WIDTHS[0], max=WIDTHS[-1], description="bits of a weight", **late),
         "sensitive": ipywidgets.SelectMultiple(options=gates, rows=len(gates), description="Top-k gates"),
         "block": ipywidgets.Dropdown(options=sorted({*BLOCKS, question.block}), description="circulant block"),
         "fft": ipywidgets.Checkbox(description="circulant blocks by FFT", indent=False),
         "array": ipywidgets.Dropdown(options=list(PRESETS), description="array"),
-        "rows": ipywidgets.IntSlider(min=GROUP, max=max(MOST_PES, spec.rows), step=GROUP, description="PE rows", **late),
-        "cols": ipywidgets.IntSlider(min=GROUP, max=max(MOST_PES, spec.cols), step=GROUP, description="PE columns", **late),
+        "rows": ipywidgets.IntSlider(min=GROUP, max=max(MOST_PES, question.rows), step=GROUP, description="PE rows", **late),
+        "cols": ipywidgets.IntSlider(min=GROUP, max=max(MOST_PES, question.cols), step=GROUP, description="PE columns", **late),
         "batch": ipywidgets.IntSlider(min=1, max=max(MOST_SEQUENCES, question.batch), description="batch", **late),
+        "layer": ipywidgets.Dropdown(options=list(layers(model)), description="layer on the array"),
     }
     for name, control in kinds.items():
         control.style, control.value = wide, getattr(question, name)
     output, busy, state = ipywidgets.Output(), ipywidgets.Label(), {"settling": False}
+    dense = functools.cache(functools.partial(_dense, model, signals))
+
+    def settle(changed):
+        """What follows from a change, before it is answered: an array brings its sides, a side that was typed is rounded up."""
+        if changed is kinds["array"]:
+            spec = preset(changed.value)
+            kinds["rows"].value, kinds["cols"].value = spec.rows, spec.cols
+        for side in (kinds["rows"], kinds["cols"]):
+            side.value = GROUP * ceil_div(side.value, GROUP)
+        hybrid = kinds["method"].value == HYBRID
+        kinds["sensitive"].disabled = kinds["block"].disabled = not hybrid
+        kinds["fft"].disabled = not hybrid and kinds["method"].value != BlockCirculant.__name__
 
     def answer(change=None):
         if state["settling"]:
             return
-        if change is not None and change["owner"] is kinds["array"]:
-            state["settling"] = True  # one answer for the three that change together
-            kinds["rows"].value, kinds["cols"].value = preset(change["new"]).rows, preset(change["new"]).cols
-            state["settling"] = False
-        hybrid = kinds["method"].value == HYBRID
-        kinds["sensitive"].disabled = kinds["block"].disabled = not hybrid
-        kinds["fft"].disabled = not hybrid and kinds["method"].value != "BlockCirculant"
-        asked = replace(question, **{name: control.value for name, control in kinds.items()})
+        state["settling"] = True
+        settle(change and change["owner"])
+        state["settling"] = False
+        asked = Question(**{name: control.value for name, control in kinds.items()})
         asked = replace(asked, fft=asked.fft and not kinds["fft"].disabled)
         busy.value = "computing ..."
         with output:
             output.clear_output(wait=True)
             try:
-                present_answer(explore(model, signals, asked))
+                present_answer(_explore(model, signals, asked, dense))
             except ValueError as error:
                 display(Markdown(f"**Not possible:** {html.escape(str(error))}"))
-            display(Markdown(f"The same again: `{call_of(asked)}`"))
-        busy.value = ""
+            finally:
+                busy.value = ""
+            display(Markdown(f"The same again: `{call_of(asked, model)}`"))
 
     for control in kinds.values():
         control.observe(answer, names="value")
     answer()
-    columns = [("method", "target_cr_disk", "bits"), ("sensitive", "block", "fft"), ("array", "rows", "cols", "batch")]
+    columns = [["method", "target_cr_disk", "bits"], ["sensitive", "block", "fft"], ["array", "rows", "cols", "batch"]]
+    if len(layers(model)) > 1:
+        columns[0].append("layer")
     rows = ipywidgets.HBox([ipywidgets.VBox([kinds[name] for name in names]) for names in columns])
     return ipywidgets.VBox([rows, busy, output])
 
 
-def call_of(question: Question) -> str:
+def call_of(question: Question, model: torch.nn.Module) -> str:
     """The call of explore that asks it: what differs from a question without arguments and matters to its method."""
-    default = Question(array=question.array)
-    spec, plain = question.spec(), default.spec()
-    meant = replace(question, rows=None if spec.rows == plain.rows else spec.rows,
-                    cols=None if spec.cols == plain.cols else spec.cols)
-    if question.method != HYBRID:
-        meant = replace(meant, sensitive=None, block=default.block)
-    given = [f"{f.name}={getattr(meant, f.name)!r}" for f in fields(meant)
-             if f.name == "array" or getattr(meant, f.name) != getattr(default, f.name)]
+    asked, default = question.of(model), Question(array=question.array).of(model)
+    unsaid = {"sensitive", "block"} if asked.method != HYBRID else set()
+    given = [f"{f.name}={getattr(asked, f.name)!r}" for f in fields(asked) if f.name not in unsaid
+             and (f.name == "array" or getattr(asked, f.name) != getattr(default, f.name))]
     return f"wb.explore(model, signals, wb.Question({', '.join(given)}))"

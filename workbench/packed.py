@@ -916,8 +916,17 @@ class PackedModel:
         return self.metadata.get("original", [self.dense_weights])[0]
 
     @property
+    def stored_values(self) -> int:
+        return self._sum(lambda b: b.stored_values)
+
+    @property
     def value_bits(self) -> int:
         return self._sum(lambda b: b.value_bits)
+
+    @property
+    def mean_bits(self) -> float:
+        """Width of a stored value, in the mean."""
+        return self.value_bits / self.stored_values
 
     @property
     def index_bits(self) -> int:
@@ -930,7 +939,7 @@ class PackedModel:
     @property
     def cr_params(self) -> float:
         """Dense weights / stored values."""
-        return _ratio(self.counted_weights, self._sum(lambda b: b.stored_values))
+        return _ratio(self.counted_weights, self.stored_values)
 
     @property
     def cr_bits(self) -> float:

@@ -482,10 +482,6 @@ def _measurement(model, task, before) -> dict:
             "test_accuracy": test.accuracy, "test_loss": test.loss, "correct": test.correct}
 
 
-def _stored_values(packed) -> int:
-    return sum(block.stored_values for block in packed.blocks.values())
-
-
 def variants(uniform_controls: bool) -> list[str]:
     """The variants of a comparison: always the hybrid model and the two dense controls."""
     return [DENSE, DENSE_ONCE, HYBRID, SMALL] + [UNIFORM_TOPK, UNIFORM_CIRCULANT] * uniform_controls
@@ -670,7 +666,7 @@ def _units_within(dense, target_cr_disk) -> int:
 def strength_of(row: dict) -> dict:
     """What was planned, in a row's words: the methods' labels, and the mean bits of a stored value."""
     packed, labels = row["packed"], {method_label(entry.method): None for entry in row["plan"].blocks.values()}
-    return {"strength": ", ".join(labels), "bits": packed.value_bits / _stored_values(packed)}
+    return {"strength": ", ".join(labels), "bits": packed.mean_bits}
 
 
 def _loss_points(control, row) -> float:
