@@ -131,7 +131,7 @@ class Answer:
             f"{f['bits']:.3g} bits a weight. A step{layer} takes **{f['steady_state_cycles']:,.0f} cycles** "
             f"({f['step_us']:.2f} µs at {clock} MHz{batch}), mostly for {f['bound']}: {f['acceleration']:.2f} times as fast "
             f"as dense 16-bit ({base.steady_state_cycles:,.0f} cycles, mostly for {base.bound}). No accuracy: nothing was "
-            "trained.")
+            "retrained.")
         if q.array in DEVICES:
             try:
                 resources(self.schedules[q.method].mapping).check_fit(q.array)
