@@ -414,12 +414,13 @@ def test_the_method_that_validation_takes_in_every_fold_by_hand():
         ("b", "TopK", 20, 0, np.nan, 20.0, 99, 0.0, 0.0), ("b", "LowRank", 20, 0, 0.4, 20.0, 70, 0.6, 9.0),
         ("a", "TopK", 40, 0, 0.5, 40.0, 90, 0.5, 0.0), ("a", "Dense", 40, 0, 0.5, 40.0, 90, 0.4, 0.0),  # of equals the first
         ("a", "TopK", 80, 0, 0.5, 40.0, 90, 0.5, 0.0), ("a", study.SMALL, 80, 1, 0.5, 40.0, 90, 0.5, 0.0),  # it lacks a seed
-    ], columns=columns, index=[0] * 16)  # an index of pieces put together
+        ("b", "TopK", 20, 1, 0.1, 20.0, 99, 0.0, 0.0), ("b", "LowRank", 20, 1, 0.4, 20.0, 70, 0.6, 9.0),  # one is no number
+    ], columns=columns, index=[0] * 18)  # an index of pieces put together
     found = study.with_chosen(rows)
-    pd.testing.assert_frame_equal(found[:16], rows.reset_index(drop=True))
-    copies, rest = found[16:], [name for name in columns if name != "m_method"]
+    pd.testing.assert_frame_equal(found[:18], rows.reset_index(drop=True))
+    copies, rest = found[18:], [name for name in columns if name != "m_method"]
     assert (copies["m_method"] == study.CHOSEN).all()
-    taken = rows.iloc[[2, 3, 12, 4, 11]][rest]  # by fold, then by target
+    taken = rows.iloc[[2, 3, 12, 4, 11, 17]][rest]  # by fold, then by target
     assert copies[rest].values.tolist() == taken.values.tolist()
     table = study.over_folds(found).set_index(["method", "target_cr_disk"])
     assert table.loc[(study.CHOSEN, 10), ["loss (points)", "vs_small"]].tolist() == [5, 4]  # of folds a and b, and of b
