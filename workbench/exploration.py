@@ -14,11 +14,12 @@ import torch
 from workbench.acceleration import by_fft
 from workbench.array import PRESETS, ArraySpec, Schedule, preset, schedule_layer
 from workbench.array.cost import BASELINE, DEVICES, resources
-from workbench.array.spec import GROUP, ceil_div
+from workbench.array.spec import GROUP, ceil_div, in_step
 from workbench.budget import WIDTHS, check_bits, check_target, pack_within_reach, uniform_plan
 from workbench.constrain import pack
-from workbench.gates import blocks, check_gates, layers
+from workbench.gates import check_gates, gate_names, layers
 from workbench.methods import METHODS, BlockCirculant, Dense
+from workbench.models import CELLS
 from workbench.packed import PackedModel
 from workbench.plan import Plan, uniform
 from workbench.plots import gantt_figure, region_figure
@@ -30,7 +31,6 @@ from workbench.study import HYBRID
 from workbench.tables import hardware_table, present
 
 STEPS = 10  # of the sequence that is scheduled: matters to its cycles and energy, not to the steady state
-CELLS = {"LSTM": torch.nn.LSTM, "GRU": torch.nn.GRU}
 BLOCKS = (2, 4, 8, 16, 32)  # that the controls offer; a block that does not divide a matrix is refused
 MOST_PES, MOST_SEQUENCES = 64, 16  # a side of the array and a batch, of the controls
 
@@ -63,7 +63,7 @@ class Question:
         rows, cols = spec.rows if self.rows is None else self.rows, spec.cols if self.cols is None else self.cols
         if (rows, cols) == (spec.rows, spec.cols):
             return spec
-        return spec.with_(rows=rows, cols=cols, act_units=rows, h_words_per_cycle=max(1, cols // GROUP))
+        return spec.with_(rows=rows, cols=cols, **in_step(rows, cols))
 
     def of(self, model: torch.nn.Module) -> "Question":
         """The question with what None stands for. ValueError for what no model, or not this one, can be asked."""
@@ -75,7 +75,7 @@ class Question:
             raise ValueError(f"fft needs a plan with circulant blocks, got one of {self.method}")
         if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
             raise ValueError(f"a question needs a batch of at least 1 sequence, got {self.batch!r}")
-        gates = list(dict.fromkeys(block.gate for block in blocks(model).values()))
+        gates = gate_names(model)
         sensitive = [gate for gate in gates if gate in ("g", "n")] if self.sensitive is None else list(self.sensitive)
         check_gates("a question", model, sensitive)
         known = list(layers(model))
@@ -195,7 +195,7 @@ def explorer(model: torch.nn.Module, signals, question: Question | None = None):
     from IPython.display import Markdown, display
 
     question = (Question() if question is None else question).of(model)
-    gates = list(dict.fromkeys(block.gate for block in blocks(model).values()))
+    gates = gate_names(model)
     wide, late = {"description_width": "initial"}, {"continuous_update": False}
     most = max(10_000, question.target_cr_disk)
     kinds = {

@@ -146,9 +146,14 @@ def keeping_modes(model: nn.Module):
             module.training = mode
 
 
+def gate_names(model: nn.Module) -> list[str]:
+    """The gates of the model's recurrent modules, each once."""
+    return list(dict.fromkeys(block.gate for block in blocks(model).values()))
+
+
 def check_gates(who: str, model: nn.Module, names) -> None:
     """Refuse names that are no gates of the model's recurrent modules."""
-    known = dict.fromkeys(block.gate for block in blocks(model).values())
+    known = gate_names(model)
     if unknown := [gate for gate in names if gate not in known]:
         raise ValueError(f"{who} knows the gates {', '.join(known)}, got {', '.join(map(str, unknown))}")
 

@@ -24,7 +24,7 @@ from workbench.array.mapping import (
     units_of,
 )
 from workbench.array.schedule import beats, events, run_points, time_program
-from workbench.array.spec import GROUP, ArraySpec, ceil_div
+from workbench.array.spec import GROUP, ArraySpec, ceil_div, in_step
 from workbench.fixedpoint import QFormat
 from workbench.packed import PackedLayer, PackedSparse
 
@@ -46,11 +46,10 @@ def grid_points(**axes) -> dict[str, np.ndarray]:
 
 
 def scaled_points(most: int = 32, **axes) -> dict[str, np.ndarray]:
-    """Arrays of up to most x most PEs with all else in step, as the presets have it: an activation unit per PE row and one word
-    of the multicast per cycle and column of groups. axes: further fields, as grid_points takes them."""
+    """Arrays of up to most x most PEs with all else in_step. axes: further fields, as grid_points takes them."""
     sides = range(GROUP, most + 1, GROUP)
     points = grid_points(rows=sides, cols=sides, **axes)
-    return points | {"act_units": points["rows"], "h_words_per_cycle": points["cols"] // GROUP}
+    return points | in_step(points["rows"], points["cols"])
 
 
 def with_weight_bits(layer: PackedLayer, bits: int) -> PackedLayer:

@@ -154,6 +154,12 @@ PRESETS = {
 }
 
 
+def in_step(rows, cols) -> dict:
+    """Fields that go with the sides of an array, as the presets have them: an activation unit per PE row, one word of the
+    multicast per cycle and column of groups. rows, cols: PEs, numbers or NumPy arrays."""
+    return {"act_units": rows, "h_words_per_cycle": ceil_div(cols, GROUP)}
+
+
 def preset(name: str) -> ArraySpec:
     """The preset of that name; an unknown name raises ValueError that lists the known ones."""
     if name not in PRESETS:
