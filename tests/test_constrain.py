@@ -711,6 +711,9 @@ def test_a_module_under_two_names_is_replaced_under_both():
 
 def test_attach_refuses_packed_models_of_other_models(model, plan):
     packed = pack(model, plan)
+    for exchanged in ((packed, model), (model, model)):
+        with pytest.raises(ValueError, match="attach needs a model and its PackedModel, got a .* as the second"):
+            attach(*exchanged)
     with pytest.raises(ValueError, match=r"attach needs a packed model with the layers 0\.l0, got body\.rnn\.l0"):
         attach(nn.Sequential(nn.LSTM(6, 8)), packed)
     for kind, options, first, expected in (

@@ -94,6 +94,12 @@ def test_what_is_not_supported_is_refused_by_name(rnn, message):
         rnns(Nested(rnn))
 
 
+@pytest.mark.parametrize("given", [{}, nn.LSTM, nn.LSTM(3, 4).state_dict()])
+def test_what_is_no_module_is_refused(given):
+    with pytest.raises(ValueError, match="takes a model that is a torch.nn.Module, got a (dict|type|OrderedDict)"):
+        rnns(given)
+
+
 class Doubled(nn.LSTM):
     def forward(self, input, hx=None):
         output, hx = super().forward(input, hx)

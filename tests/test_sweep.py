@@ -524,6 +524,10 @@ gates = ["i", "o"]
         assert list(wb.results(place)["run_id"]) == list(table["run_id"])
     with pytest.raises(ValueError, match="there is no sweep 't' with results in results: it has s"):
         wb.results("t")
+    damaged = here / "damaged.parquet"
+    damaged.write_bytes(Path("results/sweeps/s/results.parquet").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"damaged\.parquet is no whole table of a sweep, whose command writes it anew"):
+        wb.results(damaged)
     with pytest.raises(ValueError, match="there is no sweep 's' with results in elsewhere: it has none"):
         wb.results("s", "elsewhere")
     with pytest.raises(ValueError, match="the runs have no metric 'tabel'; did you mean 'table'\\? They have accuracy, bits"):

@@ -204,6 +204,8 @@ def attach(model: nn.Module, packed: PackedModel, layers_as: type["IntegerRNN"] 
     Takes what nn.LSTM and nn.GRU take: batch_first or not, a single unbatched sequence, initial states, packed sequences. No
     gradient. layers_as: what stands for a recurrent module, IntegerRNN by default.
     """
+    if not isinstance(packed, PackedModel):
+        raise ValueError(f"attach needs a model and its PackedModel, got a {type(packed).__name__} as the second")
     model = bake(model)
     if sorted(packed.layers) != sorted(layers(model)):
         raise ValueError(f"attach needs a packed model with the layers {', '.join(layers(model))}, "

@@ -67,6 +67,8 @@ def rnns(model: nn.Module) -> dict[str, nn.RNNBase]:
     none is left out or replaced in silence: another kind, a subclass with parameters or methods of its own, compiled alone,
     weights that are not plain parameters (pruned, parametrized by others) or that another module has too.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the workbench takes a model that is a torch.nn.Module, got a {type(model).__name__}")
     found, owners = {}, {}  # owners: id of a parameter -> (whether of an nn.LSTM or nn.GRU, its name)
     for path, module in model.named_modules():
         recurrent = isinstance(module, (nn.LSTM, nn.GRU))

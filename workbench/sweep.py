@@ -414,7 +414,10 @@ def results(sweep, root="results", *, records: str | None = None):
     if path is None:
         known = sorted(place.parent.name for place in (Path(root) / "sweeps").glob(f"*/{TABLE}"))
         raise ValueError(f"there is no sweep {str(sweep)!r} with results in {root}: it has {', '.join(known) or 'none'}")
-    frame = pd.read_parquet(path)
+    try:
+        frame = pd.read_parquet(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is no whole table of a sweep, whose command writes it anew: {error}") from error
     return frame if records is None else explode(frame, records)
 
 
