@@ -169,14 +169,16 @@ def test_a_model_of_several_layers_has_a_control_for_them(asked):
     assert [question.layer for question in questions] == ["l0", "l0_reverse"] and questions[0].sensitive == ("n",)
 
 
-def test_the_dense_baseline_is_scheduled_once_for_an_array(lstm, asked, monkeypatch):
-    packed = []
+def test_the_dense_baseline_is_packed_once_and_scheduled_for_every_question(lstm, asked, monkeypatch):
+    packed, batches = [], []
+    monkeypatch.setattr(exploration, "present_answer", lambda answer: batches.append(
+        [schedule.mapping.batch for schedule in answer.schedules.values()]))
     monkeypatch.setattr(exploration, "uniform", lambda *a, real=exploration.uniform: packed.append(a) or real(*a))
     known = controls(wb.explorer(*lstm, Question("TopK", 6.0, array="group4x4")))
     known["bits of a weight"].value = 4
-    assert len(packed) == 1
     known["batch"].value = 2
-    assert len(packed) == 2
+    assert len(packed) == 1
+    assert batches == [[1, 1], [1, 1], [2, 2]]
 
 
 def test_what_is_no_refusal_is_no_answer_either(lstm, asked, monkeypatch):

@@ -3,9 +3,7 @@
 No accuracy is here: the weights stay as they come. A tradeoff or your own training loop says what a plan loses.
 """
 
-import functools
 import html
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import pandas as pd
@@ -158,20 +156,20 @@ def untrained(cell: str, input_size: int, hidden_size: int, seed: int) -> tuple[
 def explore(model: torch.nn.Module, signals, question: Question) -> Answer:
     """Size of the plan that is asked for, of a model as it is, and its schedule. signals: as calibrate gives them. ValueError
     for what no plan reaches and what the array does not take."""
-    return _explore(model, signals, question.of(model), functools.partial(_dense, model, signals))
+    question = question.of(model)
+    return _explore(model, signals, question, _dense(model, signals))
 
 
-def _explore(model, signals, question, dense: Callable):
+def _dense(model, signals) -> PackedModel:
+    return pack(model, uniform(model, Dense(), LOSSLESS_BITS, signals))
+
+
+def _explore(model, signals, question, dense: PackedModel):
     spec, plan = question.spec(), question.plan(model, signals)
     packed = pack_within_reach(model, plan)
-    schedules = {BASELINE: dense(spec, question.layer, question.batch),
-                 question.method: schedule_layer(packed.layers[question.layer], spec, STEPS, batch=question.batch)}
+    schedules = {name: schedule_layer(of.layers[question.layer], spec, STEPS, batch=question.batch)
+                 for name, of in ((BASELINE, dense), (question.method, packed))}
     return Answer(question, plan, packed, schedules)
-
-
-def _dense(model, signals, spec, layer, batch) -> Schedule:
-    packed = pack(model, uniform(model, Dense(), LOSSLESS_BITS, signals))
-    return schedule_layer(packed.layers[layer], spec, STEPS, batch=batch)
 
 
 def present_answer(answer: Answer) -> None:
@@ -214,7 +212,7 @@ def explorer(model: torch.nn.Module, signals, question: Question | None = None):
     for name, control in kinds.items():
         control.style, control.value = wide, getattr(question, name)
     output, busy, state = ipywidgets.Output(), ipywidgets.Label(), {"settling": False}
-    dense = functools.cache(functools.partial(_dense, model, signals))
+    dense = _dense(model, signals)
 
     def settle(changed):
         """What follows from a change, before it is answered: an array brings its sides, a side that was typed is rounded up."""
