@@ -57,8 +57,20 @@ def test_energy_does_not_depend_on_the_width_of_words():
     assert energy(narrow) == energy(wide)
 
 
+def test_a_schedule_says_what_it_is():
+    packed = {"dense": dense_layer()}
+    schedule = schedule_layers(packed, SMALL, 3)["dense"]
+    assert repr(schedule) == (f"<Schedule of 3 steps, batch 1: {schedule.steady_state_cycles:g} cycles a step, "
+                              f"{schedule.cycles} in all, mostly for {schedule.bound}>")
+    assert schedule.step_us == schedule.steady_state_cycles / SMALL.clock_mhz
+    with pytest.raises(TypeError, match="schedule_layers needs a dict of PackedLayers, .*, got a PackedLayer"):
+        schedule_layers(dense_layer(), SMALL, 3)
+
+
 def test_static_energy_is_said_not_to_be_given():
-    table = energy_table({"dense": schedule_layer(dense_layer(), SMALL, 1)})["dense"]
+    table = energy_table({"dense": schedule_layer(dense_layer(), SMALL, 1)})
+    assert table.index.name == "nJ of the sequence"
+    table = table["dense"]
     assert table["dynamic, total"].count(" to ") == 1
     assert table["static"].startswith("not given") and table["dynamic + static"].startswith("not given")
 

@@ -140,6 +140,8 @@ def test_agreement_by_hand():
     assert set(wb.cheap_agreement(cheap, measured)["truth"]) == {"one-shot"}
     single = wb.cheap_agreement(*frames(1, [[1, 2, 3]], [[3, 2, 1]])).iloc[0]
     assert single["kendall"] == -1 and math.isnan(single["kendall_low"])
+    without = [table.drop(columns="seed") for table in frames(1, [[1, 2, 3]], [[3, 2, 1]])]  # as the tables of one model are
+    pd.testing.assert_series_equal(wb.cheap_agreement(*without).iloc[0], single)
     flat = wb.cheap_agreement(*frames(1, [[1, 2, 3]], [[1, 1, 1]])).iloc[0]
     assert flat["seeds"] == 0 and math.isnan(flat["spearman"])
 

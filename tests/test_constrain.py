@@ -709,6 +709,31 @@ def test_a_module_under_two_names_is_replaced_under_both():
     assert compressed.again[0] is compressed.down and parametrize.is_parametrized(compressed.down, "weight_hh_l0_reverse")
 
 
+@pytest.mark.parametrize(("trained", "asked", "moved"), [
+    (TopK(0.5), TopK(0.25), "TopK 0.25"), (Dense(), BlockCirculant(4), "BlockCirculant 4"),
+    (BlockCirculant(2), LowRank(2), "LowRank 2"), (TopK(0.5), RowBalanced(0.5), "RowBalanced 0.5"),
+])
+def test_pack_refuses_a_training_that_a_projection_would_undo(trained, asked, moved):
+    torch.manual_seed(0)
+    model = nn.LSTM(8, 8)
+    signals = calibrate(model, [torch.randn(5, 3, 8)])
+    plans = {method: uniform(model, method, 6, signals) for method in (trained, asked)}
+    compressed = compress(model, plans[trained])
+    with pytest.raises(ValueError, match=rf"in the sets of its plan, got [1-8] blocks .*, which {moved} would move by .* %: "
+                                         r"end a retraining schedule with step\(1\.0\)"):
+        pack(compressed, plans[asked])
+    assert pack(bake(compressed), plans[asked]).cr_disk > 1  # one-shot, as asked for
+
+
+def test_pack_takes_a_constrained_model_under_any_plan_that_holds_it():
+    torch.manual_seed(0)
+    model = nn.LSTM(8, 8)
+    signals = calibrate(model, [torch.randn(5, 3, 8)])
+    compressed = compress(model, uniform(model, BlockCirculant(4), 4, signals))
+    for wider in (BlockCirculant(4, "fft"), Dense()):
+        assert pack(compressed, uniform(compressed, wider, 8, signals)).cr_disk > 1
+
+
 def test_attach_refuses_packed_models_of_other_models(model, plan):
     packed = pack(model, plan)
     for exchanged in ((packed, model), (model, model)):

@@ -534,6 +534,13 @@ def test_every_kind_of_layer_and_table_survives_the_file(kind, tmp_path):
                 assert np.array_equal(*(one.tables[function].lookup(q, in_fmt, out_fmt) for one in (layer, loaded)))
     assert [[layer.output_size for layer in directions] for directions in again.stack("lstm")] == [[4, 4], [8, 8]]
     assert again.paths == ["lstm", "decoder.gru"] and len(again.stack("decoder.gru")) == 1
+    with pytest.raises(ValueError, match="PackedModel has the recurrent modules 'lstm', 'decoder.gru', none at 'gru'"):
+        again.stack("gru")
+    assert repr(again).startswith("<PackedModel of lstm.l0, lstm.l0_reverse, ")
+    assert f"cr_disk {again.cr_disk:.4g}, " in repr(again)
+    layer = again.layers["lstm.l0"]
+    assert repr(layer) == (f"<PackedLayer, LSTM, {layer.input_size} to {layer.output_size}: "
+                           f"{sum(block.storage_bits for block in layer.blocks.values()) / 8:,.6g} bytes of matrices>")
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -548,6 +548,9 @@ def test_calibrate_refuses(lstm):
         calibrate(lstm, [])
     with pytest.raises(ValueError, match="needs several batches, each the model's arguments, got one Tensor"):
         calibrate(lstm, torch.zeros(2, 2, 3).double())
+    pair = torch.zeros(2, 2, 3).double(), torch.zeros(2)  # as a loader of examples gives them
+    with pytest.raises(ValueError, match=r"without targets, got one of 2 for Sequential\.forward\(input\): too many"):
+        calibrate(nn.Sequential(lstm), [pair])
     with pytest.raises(ValueError, match="calibrate knows the clipping rules max, percentile, mse, got 'least'"):
         calibrate(lstm, [torch.zeros(2, 2, 3).double()], clip="least")
     for rnn in (nn.RNN(3, 5), nn.Sequential(lstm, nn.GRUCell(5, 5))):

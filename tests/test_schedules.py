@@ -1,5 +1,6 @@
 """Retraining schedules: strengths by hand, what the optimizer holds, exact members at the end, own loops, resuming."""
 
+import warnings
 from dataclasses import dataclass, replace
 
 import pytest
@@ -248,6 +249,23 @@ def test_the_optimizer_goes_on_with_the_new_parameters(model):
     train()
     assert all(not torch.equal(p, b) for p, b in zip(schedule.model.parameters(), before, strict=True))
     assert [group["lr"] for group in optimizer.param_groups] == [0.0025, 0.025]
+
+
+@pytest.mark.parametrize("handed", [False, True])
+def test_an_optimizer_that_holds_the_weights_of_before_is_warned_of(model, handed):
+    schedule = wb.gradual(model, hybrid(model), stages=2, until=0.5)
+    optimizer, warned = torch.optim.SGD(schedule.model.parameters(), 0.1), []
+    for n in range(6):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            schedule.step(n / 6, optimizer if handed else None)
+        warned += [(n, str(warning.message)) for warning in caught]
+        optimizer.zero_grad()
+        loss_of(schedule.model).backward()
+        optimizer.step()
+    assert schedule.entered == 2
+    assert [n for n, _ in warned] == ([] if handed else [3, 4])  # a step after each stage, once
+    assert all("none has moved since its stage began" in text for _, text in warned)
 
 
 def test_frozen_weights_stay_out_of_the_optimizer(model):

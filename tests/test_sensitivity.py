@@ -423,6 +423,19 @@ def test_stability_of_the_classes_by_hand():
     assert stability["sensitive in compressions"].tolist() == [1, 1, 1, 0] and set(stability["compressions"]) == {3}
 
 
+def test_a_table_of_one_model_counts_as_one_seed():
+    of_one = measured({("TopK 0.25", 4): {0: [0, 0, 5, 0] * 2}})
+    for verb in (class_stability, rank_blocks):
+        pd.testing.assert_frame_equal(verb(of_one.drop(columns="seed")), verb(of_one), check_like=True)
+    assert class_stability(of_one.drop(columns="seed"))["seeds"].tolist() == [1] * 4
+
+
+def test_a_loop_is_not_sent_to_other_processes():
+    loop = Loop(evaluate=lambda model: 0.0, batches=[torch.zeros(3, 1, 4)])
+    with pytest.raises(ValueError, match="processes of its own, to which the functions of a Loop cannot be sent"):
+        sensitivity_over_seeds(loop, {0: torch.nn.LSTM(4, 4)}, [TopK(0.5)], bits=4, epochs=0, workers=1)
+
+
 def test_the_tables_of_a_ranking_by_hand():
     ranks = rank_blocks(measured(LOSSES))
     table = tables.ranking_table(ranks).set_index("block")

@@ -20,7 +20,7 @@ from workbench.models import seeded
 from workbench.packed import PARTS
 from workbench.plan import pack_block, plan_block
 from workbench.quantise import float_signals, recurrent_calls
-from workbench.sensitivity import Loop, asked_widths, batches_of, check_sensitivity
+from workbench.sensitivity import Loop, asked_widths, batches_of, check_sensitivity, with_seed
 from workbench.tasks import LanguageTask, Task
 from workbench.train import batch_losses, device_of, no_cudnn, t_interval
 
@@ -112,7 +112,7 @@ def _sizes(model, task, count) -> dict[tuple[str, str], torch.Tensor]:
     return {key: (total / steps[key]).sqrt() for key, total in squares.items()}
 
 
-def cheap_over_seeds(task: Task | LanguageTask, dense: dict[int, torch.nn.Module], methods: list[Method], *,
+def cheap_over_seeds(task: Task | LanguageTask | Loop, dense: dict[int, torch.nn.Module], methods: list[Method], *,
                      bits: int | list[int]) -> pd.DataFrame:
     """cheap_sensitivity of every seed's model, one below the other, with the seed as a column."""
     return pd.concat([cheap_sensitivity(model, task, methods, bits=bits, seed=seed).assign(seed=seed)
@@ -122,14 +122,15 @@ def cheap_over_seeds(task: Task | LanguageTask, dense: dict[int, torch.nn.Module
 def cheap_agreement(cheap: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
     """How well the cheap scores rank what was measured: one row per compression, score and truth.
 
-    cheap: as cheap_over_seeds gives it; measured: as sensitivity_over_seeds, of the same blocks, compressions and seeds.
+    cheap: as cheap_over_seeds or cheap_sensitivity gives it; measured: as sensitivity_over_seeds or sensitivity_table, of the
+    same blocks, compressions and seeds.
     compression: the blocks of one compression ranked, or "all choices": every block under every compression, which is what an
     allocation chooses from. truth: the validation loss "one-shot" and, where the measurement retrained, "retrained". Columns:
     compression, score, truth, seeds, ranked (how many of each seed; the interval says nothing of others), and spearman and
     kendall (tau-b): mean over the seeds with the ends of its 95 % interval (Student's t; none from one seed) as _low and _high.
     A ranking without any difference is left out.
     """
-    keys = ["seed", "block", "compression"]
+    cheap, measured, keys = with_seed(cheap), with_seed(measured), ["seed", "block", "compression"]
     both = cheap.merge(measured[[*keys, "loss_before", "loss_after", "loss_dense"]], on=keys, validate="one_to_one")
     if not len(cheap) == len(measured) == len(both):
         raise ValueError(f"cheap_agreement needs the same seeds, blocks and compressions in both tables, got {len(cheap)} and "

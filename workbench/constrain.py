@@ -25,10 +25,12 @@ from workbench.gates import (
     weight,
     weights,
 )
-from workbench.methods import LowRank
+from workbench.methods import LowRank, method_label
 from workbench.packed import GATES, PROJECTION, PackedLayer, PackedModel, table_uses
 from workbench.plan import Plan, pack_block
 from workbench.quantise import as_given, time_first
+
+MOVED = 0.01  # of a block's norm: more than rounding does, 0.1 % of a low-rank product in bfloat16
 
 
 def constrained_code() -> list[str]:
@@ -153,15 +155,18 @@ def constrain_weights(model: nn.Module, plan: Plan) -> None:
 
 
 def pack(model: nn.Module, plan, original: nn.Module | None = None) -> PackedModel:
-    """The integers of a model under a plan. A model that is not constrained is projected first (one-shot).
+    """The integers of a model under a plan. A model that is not constrained is projected first (one-shot); a constrained one
+    must lie in the sets of this plan, whatever its formats, or a projection would undo its training unseen: else ValueError.
 
     original: the model before remove_units; compression ratios then start from its weights, in the file too. Overflow is
     decided here: a row that could leave the accumulator, or a bias that does not fit 32 bits, is Unpackable, a ValueError.
     """
     plan = Plan.read(plan)
+    constrained = [path for path, rnn in rnns(model).items() if _parametrized(rnn)]
     model = bake(model)
     plan.check(model)
     known, packed, rnn_bias_params = blocks(model), {}, 0
+    _check_members(plan, {name: weight(model, name) for name, block in known.items() if block.rnn in constrained})
     for name, layer in layers(model).items():
         rnn, signals = rnns(model)[layer.rnn], plan.signals[name]
         mine = {b.name: _packed_block(model, plan, b.name) for b in known.values() if b.layer == layer}
@@ -180,6 +185,20 @@ def pack(model: nn.Module, plan, original: nn.Module | None = None) -> PackedMod
     biases = sum(b.numel() for name, layer in layers(original).items() if rnns(original)[layer.rnn].bias
                  for b in merged_bias(rnns(original)[layer.rnn], layer.suffix).values())
     return packed.with_original(dense_weights(blocks(original)), biases + _other_params(original))
+
+
+def _check_members(plan, ws):
+    """Refuse weights, block -> (out, in), that the plan's projection would move."""
+    moved = {}
+    for name, w in ws.items():
+        w, method = w.detach().double(), plan.blocks[name].method
+        lost = (method.project(w) - w).norm() / w.norm()
+        if lost > MOVED:
+            moved[name] = f"{name}, which {method_label(method)} would move by {100 * lost:.3g} %"
+    if moved:
+        raise ValueError(f"pack needs a constrained model in the sets of its plan, got {len(moved)} blocks that are not, first "
+                         f"{next(iter(moved.values()))}: end a retraining schedule with step(1.0), or give the plan that the "
+                         "model was compressed to; bake(model) first to have it projected all the same")
 
 
 def _other_params(model):

@@ -116,7 +116,7 @@ class Answer:
         schedule = self.schedules[self.question.method]
         return {"cr_disk": self.packed.cr_disk, "cr_model": self.packed.cr_model, "rnn_bytes": self.packed.storage_bits // 8,
                 "bits": self.packed.mean_bits,
-                "step_us": schedule.steady_state_cycles / schedule.mapping.spec.clock_mhz
+                "step_us": schedule.step_us
                 } | self.hardware()[self.question.method].to_dict()
 
     def sentence(self) -> str:

@@ -609,7 +609,7 @@ class PackedLowRank(_Stored):
 FORMS = {"dense": PackedDense, "sparse": PackedSparse, "circulant": PackedCirculant, "lowrank": PackedLowRank}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PackedLayer:
     """One layer and direction of an LSTM or GRU in integers.
 
@@ -765,6 +765,10 @@ class PackedLayer:
         """Names of the circulant blocks on the fft datapath."""
         return [name for name, block in self.blocks.items() if isinstance(block, PackedCirculant) and block.spectral]
 
+    def __repr__(self):
+        bits = sum(block.storage_bits for block in self.blocks.values())
+        return f"<PackedLayer, {self.cell}, {self.input_size} to {self.output_size}: {bits / 8:,.6g} bytes of matrices>"
+
     @property
     def input_size(self) -> int:
         return self.block("ih", self.gates[0]).shape[1]
@@ -842,7 +846,7 @@ def _layer_place(name: str) -> tuple[str, int, bool]:
     return path, int(found[1]), bool(found[2])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PackedModel:
     """All packed layers of a model. layers: layer name ("lstm.l0") -> PackedLayer.
 
@@ -880,6 +884,10 @@ class PackedModel:
                         f"input formats of the next must be the same, got {', '.join(map(str, formats))}; {width} values pass, "
                         f"{' and '.join(str(layer.input_size) for layer in above)} are taken")
 
+    def __repr__(self):
+        return (f"<PackedModel of {', '.join(self.layers)}: {self.storage_bits / 8:,.6g} bytes of matrices, cr_disk "
+                f"{self.cr_disk:.4g}, cr_model {self.cr_model:.4g}>")
+
     @property
     def paths(self) -> list[str]:
         """Paths of the recurrent modules."""
@@ -889,6 +897,8 @@ class PackedModel:
         """The layers of one recurrent module from the first on, each (forward,) or (forward, reverse)."""
         places = {_layer_place(name): layer for name, layer in self.layers.items()}
         mine = [place for place in places if place[0] == path]
+        if not mine:
+            raise ValueError(f"PackedModel has the recurrent modules {', '.join(map(repr, self.paths))}, none at {path!r}")
         indices, directions = sorted({place[1] for place in mine}), sorted({place[2] for place in mine})
         whole = [(path, index, reverse) for index in range(len(indices)) for reverse in range(len(directions))]
         if sorted(mine) != whole:

@@ -1,5 +1,6 @@
 """Number formats from data: for weights by least squared error, for the signals of a layer by calibration."""
 
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -268,7 +269,9 @@ def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
         with torch.no_grad(), evaluating(model):
             for batch in batches:
                 several = isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence)
-                model(*batch) if several else model(batch)
+                arguments = batch if several else (batch,)
+                _check_arguments(model, arguments)
+                model(*arguments)
                 seen += 1
                 yield from calls
                 calls.clear()
@@ -277,6 +280,14 @@ def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
             handle.remove()
     if not seen:
         raise ValueError("calibrate needs at least one batch, got none: empty, or a generator used before")
+
+
+def _check_arguments(model, arguments):
+    try:
+        inspect.signature(model.forward).bind(*arguments)
+    except TypeError as error:
+        raise ValueError(f"calibrate needs batches of the model's arguments, without targets, got one of {len(arguments)} for "
+                         f"{type(model).__name__}.forward{inspect.signature(model.forward)}: {error}") from error
 
 
 def time_first(rnn: nn.RNNBase, x, state):

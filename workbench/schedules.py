@@ -31,13 +31,14 @@ class RetrainingSchedule:
 
     Entering a stage compresses the model again, in place: its recurrent weights get other parameters. An optimizer that was
     made before holds the old ones and would train nothing, so `step` exchanges them there; their moments start anew, its
-    learning rate, its other parameters and a learning rate schedule on it go on.
+    learning rate, its other parameters and a learning rate schedule on it go on. An optimizer that goes on without that is
+    warned of at the next step.
     """
 
     def __init__(self, model: nn.Module, stages: list[tuple[float, Plan]]):
         # One that changes nothing would only cost the optimizer its moments.
         self.stages = [stage for n, stage in enumerate(stages) if not n or stage[1] != stages[n - 1][1]]
-        self.entered, self.begun = 0, False
+        self.entered, self.begun, self.fresh = 0, False, None  # fresh: the parameters as a stage began, until one has moved
         self.model = compress(model, stages[0][1])
         for _, plan in self.stages[1:]:
             plan.check(self.model)
@@ -73,6 +74,7 @@ class RetrainingSchedule:
         if isinstance(optimizer, torch.optim.LBFGS) and len(self.stages) > 1:
             raise ValueError("a retraining schedule cannot exchange parameters inside LBFGS, which keeps lists of its own: "
                              "call step without it, and make it anew where that gives True")
+        self._warn_untrained()
         starts = [start for start, _ in self.stages]
         stage = bisect_right(starts, progress) - 1
         if stage <= self.entered:
@@ -87,11 +89,23 @@ class RetrainingSchedule:
         make_plain(self.model)
         constrain_weights(self.model, self.stages[stage][1])
         self.entered, self.begun = stage, True
+        new = _parameters(self.model)
+        self.fresh = [p.detach().clone() for p in new]
         if optimizer is not None:
-            _exchange(optimizer, old, _parameters(self.model))
+            _exchange(optimizer, old, new)
         if passed_over:
             _warn_passed_over("stages", min(b - a for a, b in pairwise(starts)))
         return True
+
+    def _warn_untrained(self):
+        now = _parameters(self.model)
+        if self.fresh is None or not any(p.grad is not None and p.grad.any() for p in now):
+            return
+        if all(map(torch.equal, self.fresh, now)):
+            warnings.warn("a retraining schedule's recurrent weights have gradients, and none has moved since its stage began: "
+                          "an optimizer that lives on holds those of before; hand it to step(progress, optimizer), or make it "
+                          "anew where step gives True", stacklevel=3)
+        self.fresh = None
 
     def penalty(self) -> torch.Tensor | float:
         """To be added to the loss."""

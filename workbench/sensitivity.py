@@ -244,12 +244,19 @@ def sensitive_gates(classes: pd.DataFrame) -> list[str]:
     return classes.loc[classes["class"] == "sensitive", "gate"].tolist()
 
 
+def with_seed(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of one model, which has no column `seed`, as one of several with a single seed."""
+    return table if "seed" in table else table.assign(seed=0)
+
+
 def class_stability(table: pd.DataFrame) -> pd.DataFrame:
-    """How the classes hold when less is looked at; table: of several seeds, as sensitivity_over_seeds gives it.
+    """How the classes hold when less is looked at; table: as sensitivity_over_seeds or sensitivity_table gives it.
 
     One row a gate: its class from everything, from each seed alone (columns `seed N`), in how many seeds it is sensitive,
     and in how many compressions, each taken alone over all seeds.
     """
+    table = with_seed(table)
+
     def class_of(rows):
         return classify(rows).set_index("gate")["class"]
 
@@ -263,13 +270,13 @@ def class_stability(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def rank_blocks(table: pd.DataFrame) -> pd.DataFrame:
-    """Every block's rank in each ranking; table: of several seeds, as sensitivity_over_seeds gives it.
+    """Every block's rank in each ranking; table: as sensitivity_over_seeds or sensitivity_table gives it.
 
     A ranking is one compression on one seed's model; rank 1 has the largest excess loss, equal ones share the mean of
     their ranks. Columns: method, bits, compression, seed, block, gate, excess_loss, rank, top_quarter (bool; where less
     than four blocks are ranked it holds the first one).
     """
-    ranks = table[["method", "bits", "compression", "seed", "block", "gate", "excess_loss"]].copy()
+    ranks = with_seed(table)[["method", "bits", "compression", "seed", "block", "gate", "excess_loss"]].copy()
     ranks["rank"] = ranks.groupby(["compression", "seed"])["excess_loss"].rank(ascending=False)
     ranks["top_quarter"] = ranks["rank"] <= max(1, ranks["block"].nunique() / 4)
     return ranks

@@ -38,6 +38,7 @@ from workbench.plan import Plan, plan_block, uniform
 from workbench.quantise import calibrate
 from workbench.sensitivity import (
     LOSSLESS_BITS,
+    Loop,
     Strength,
     calibration_batches,
     check_epochs,
@@ -246,7 +247,11 @@ def _once(model, task, key, checkpoints, training, constraints=(), schedule=None
 
 def sensitivity_over_seeds(task: Task, dense: dict[int, torch.nn.Module], methods: list[Method], *,
                            bits: int | list[int], epochs: int, workers: int, device: str | None = None) -> pd.DataFrame:
-    """sensitivity_table of every seed's model, one below the other, with the seed as a column."""
+    """sensitivity_table of every seed's model, one below the other, with the seed as a column. ValueError for a Loop."""
+    if isinstance(task, Loop):
+        raise ValueError("sensitivity_over_seeds measures in processes of its own, to which the functions of a Loop cannot be "
+                         "sent: call sensitivity_table for each seed's model and give pandas.concat the tables, each with "
+                         ".assign(seed=...)")
     jobs = [(model, task, methods, bits, epochs, seed, device) for seed, model in dense.items()]
     tables = parallel(_sensitivity, jobs, workers, "sensitivity")
     return pd.concat([table.assign(seed=seed) for seed, table in zip(dense, tables, strict=True)], ignore_index=True)

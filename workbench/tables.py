@@ -356,14 +356,14 @@ def smallest_array_table(rows: list[dict]) -> pd.DataFrame:
 
 
 def energy_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
-    """Modelled dynamic energy of the sequence, "low to high" in nJ: a row an event and their sum, a column a plan."""
+    """Modelled dynamic energy of the whole sequence, "low to high" in nJ: a row an event and their sum, a column a plan."""
     columns = {}
     for label, schedule in schedules.items():
         modelled = energy(schedule.counts())
         columns[label] = {row["event"]: _interval(row["low_pj"], row["high_pj"]) for row in modelled.rows}
         columns[label] |= {"dynamic, total": _interval(modelled.low_pj, modelled.high_pj), "static": STATIC_POWER,
                            "dynamic + static": STATIC_POWER}
-    return pd.DataFrame(columns)
+    return pd.DataFrame(columns).rename_axis("nJ of the sequence")
 
 
 def _interval(low_pj, high_pj):

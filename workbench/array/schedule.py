@@ -402,6 +402,15 @@ def _period(rows, depth):
 class Readings:
     """What is read alike off the operations of one stage or of several in turn."""
 
+    def __repr__(self):
+        return (f"<{type(self).__name__} of {self.steps} steps, batch {self.mapping.batch}: {self.steady_state_cycles:,.6g} "
+                f"cycles a step, {self.cycles:,} in all, mostly for {self.bound}>")
+
+    @property
+    def step_us(self) -> float:
+        """Microseconds of a step in the steady state, at the clock that the spec assumes."""
+        return self.steady_state_cycles / self.mapping.spec.clock_mhz
+
     @property
     def cycles_per_item(self) -> float:
         """Steady-state cycles by which one more step of one item costs; the latency of a step is longer in a batch."""
@@ -430,7 +439,7 @@ class Readings:
         return max(BOUND_BY, key=lambda name: sum(split[kind] for kind in BOUND_BY[name]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Schedule(Readings):
     """The operations of a sequence. candidates: what the scheduler compared, a row each: layout, least_cycles (bound by
     multiplications and loads), and steady_state_cycles and cr_chip where it was scheduled, or why it was refused. by_row:
@@ -673,5 +682,8 @@ def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layo
 
 
 def schedule_layers(layers: dict[str, PackedLayer], spec: ArraySpec, steps: int) -> dict[str, Schedule]:
-    """Label -> schedule_layer of that layer, each with its own best layout."""
+    """Label -> schedule_layer of that layer, each with its own best layout. layers: as of PackedModel.layers."""
+    if not isinstance(layers, dict):
+        raise TypeError("schedule_layers needs a dict of PackedLayers, as PackedModel.layers is, got a "
+                        f"{type(layers).__name__}")
     return {label: schedule_layer(layer, spec, steps) for label, layer in layers.items()}

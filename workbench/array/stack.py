@@ -30,7 +30,7 @@ from workbench.array.spec import ArraySpec, ceil_div
 from workbench.packed import PackedLayer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StagedSchedule(Readings):
     """Schedules in turn, each a stage with a configuration of its own that begins when the one before has ended.
 
