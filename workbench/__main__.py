@@ -241,9 +241,9 @@ def train_command(task, cell, hidden_size, num_layers, seed, epochs, device, che
 @main.command("tasks")
 def tasks_command():
     """List the data sets."""
-    from workbench.tasks import TASKS
+    from workbench.tasks import descriptions
 
-    _list(TASKS)
+    _list(descriptions())
 
 
 @main.command("methods")
@@ -251,12 +251,12 @@ def methods_command():
     """List the compression methods."""
     from workbench.methods import METHODS
 
-    _list(METHODS)
+    _list({name: method.__doc__.splitlines()[0] for name, method in METHODS.items()})
 
 
 def _list(table):
-    for name, entry in table.items():
-        click.echo(f"{name:<20} {entry.__doc__.splitlines()[0]}")
+    for name, text in table.items():
+        click.echo(f"{name:<20} {text}")
 
 
 if __name__ == "__main__":

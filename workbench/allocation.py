@@ -24,7 +24,7 @@ from workbench.budget import (
     uniform_plan,
 )
 from workbench.gates import blocks, check_gates, dense_weights, weights
-from workbench.methods import METHODS, Method, method_from_label
+from workbench.methods import METHODS, Method, check_family, method_from_label, method_label
 from workbench.packed import PackedModel
 from workbench.plan import Plan, plan_block
 from workbench.quantise import calibrate
@@ -80,11 +80,14 @@ class Allocation:
 
 def choices_to_measure(model: torch.nn.Module, families=None) -> list[Method]:
     """Members of each family that store about 1/2, 1/4, ... 1/64 of the weights: what sensitivity_table may measure for an
-    allocation at any ratio. families: of METHODS, all by default; one without a member for every block, as where a power of two
-    divides no rows, is left out with a warning."""
+    allocation at any ratio, their numbers with four significant digits. families: of METHODS, all by default; one without a
+    member for every block, as where a power of two divides no rows, is left out with a warning."""
+    families = list(METHODS.values()) if families is None else families
+    for family in families:
+        check_family("choices_to_measure", family)
     ws = list(weights(model).values())
     found = {}
-    for family in METHODS.values() if families is None else families:
+    for family in families:
         try:
             members = ladder(ws, family)
         except OutOfReach as error:
@@ -92,7 +95,7 @@ def choices_to_measure(model: torch.nn.Module, families=None) -> list[Method]:
             continue
         for share in SHARES:
             if (member := strongest_member(members, ws, share)) is not None:
-                found[member] = None
+                found[method_from_label(method_label(member))] = None
     return list(found)
 
 
@@ -127,6 +130,10 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
                          + (" and ".join(asked) or "none"))
     if signals is None:
         raise ValueError("allocate needs the signals of the plan, as calibrate gives them")
+    if array is not None and not isinstance(array, ArraySpec):
+        raise ValueError(f"allocate needs an ArraySpec as array, as array.preset gives it, got {array!r}")
+    if isinstance(sensitive, str):
+        raise ValueError(f"allocate needs a list of gates as sensitive, got {sensitive!r}")
     _check_table(table, known)
     ((name, value),) = asked.items()
     cost, budget = _budget(name, value, known, array)
@@ -211,6 +218,8 @@ def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
 
 
 def _check_table(table, known):
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(f"allocate needs a table, as sensitivity_table gives it, got a {type(table).__name__}")
     if missing := [column for column in MEASURED if column not in table]:
         raise ValueError(f"allocate needs a table with the columns {', '.join(MEASURED)}, got none named {', '.join(missing)}")
     if unknown := set(table["block"]) ^ set(known):

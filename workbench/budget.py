@@ -9,7 +9,7 @@ import torch
 from workbench.constrain import Unpackable, pack
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, dense_weights, weights
-from workbench.methods import Method
+from workbench.methods import Method, check_family
 from workbench.packed import PackedModel
 from workbench.plan import Plan, uniform
 
@@ -107,6 +107,7 @@ def uniform_plan(model: torch.nn.Module, family: type[Method], bits: int, target
 
 def first_uniform(model: torch.nn.Module, family: type[Method], bits: int, target_cr_disk: float, signals, make: Callable):
     """make(plan) of the first width, in the order of uniform_plan, for whose plan that is not OutOfReach."""
+    check_family("uniform_plan", family)
     check_target(target_cr_disk)
     check_bits(bits)
     ws = list(weights(model).values())

@@ -48,12 +48,12 @@ def cheap_sensitivity(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     for name, w in weights(model).items():
         block, w = known[name], w.double()
         for method, width in itertools.product(methods, asked_widths(bits)):
-            entry = plan_block(w, method, width)
+            entry, label = plan_block(w, method, width), method_label(method, exact=True)
             packed = pack_block(w, entry)  # of a product of factors finer than their format
             d = torch.from_numpy(packed.dense() * 2.0**-packed.frac).to(w) - w
             rows.append({
-                "block": name, "gate": block.gate, "method": method_label(method), "bits": width,
-                "compression": f"{method_label(method)} at {width} bits",
+                "block": name, "gate": block.gate, "method": label, "bits": width,
+                "compression": f"{label} at {width} bits",
                 "magnitude": d.square().sum().item(),
                 "activation": (d.abs() @ sizes[block.layer.name, block.part]).sum().item(),
                 "gradient": (gradients[name] * d).abs().sum().item(),

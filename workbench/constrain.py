@@ -158,13 +158,16 @@ def pack(model: nn.Module, plan, original: nn.Module | None = None) -> PackedMod
     """The integers of a model under a plan. A model that is not constrained is projected first (one-shot); a constrained one
     must lie in the sets of this plan, whatever its formats, or a projection would undo its training unseen: else ValueError.
 
-    original: the model before remove_units; compression ratios then start from its weights, in the file too. Overflow is
+    original: the model before remove_units; compression ratios then start from its weights, in the file too; one with other
+    layers, or whose blocks are not at least as large, is a ValueError. Overflow is
     decided here: a row that could leave the accumulator, or a bias that does not fit 32 bits, is Unpackable, a ValueError.
     """
     plan = Plan.read(plan)
     constrained = [path for path, rnn in rnns(model).items() if _parametrized(rnn)]
     model = bake(model)
     plan.check(model)
+    if original is not None:
+        _check_original(model, original)
     known, packed, rnn_bias_params = blocks(model), {}, 0
     _check_members(plan, {name: weight(model, name) for name, block in known.items() if block.rnn in constrained})
     for name, layer in layers(model).items():
@@ -185,6 +188,21 @@ def pack(model: nn.Module, plan, original: nn.Module | None = None) -> PackedMod
     biases = sum(b.numel() for name, layer in layers(original).items() if rnns(original)[layer.rnn].bias
                  for b in merged_bias(rnns(original)[layer.rnn], layer.suffix).values())
     return packed.with_original(dense_weights(blocks(original)), biases + _other_params(original))
+
+
+def _check_original(model, original):
+    small, large = ({name: tuple(w.shape) for name, w in weights(m).items()} for m in (model, original))
+    if list(small) != list(large):
+        raise ValueError("pack needs as original the model before remove_units, with the same layers, got one with the blocks "
+                         f"{', '.join(large)} for {', '.join(small)}")
+    (first, *others), (its, *_) = rnns(model).values(), rnns(original).values()
+    if not others and first.input_size != its.input_size:  # with others, units of one may have been inputs of another
+        raise ValueError("pack needs as original the model before remove_units, which takes the same inputs, got "
+                         f"{its.input_size} for {first.input_size}")
+    for name, shape in small.items():
+        if shape[0] > large[name][0] or shape[1] > large[name][1]:
+            raise ValueError("pack needs as original the model before remove_units, which has blocks at least as large, got "
+                             f"{large[name]} for the {shape} of {name}")
 
 
 def _check_members(plan, ws):

@@ -162,6 +162,7 @@ def check_whole(who, name, value, least, most=math.inf):
 
 # Encodings of a sparse block. encode(block) gives its words (values in the order of storage, zero where a place stays
 # empty) and its indices, places(shape, indices) the row and the column of every word; the counts size what a file must hold.
+# padding(block, words): those of the words that stand for no place of the pattern, only bridge a gap.
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,9 @@ class Relative:
         indices = np.full(count, (1 << self.width) - 1, dtype=np.int64)
         padded[numbers], indices[numbers] = words, gaps & ((1 << self.width) - 1)
         return padded.ravel(), indices
+
+    def padding(self, packed, words) -> int:
+        return words.size - _tiles(packed, self.block)[1].size
 
     def index_width(self, shape) -> int:
         return self.width
@@ -216,6 +220,9 @@ class Bitmap:
         present = np.zeros(self.index_count(packed.shape, words.size), dtype=np.int64)
         present[tiles] = 1
         return words.ravel(), present
+
+    def padding(self, packed, words) -> int:
+        return 0
 
     def index_width(self, shape) -> int:
         return 1
@@ -272,6 +279,9 @@ class Banks:
         words[places], indices[places] = packed.values[order], packed.cols[order] // self.banks
         return words, indices
 
+    def padding(self, packed, words) -> int:
+        return 0
+
     def index_width(self, shape) -> int:
         return (-(-shape[1] // self.banks) - 1).bit_length()
 
@@ -314,6 +324,9 @@ class Diagonals:
             raise ValueError(f"{self} needs the weights of each tile on one wrapped diagonal")
         return words, indices
 
+    def padding(self, packed, words) -> int:
+        return 0
+
     def index_width(self, shape) -> int:
         return (self.period - 1).bit_length()
 
@@ -329,20 +342,44 @@ class Diagonals:
         return group * self.period + (cols // stride - indices[group * stride + cols % stride]) % self.period, cols
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A word for every place in row-major order, zeros included: no index, the cheapest where few weights are zero."""
+
+    def encode(self, packed):
+        return packed.dense().ravel(), np.zeros(0, dtype=np.int64)
+
+    def padding(self, packed, words) -> int:
+        return 0
+
+    def index_width(self, shape) -> int:
+        return 0
+
+    def index_count(self, shape, words) -> int:
+        return 0
+
+    def word_count(self, shape, indices) -> int:
+        return shape[0] * shape[1]
+
+    def places(self, shape, indices):
+        return np.divmod(np.arange(shape[0] * shape[1]), shape[1])
+
+
 def tile_encodings(block: int = 1) -> tuple:
-    """What any block can be stored in, by tiles of block x block."""
-    return (*(Relative(width, block) for width in range(2, 9)), Bitmap(block))
+    """What any block can be stored in, by tiles of block x block or whole."""
+    return (*(Relative(width, block) for width in range(2, 9)), Bitmap(block), Whole())
 
 
-ENCODINGS = {cls.__name__: cls for cls in (Relative, Bitmap, Banks, Diagonals)}
+ENCODINGS = {cls.__name__: cls for cls in (Relative, Bitmap, Banks, Diagonals, Whole)}
 
 
 @dataclass(frozen=True)
 class PackedSparse(_Stored):
     """Non-zero weights with their positions. rows, cols, values: (nnz,) int64, sorted row by row.
 
-    On disk: the encoding that takes the fewest bytes (of equal ones the first). Words of value zero, which pad long gaps,
-    tiles and banks, count as index bits. An encoding that the positions do not follow raises ValueError.
+    On disk: the encoding that takes the fewest bytes (of equal ones the first). Stored values are the words that it writes,
+    zeros at places of its pattern too; words that only bridge a long gap count as index bits. An encoding that the positions do
+    not follow raises ValueError.
     """
 
     shape: tuple[int, int]
@@ -375,7 +412,8 @@ class PackedSparse(_Stored):
 
     @property
     def stored_values(self) -> int:
-        return self.values.size
+        encoding, words, _ = self._encoded
+        return words.size - encoding.padding(self, words)
 
     def dense(self) -> np.ndarray:
         out = np.zeros(self.shape, dtype=np.int64)

@@ -252,7 +252,7 @@ def format_of(name: str) -> str:
 
 def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
     """(module path, (x (T, B, input_size), state or None, lengths or None)) of every call of a recurrent module while the
-    model, in evaluation mode, runs over the batches."""
+    model, in evaluation mode, runs over the batches. ValueError for the call of one that the model does not hold."""
     if isinstance(batches, (torch.Tensor, PackedSequence)):  # it would be read step by step
         raise ValueError("calibrate needs several batches, each the model's arguments, got one "
                          f"{type(batches).__name__}: give it in a list")
@@ -262,8 +262,15 @@ def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
         arguments = dict(zip(("input", "hx"), args, strict=False)) | kwargs  # the names of nn.LSTM.forward
         calls.append((path, time_first(rnn, arguments["input"], arguments.get("hx"))))
 
+    modules = rnns(model)
+
+    def refuse_others(module, args):
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not any(module is rnn for rnn in modules.values()):
+            raise ValueError(f"{type(model).__name__} calls an nn.{type(module).__name__} that is none of its modules, as one "
+                             "in a plain list or dict, and would be left out: keep it in an nn.ModuleList or nn.ModuleDict")
+
     hooks = [rnn.register_forward_pre_hook(lambda rnn, args, kwargs, path=path: hook(rnn, args, kwargs, path), with_kwargs=True)
-             for path, rnn in rnns(model).items()]
+             for path, rnn in modules.items()]
     seen = 0
     try:
         with torch.no_grad(), evaluating(model):
@@ -271,7 +278,11 @@ def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
                 several = isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence)
                 arguments = batch if several else (batch,)
                 _check_arguments(model, arguments)
-                model(*arguments)
+                others = nn.modules.module.register_module_forward_pre_hook(refuse_others)  # of every module that there is
+                try:
+                    model(*arguments)
+                finally:
+                    others.remove()
                 seen += 1
                 yield from calls
                 calls.clear()

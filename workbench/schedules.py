@@ -7,6 +7,7 @@ One small object for any training loop: `step(progress, optimizer)` before every
 import hashlib
 import json
 import math
+import numbers
 import warnings
 from bisect import bisect_right
 from dataclasses import replace
@@ -69,8 +70,10 @@ class RetrainingSchedule:
 
         Where it comes too seldom a stage is passed over, with a warning (of the first call it is no sign of that); a loop whose
         last step comes before `until` ends with step(1.0)."""
-        if not 0 <= progress <= 1:
-            raise ValueError(f"a retraining schedule needs a progress in [0, 1], got {progress}")
+        if not isinstance(progress, numbers.Real) or not 0 <= progress <= 1:
+            raise ValueError(f"a retraining schedule needs a progress in [0, 1], got {progress!r}")
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"a retraining schedule needs a torch.optim.Optimizer or none, got {optimizer!r}")
         if isinstance(optimizer, torch.optim.LBFGS) and len(self.stages) > 1:
             raise ValueError("a retraining schedule cannot exchange parameters inside LBFGS, which keeps lists of its own: "
                              "call step without it, and make it anew where that gives True")
@@ -177,6 +180,8 @@ def iterative(model: nn.Module, plan, groups: list[list[str]], *, until: float =
     plan = Plan.read(plan)
     _check_until("iterative", until)
     plan.check(model)
+    if not isinstance(groups, (list, tuple)) or any(isinstance(group, str) for group in groups):
+        raise ValueError(f"iterative needs a list of groups, each a list of gates, got {groups!r}")
     known = {name: block.gate for name, block in blocks(model).items()}
     named = [gate for group in groups for gate in group]
     if len(groups) < 2 or not all(groups) or sorted(named) != sorted(set(known.values())):

@@ -93,11 +93,13 @@ def _spread(count, most):
 
 def check_sensitivity(model: torch.nn.Module, methods: list[Method], bits: int | list[int], epochs: int) -> None:
     """Refuse methods, widths and epochs that sensitivity_table cannot measure on a model of this shape. No training."""
+    if not isinstance(methods, (list, tuple)):
+        raise ValueError(f"a sensitivity measurement needs a list of methods, got {methods!r}")
     for method in methods:
         check_method("a sensitivity measurement", method)
-    labels, widths = [method_label(method) for method in methods], asked_widths(bits)
+    labels, widths = [method_label(method, exact=True) for method in methods], asked_widths(bits)
     for label in labels:
-        method_from_label(label)  # the table holds labels, of which allocate makes methods again
+        method_from_label(label)  # the table holds labels, of which allocate makes the very methods again
     for what, asked in (("methods", labels), ("widths in bits", widths)):
         if not asked or len(set(asked)) != len(asked):
             raise ValueError(f"a sensitivity measurement needs different {what}, got {', '.join(map(str, asked)) or 'none'}")
@@ -133,7 +135,7 @@ def sensitivity_table(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     """One row per block, method and width: that block alone compressed, the others left at 16 bits.
 
     epochs 0 is the one-shot mode. Otherwise the model is retrained for that many epochs, and so is the uncompressed one,
-    whose loss of the same epoch is the reference. Columns: block, gate, method, bits, compression (method and width as
+    whose loss of the same epoch is the reference. Columns: block, gate, method (its exact label), bits, compression (both as
     text), cr_disk (of this block alone, packed before retraining), loss_dense, accuracy_dense (percent),
     loss_before, accuracy_before, loss_after, accuracy_after, recovered (share of the excess loss that came back, None
     where none was lost or nothing was retrained), recovery_epochs (first epoch with 90 % back, None if never or none was lost),
@@ -151,13 +153,14 @@ def sensitivity_table(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     for name, w in weights(model).items():
         block = known[name]
         for method, width in itertools.product(methods, asked_widths(bits)):
-            entry, compression = plan_block(w, method, width), f"{method_label(method)} at {width} bits"
+            entry, label = plan_block(w, method, width), method_label(method, exact=True)
+            compression = f"{label} at {width} bits"
             plan = Plan(reference.blocks | {name: entry}, signals)
             curve = retraining_curve(model, plan, task, epochs, seed, f"{name}, {compression}", device)
             excess = curve["loss"] - dense["loss"]  # (epochs + 1,)
             recovered, recovery_epochs = _recovery(excess) if epochs else (None, None)
             rows.append({
-                "block": name, "gate": block.gate, "method": method_label(method), "bits": width,
+                "block": name, "gate": block.gate, "method": label, "bits": width,
                 "compression": compression, "cr_disk": pack_block(w, entry).cr_disk,
                 "loss_dense": dense["loss"].iloc[-1], "accuracy_dense": dense["accuracy"].iloc[-1],
                 "loss_before": curve["loss"].iloc[0], "accuracy_before": curve["accuracy"].iloc[0],

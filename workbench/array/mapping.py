@@ -945,7 +945,7 @@ def least_cycles(layer: PackedLayer, spec: ArraySpec, layout: Layout, parts=None
         number = layout.region_of(block)
         region, (rows, cols) = layout.regions[number], block.shape
         if isinstance(block, PackedSparse):
-            busy[number] += max(ceil_div(block.stored_values, region.rows * region.cols), ceil_div(rows, region.rows))
+            busy[number] += max(ceil_div(block.values.size, region.rows * region.cols), ceil_div(rows, region.rows))
         else:
             unit = tile_unit(block, region, spec.acc_depth, layout.split_tiles)
             macs = 2 * unit - 2 if is_spectral(block) else unit * unit

@@ -14,7 +14,8 @@ from workbench.methods.sparse import TopK
 from workbench.methods.structured import Structured
 
 __all__ = ["METHODS", "BankBalanced", "BlockCirculant", "BlockSparse", "Dense", "LowRank", "Method", "RowBalanced",
-           "Structured", "TopK", "check_method", "method_from_json", "method_from_label", "method_label", "method_to_json"]
+           "Structured", "TopK", "check_family", "check_method", "method_from_json", "method_from_label", "method_label",
+           "method_to_json"]
 
 METHODS = {
     "Dense": Dense,
@@ -35,18 +36,29 @@ def check_method(who: str, method) -> None:
         raise ValueError(f"{who} needs methods, such as TopK(0.5), got {method!r}")
 
 
+def check_family(who: str, family) -> None:
+    if not isinstance(family, type) or not is_dataclass(family):
+        raise ValueError(f"{who} needs a family of methods, such as TopK without parameters, got {family!r}")
+
+
 def method_to_json(method: Method) -> dict:
     return {"name": type(method).__name__} | asdict(method)
 
 
-def method_label(method: Method) -> str:
+def method_label(method: Method, exact: bool = False) -> str:
     """Short text for tables and legends, for example "TopK 0.1694" or "BlockCirculant 8": the name and its parameters,
-    numbers with four significant digits, without the trailing ones that have their default."""
+    numbers with four significant digits or all (exact), without the trailing parameters that have their default."""
     shown = list(fields(method))
     while shown and getattr(method, shown[-1].name) == shown[-1].default:
         shown.pop()
-    values = [getattr(method, f.name) for f in shown]
-    return " ".join([type(method).__name__, *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)])
+    return " ".join([type(method).__name__, *(_number(getattr(method, f.name), exact) for f in shown)])
+
+
+def _number(value, exact):
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:.4g}"
+    return repr(value) if exact and float(short) != value else short
 
 
 def method_from_label(label: str) -> Method:
