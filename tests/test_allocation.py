@@ -11,12 +11,13 @@ from torch import nn
 from workbench import allocation
 from workbench.allocation import _choice_at, _least_losses, allocate, choices_to_measure, cycles_alone, cycles_in_turn
 from workbench.array import preset, schedule_layer
-from workbench.budget import OutOfReach, full_block
+from workbench.budget import OutOfReach, full_block, uniform_plan
 from workbench.constrain import pack
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, dense_weights, weights
-from workbench.methods import METHODS, BlockCirculant, Dense, LowRank, TopK, method_from_label
+from workbench.methods import METHODS, BlockCirculant, Dense, LowRank, RowBalanced, TopK, method_from_label
 from workbench.quantise import calibrate
+from workbench.sensitivity import Loop, sensitivity_table
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +244,28 @@ def test_alternatives_are_those_of_best_exchange(model, signals):
     assert (frame["bits"].iloc[:-1] == 4).all() and frame["takes"].isna().all()
 
 
+def test_of_two_larger_choices_the_one_of_more_gain_a_byte_is_told(model, signals):
+    """At 2 bits: 4 bits take 12 bytes for 0.75, 8 bits 36 for 1."""
+    table = measured(model, lambda name, method, bits: {2: 1.0, 4: 0.25, 8: 0.0}[bits], methods=["Dense"])
+    first = allocate(model, table, 16, signals).explain().iloc[0]
+    assert (first["bits"], first["takes"], first["for_gain"]) == (2, 12, 0.75)
+
+
+def test_what_was_measured_is_what_is_planned():
+    """Of 96 columns 1/64 keeps two weights a row, and 0.01562, which it looks like in four digits, one."""
+    torch.manual_seed(0)
+    model, x = nn.LSTM(192, 96), torch.randn(3, 2, 192)
+    loop = Loop(evaluate=lambda model: model(x)[0].square().mean(), batches=[x])
+    method = RowBalanced(1 / 64)
+    table = sensitivity_table(model, loop, [method], bits=[4])
+    assert set(table["method"]) == {"RowBalanced 0.015625"}
+    found = allocate(model, table, 20, calibrate(model, [x]))
+    assert {entry.method for entry in found.plan.blocks.values()} == {method}
+    one = found.chosen.set_index("block").loc["weight_hh_l0.i"]
+    measured_ = table.set_index("block").loc["weight_hh_l0.i"]
+    assert 32 * 96 * 96 / 8 / measured_["cr_disk"] == one["bytes"] == 96 + 168  # 192 words of 4 and of 7 bits
+
+
 def test_a_class_needs_a_choice_that_all_its_blocks_have(model, signals):
     table = measured(model, lambda name, method, bits: 0.0 if method == "TopK 0.5" else 1.0, ["TopK 0.5", "TopK 0.25",
                                                                                              "BlockCirculant 2"], (4,))
@@ -255,7 +278,7 @@ def test_a_class_needs_a_choice_that_all_its_blocks_have(model, signals):
 def test_what_is_measured_stores_a_half_to_a_64th(model):
     assert choices_to_measure(model, [Dense]) == [Dense()]
     # The largest block has 64 weights: 32, 16, ... 1 of them.
-    assert choices_to_measure(model, [TopK]) == [TopK(n / 64) for n in (32, 16, 8, 4, 2, 1)]
+    assert choices_to_measure(model, [TopK]) == [*(TopK(n / 64) for n in (32, 16, 8, 4, 2)), TopK(0.01562)]
     # 8 x 6 and 8 x 8: blocks of 2 store half; of 4, whose padding of 6 columns counts, 28.6 %; of 8 1/7.
     assert choices_to_measure(model, [BlockCirculant]) == [BlockCirculant(2), BlockCirculant(4), BlockCirculant(8)]
     assert {type(method) for method in choices_to_measure(model)} == set(METHODS.values())
@@ -301,9 +324,16 @@ def test_families_without_a_member_for_every_block_are_left_out_with_a_warning()
     assert {type(method) for method in found} == {TopK}
 
 
+@pytest.mark.parametrize("family", [TopK(0.5), "TopK"])
+def test_what_is_no_family_is_refused(model, signals, family):
+    for verb, arguments in ((choices_to_measure, ([family],)), (uniform_plan, (family, 6, 8, signals))):
+        with pytest.raises(ValueError, match=f"{verb.__name__} needs a family of methods, such as TopK without parameters"):
+            verb(model, *arguments)
+
+
 def test_messages(model, signals):
     table = measured(model, lambda *_: 0.0)
-    with pytest.raises(OutOfReach, match="allocate cannot reach cr_disk 100: the smallest choices take .* bytes of 13"):
+    with pytest.raises(OutOfReach, match=r"cannot reach cr_disk 100: the smallest choices take .* bytes of 13, cr_disk 1\d"):
         allocate(model, table, 100, signals)
     with pytest.raises(ValueError, match="a table of every block of the model, these differ: 0.weight_hh_l0.n"):
         allocate(model, table[table["block"] != "0.weight_hh_l0.n"], 4, signals)
@@ -323,6 +353,9 @@ def test_messages(model, signals):
          "an excess_loss that is a number .*, got nan of TopK 0.5 in 8 bits for 0.weight_hh_l0.n"),
         ({"most_cycles": 100}, "needs the array whose most_cycles are given"),
         ({"target_cr_disk": 4, "signals": None}, "needs the signals of the plan"),
+        ({"target_cr_disk": 4, "table": None}, "needs a table, as sensitivity_table gives it, got a NoneType"),
+        ({"target_cr_disk": 4, "array": "group4x4"}, "needs an ArraySpec as array, as array.preset gives it, got 'group4x4'"),
+        ({"target_cr_disk": 4, "sensitive": "rz"}, "needs a list of gates as sensitive, got 'rz'"),
         ({"target_cr_disk": 4, "sensitive": ["g"]}, "allocate knows the gates r, z, n, got g"),
         ({"target_cr_disk": 4, "sensitive": ["n"]}, "needs a choice of BlockCirculant that is measured on all of 0.weight_ih"),
     ):

@@ -100,6 +100,13 @@ def test_other_budgets_schedules_and_fewer_units(page):
     assert set(classes.groupby(classes["block"].str.endswith(".g"))["method"].nunique()) == {1}
     assert free["predicted_loss"].sum() <= classes["predicted_loss"].sum() and free["bytes"].sum() <= classes["bytes"].sum()
     assert small["bytes"].sum() <= classes["bytes"].sum() and fast["cycles"].sum() <= 2000
+    assert names["stepwise"].entered == 2 and wb.pack(names["stepwise"].model, names["classes"].plan).cr_disk >= 18
+    assert names["gates"] == names["by_gate"].loc[names["by_gate"]["class"] == "sensitive", "gate"].tolist() != []
+    assert wb.pack(model := names["model"], names["two_classes"]).cr_disk >= 12 and len(names["cheap"]) == 4 * 32
+    kept, fresh = names["compressed"].state_dict(), wb.compress(model, names["plan"]).state_dict()
+    resumed = names["resumed"].state_dict()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in resumed.items())
+    assert not all(torch.equal(tensor, fresh[name]) for name, tensor in resumed.items())
     assert names["schedule"].entered == 1 and names["hybrid"].cr_disk >= 18
     # 16 features of 12 and units of 16 in two layers and directions; of 12 units 8 bits of 32.
     before, after = (2 * 4 * h * (12 + h) + 2 * 4 * h * 3 * h for h in (16, 12))

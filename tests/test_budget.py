@@ -65,7 +65,7 @@ def test_the_rule_by_hand(model, signals, monkeypatch, sizes, bits, width):
     assert chosen(uniform_plan(model, Dense, bits, 4.096, signals)) == (Dense(), width)
 
 
-@pytest.mark.parametrize("target", [5, 12.0, 30])
+@pytest.mark.parametrize("target", [6, 12.0, 30])
 def test_topk_fills_the_budget_to_the_last_weight(target):
     torch.manual_seed(0)
     model = torch.nn.LSTM(12, 16)
@@ -81,7 +81,8 @@ def test_topk_fills_the_budget_to_the_last_weight(target):
 
 def test_sizes_are_those_of_weights_that_are_all_kept():
     assert full_bits(torch.zeros(4, 4), BlockCirculant(2), 6) == 8 * 6
-    assert full_bits(torch.zeros(4, 4), TopK(1), 6) == 16 * 6 + 16  # with a bitmap
+    assert full_bits(torch.zeros(4, 4), TopK(1), 6) == 16 * 6  # without an index
+    assert full_bits(torch.zeros(4, 4), TopK(0.5), 6) == 8 * 6 + 16  # with a bitmap
     assert full_bits(torch.zeros(4, 4), Dense(), 3) == 16 * 3
 
 

@@ -96,6 +96,19 @@ def test_a_sweep_has_a_report_of_every_run_and_an_index(tmp_path, write_notebook
     assert f"no report of {place}: a report needs one top heading (# ...) that opens the notebook, n has 2" in outcome.stderr
 
 
+def test_the_parameters_of_a_notebook_are_listed(tmp_path, write_notebook):
+    parameters = 'seed: int = 0  # of everything\nmethods: list[str] = ["a", "b c"]\nlimit: float | None = None'
+    write_notebook(tmp_path / "n.ipynb", RECORD, parameters=parameters)
+    outcome = call("parameters", tmp_path / "n.ipynb")
+    assert outcome.exit_code == 0 and outcome.stdout.splitlines() == [
+        "seed                 int, 0  # of everything",
+        "methods              list[str], '[\"a\", \"b c\"]'",
+        "limit                float | None, none",
+    ]
+    outcome = call("parameters", "hybird")
+    assert outcome.exit_code == 1 and "no notebook 'hybird'" in outcome.stderr
+
+
 @pytest.mark.parametrize(("command", "name"), [("tasks", "japanese_vowels"), ("methods", "BlockCirculant")])
 def test_tables_are_listed(command, name):
     outcome = call(command)

@@ -32,6 +32,7 @@ from workbench.packed import (
     PackedModel,
     PackedSparse,
     Relative,
+    Whole,
     load,
     pack_bits,
     signals_of,
@@ -124,7 +125,8 @@ def decode_sparse(block):
     (rows, columns), about = block.shape, block.describe()
     encoding = about["encoding"]
     words = [signed_word(w, block.fmt.bits) for w in bit_words(block.arrays["values"], block.fmt.bits)][: about["words"]]
-    places = {"Relative": tile_places, "Bitmap": tile_places, "Banks": bank_places, "Diagonals": diagonal_places}
+    places = {"Relative": tile_places, "Bitmap": tile_places, "Banks": bank_places, "Diagonals": diagonal_places,
+              "Whole": lambda block, encoding, count: [divmod(n, columns) for n in range(count)]}
     matrix = [[0] * columns for _ in range(rows)]
     for (row, column), word in zip(places[encoding["name"]](block, encoding, len(words)), words, strict=True):
         if word:
@@ -208,8 +210,11 @@ def test_padding_words_by_hand():
 
 def test_bitmap_bits_by_hand():
     values = np.array([[1, 2, 0, 4, 5], [1, 2, 3, 0, 5], [1, 2, 3, 4, 5]])
-    block = PackedSparse.from_dense(values, INT4)  # relative: 13 * 2 bits of indices; bitmap: 15
-    assert block.encoding == Bitmap()
+    whole = PackedSparse.from_dense(values, INT4)  # 8 bytes; relative: 7 + 4 (13 * 2 bits of indices); bitmap: 7 + 2
+    assert whole.encoding == Whole() and whole.describe()["words"] == 15 and whole.arrays["indices"].size == 0
+    assert whole.arrays["values"].tolist() == [0x12, 0x04, 0x51, 0x23, 0x05, 0x12, 0x34, 0x50]
+    assert (whole.stored_values, whole.value_bits, whole.index_bits) == (15, 60, 4)  # zeros are stored and counted
+    block = stored_with(Bitmap(), whole)
     assert block.arrays["indices"].tolist() == [0b11011_111, 0b01_11111_0]
     assert (block.value_bits, block.index_bits) == (52, 4 + 16)
     assert np.array_equal(decode_sparse(block), values)
@@ -220,18 +225,20 @@ def test_sparse_bytes_against_an_independent_decoder(seed, rows, columns, densit
     rng = np.random.default_rng(seed)
     block = sparse((rows, columns), rng, density, QFormat(int(rng.integers(2, 17)), 1))
     assert np.array_equal(decode_sparse(block), block.dense())
-    assert block.value_bits == np.count_nonzero(block.dense()) * block.fmt.bits
+    stored = block.dense().size if block.encoding == Whole() else np.count_nonzero(block.dense())
+    assert block.value_bits == stored * block.fmt.bits
     assert block.value_bits + block.index_bits == 8 * sum(a.nbytes for a in block.arrays.values())
 
 
 def test_the_cheapest_index_is_chosen():
     rng = np.random.default_rng(0)
-    for density in (0.01, 0.03, 0.1, 0.2, 0.5):
+    for density in (0.01, 0.03, 0.1, 0.2, 0.5, 0.9):
         block = sparse((64, 64), rng, density)
         gaps = np.diff(np.flatnonzero(block.dense()), prepend=-1) - 1
         words = {Relative(width): int(sum(1 + gap // 2**width for gap in gaps)) for width in range(2, 9)}
         sizes = {encoding: -(-6 * n // 8) + -(-encoding.width * n // 8) for encoding, n in words.items()}
         sizes[Bitmap()] = -(-6 * gaps.size // 8) + 512
+        sizes[Whole()] = 6 * 64 * 64 // 8
         assert block.storage_bits == 8 * sizes[block.encoding] == 8 * min(sizes.values())
 
 
@@ -246,7 +253,7 @@ def test_tile_bits_by_hand():
     block = stored_with(Bitmap(2), PackedSparse.from_dense(values, INT4))
     assert block.arrays["values"].tolist() == [0x10, 0xE0, 0x03, 0x40]  # row by row of a tile, padding and zeros included
     assert block.arrays["indices"].tolist() == [0b001010_00]
-    assert (block.stored_values, block.value_bits, block.index_bits) == (4, 16, 24)
+    assert (block.stored_values, block.value_bits, block.index_bits) == (8, 32, 8)
     relative = stored_with(Relative(2, 2), block)
     assert bit_words(relative.arrays["indices"], 2)[:2] == [2, 1] and relative.storage_bits == 40
     assert decode_sparse(block) == decode_sparse(relative) == values.tolist()
@@ -266,7 +273,7 @@ def test_bank_bits_by_hand():
     block = stored_with(Banks(3, 2), PackedSparse.from_dense(values, INT4))
     assert bit_words(block.arrays["values"], 4) == [1, 3, 0, 0, 2, 0, 7, 0, 4, 5, 6, 0]
     assert bit_words(block.arrays["indices"], 2) == [0, 1, 0, 0, 0, 0, 2, 0, 0, 1, 1, 0]
-    assert (block.value_bits, block.index_bits) == (28, 48 + 24 - 28)
+    assert (block.value_bits, block.index_bits) == (48, 24)  # spare words are stored and counted
     assert decode_sparse(block) == values.tolist()
     alone = stored_with(Banks(7, 1), PackedSparse.from_dense(values, INT4))  # banks of one column need no index
     assert alone.arrays["indices"].size == 0 and decode_sparse(alone) == values.tolist()
@@ -278,7 +285,7 @@ def test_diagonal_bits_by_hand():
     block = stored_with(Diagonals(2), PackedSparse.from_dense(values, INT4))
     assert bit_words(block.arrays["indices"], 1) == [0, 1, 1, 0, 0, 0, 0, 0]
     assert bit_words(block.arrays["values"], 4) == [1, 2, 3, 0, 4, 5]  # a word a column: first rows 0 and 1, then 2 and 3
-    assert (block.stored_values, block.value_bits, block.index_bits) == (5, 20, 12)
+    assert (block.stored_values, block.value_bits, block.index_bits) == (6, 24, 8)
     assert decode_sparse(block) == values.tolist()
 
 
@@ -312,7 +319,7 @@ def in_pattern(encoding, shape, rng, density):
 @given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 30), st.integers(1, 5), st.sampled_from([0, 0.05, 0.5, 1]))
 def test_every_encoding_against_an_independent_decoder(seed, groups, columns, n, density):
     rng = np.random.default_rng(seed)
-    for encoding in (*tile_encodings(n), Banks(n, 2), Banks(1, n), Diagonals(n + 1)):
+    for encoding in (*tile_encodings(n), Whole(), Banks(n, 2), Banks(1, n), Diagonals(n + 1)):
         shape = (groups * (n + 1 if isinstance(encoding, Diagonals) else 1), columns)
         values = in_pattern(encoding, shape, rng, density)
         block = stored_with(encoding, PackedSparse.from_dense(values, INT4))

@@ -543,6 +543,23 @@ def test_a_model_that_has_autocast_within_is_calibrated():
     assert calibrate(model, [x])["rnn.l0"]["pre"] == calibrate(model.rnn, [model.front(x)])["l0"]["pre"]
 
 
+def test_a_recurrent_layer_that_is_no_module_of_the_model_is_refused():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.extra = nn.LSTM(4, 8), [nn.GRU(8, 8)]
+
+        def forward(self, x):
+            return self.extra[0](self.a(x)[0])[0]
+
+    model, x = Listed(), torch.zeros(5, 2, 4)
+    with pytest.raises(ValueError, match="Listed calls an nn.GRU that is none of its modules, as one in a plain list or dict"):
+        calibrate(model, [x])
+    model.extra = nn.ModuleList(model.extra)
+    assert list(calibrate(model, [x])) == ["a.l0", "extra.0.l0"]
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
 def test_calibrate_refuses(lstm):
     with pytest.raises(ValueError, match="calibrate needs at least one batch, got none"):
         calibrate(lstm, [])

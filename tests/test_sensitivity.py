@@ -430,6 +430,12 @@ def test_a_table_of_one_model_counts_as_one_seed():
     assert class_stability(of_one.drop(columns="seed"))["seeds"].tolist() == [1] * 4
 
 
+def test_one_method_is_no_list():
+    loop = Loop(evaluate=lambda model: 0.0, batches=[torch.zeros(3, 1, 4)])
+    with pytest.raises(ValueError, match=r"a sensitivity measurement needs a list of methods, got TopK\(keep=0.5\)"):
+        sensitivity_table(torch.nn.LSTM(4, 4), loop, TopK(0.5))
+
+
 def test_a_loop_is_not_sent_to_other_processes():
     loop = Loop(evaluate=lambda model: 0.0, batches=[torch.zeros(3, 1, 4)])
     with pytest.raises(ValueError, match="processes of its own, to which the functions of a Loop cannot be sent"):

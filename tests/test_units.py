@@ -139,6 +139,12 @@ def test_ratios_start_from_the_original_when_it_is_given(tiny_task, tmp_path):
     read = wb.load(packed.save(tmp_path / "model"))
     assert read.cr_disk == 30.4 and read.cr_model == packed.cr_model and read.dense_weights == 160
     assert wb.pack(smaller, plan).cr_disk == 4
+    with pytest.raises(ValueError, match=r"has blocks at least as large, got \(4, 3\) for the \(5, 3\) of lstm.weight_ih_l0.i"):
+        wb.pack(smaller, plan, original=wb.remove_units(model, 4))
+    for other, message in ((torch.nn.LSTM(4, 16), "with the same layers, got one with the blocks weight_ih_l0.i, "),
+                           (torch.nn.ModuleDict({"lstm": torch.nn.LSTM(4, 16)}), "takes the same inputs, got 4 for 3")):
+        with pytest.raises(ValueError, match=f"pack needs as original the model before remove_units, .*{message}"):
+            wb.pack(smaller, plan, original=other)
     with pytest.raises(ValueError, match="PackedModel needs a whole number of original weights of at least 0, got 1.5"):
         packed.with_original(1.5, 0)
 

@@ -1,4 +1,4 @@
-"""Command line: `python -m workbench run | sweep | report | train | tasks | methods`."""
+"""Command line: `python -m workbench run | sweep | report | train | parameters | tasks | methods`."""
 
 import io
 import math
@@ -236,6 +236,17 @@ def train_command(task, cell, hidden_size, num_layers, seed, epochs, device, che
         raise click.ClickException("interrupted: finished epochs are kept, the same command goes on") from None
     test = train.evaluate(model.to(device), loaded, "test")
     click.echo(f"epoch {history.best_epoch} kept, test {quality(test.loss, test.accuracy)}")
+
+
+@main.command("parameters")
+@click.argument("notebook")
+def parameters_command(notebook):
+    """List what `run -p` sets of NOTEBOOK: name, type, default as it is typed, meaning."""
+    from workbench import runs
+
+    for name, parameter in runs.read_parameters(notebook).items():
+        default = shlex.quote(runs.as_text(parameter.default))
+        click.echo(f"{name:<20} {parameter.type}, {default}" + f"  # {parameter.help}" * bool(parameter.help))
 
 
 @main.command("tasks")

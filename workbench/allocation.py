@@ -172,7 +172,8 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
             if cost == "predicted_loss":
                 raise OutOfReach(f"allocate cannot reach {limit}: the least is {least.min():.4g}")
             smallest = sum(min(choices["bytes"][rows].sum() for rows in group) for group in options)
-            raise OutOfReach(f"allocate cannot reach {limit}: the smallest choices take {smallest} bytes of {int(budget)}")
+            raise OutOfReach(f"allocate cannot reach {limit}: the smallest choices take {smallest} bytes of {int(budget)}, "
+                             f"cr_disk {4 * dense_weights(known) / smallest:.4g}")
         chosen = chosen_at(within[0])
     choices["chosen"] = choices.index.isin(chosen)
     columns = ["block", "method", "bits", "bytes", *(["cycles", "load_cycles"] if array else []), "excess_loss",

@@ -43,8 +43,8 @@ def cheap_sensitivity(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
         raise ValueError(f"cheap_sensitivity needs at least 1 batch, got {batches!r}")
     model = bake(model)
-    gradients, squares = _gradients(model, task, batches, seed)
     sizes, known, rows = _sizes(model, task, batches), blocks(model), []
+    gradients, squares = _gradients(model, task, batches, seed)
     for name, w in weights(model).items():
         block, w = known[name], w.double()
         for method, width in itertools.product(methods, asked_widths(bits)):

@@ -366,8 +366,8 @@ class Whole:
 
 
 def tile_encodings(block: int = 1) -> tuple:
-    """What any block can be stored in, by tiles of block x block or whole."""
-    return (*(Relative(width, block) for width in range(2, 9)), Bitmap(block), Whole())
+    """What any block can be stored in by tiles of block x block."""
+    return (*(Relative(width, block) for width in range(2, 9)), Bitmap(block))
 
 
 ENCODINGS = {cls.__name__: cls for cls in (Relative, Bitmap, Banks, Diagonals, Whole)}
@@ -387,7 +387,7 @@ class PackedSparse(_Stored):
     rows: np.ndarray  # (nnz,)
     cols: np.ndarray  # (nnz,)
     values: np.ndarray  # (nnz,)
-    encodings: tuple = field(default=tile_encodings(), repr=False)  # those to choose from
+    encodings: tuple = field(default=(*tile_encodings(), Whole()), repr=False)  # those to choose from
 
     def __post_init__(self):
         _check_values("PackedSparse", self.values, self.fmt)
@@ -408,7 +408,7 @@ class PackedSparse(_Stored):
     def from_dense(cls, values, fmt, *encodings) -> "PackedSparse":
         """values: (out, in) int64; zeros are left out. encodings: to choose from besides those that fit any block."""
         rows, cols = np.nonzero(values)
-        return cls(values.shape, fmt, rows, cols, values[rows, cols], tile_encodings() + encodings)
+        return cls(values.shape, fmt, rows, cols, values[rows, cols], (*tile_encodings(), *encodings, Whole()))
 
     @property
     def stored_values(self) -> int:
