@@ -102,7 +102,8 @@ def test_other_budgets_schedules_and_fewer_units(page):
     assert small["bytes"].sum() <= classes["bytes"].sum() and fast["cycles"].sum() <= 2000
     assert names["stepwise"].entered == 2 and wb.pack(names["stepwise"].model, names["classes"].plan).cr_disk >= 18
     assert names["gates"] == names["by_gate"].loc[names["by_gate"]["class"] == "sensitive", "gate"].tolist() != []
-    assert wb.pack(model := names["model"], names["two_classes"]).cr_disk >= 12 and len(names["cheap"]) == 4 * 32
+    model = names["model"]
+    assert wb.pack(model, names["two_classes"]).cr_disk >= 12 and len(names["cheap"]) == 4 * 32
     kept, fresh = names["compressed"].state_dict(), wb.compress(model, names["plan"]).state_dict()
     resumed = names["resumed"].state_dict()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in resumed.items())
