@@ -15,6 +15,7 @@ from workbench.array import (
     ArraySpec,
     Layout,
     Region,
+    faster_part,
     grid_points,
     map_block,
     scaled_points,
@@ -345,3 +346,17 @@ def test_the_first_of_equally_good_candidates_wins(layer, words, bandwidth):
     every = [schedule_mapping(mapping, 2) for layout in layouts for mapping in fitting_mappings(layer, spec, layout)]
     best = min(every, key=lambda schedule: schedule.steady_state_cycles)  # the first of equal ones
     assert schedule_layer(layer, spec, 2).mapping.layout == best.mapping.layout
+
+
+def test_the_part_of_an_array_on_which_a_small_layer_is_fastest():
+    layer, large = dense_layer(), SMALL.with_(rows=32, cols=32, h_words_per_cycle=8)
+    whole = schedule_layer(layer, large, 12, batch=2)
+    part = faster_part(whole)
+    found = {(rows, cols): schedule_layer(layer, large.with_(rows=rows, cols=cols, h_words_per_cycle=min(8, cols)), 12,
+                                          batch=2).steady_state_cycles
+             for rows in (4, 8, 16, 32) for cols in (4, 8, 16, 32)}
+    sides = part.mapping.spec.rows, part.mapping.spec.cols
+    assert part.steady_state_cycles == found[sides] == min(found.values()) < whole.steady_state_cycles
+    assert (part.steps, part.mapping.batch) == (12, 2) and sides != (32, 32)
+    assert faster_part(part) is None
+    assert faster_part(schedule_layer(layer, SMALL.with_(rows=4, cols=4, h_words_per_cycle=1), 12)) is None

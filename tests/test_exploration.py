@@ -104,6 +104,19 @@ def test_an_array_that_no_such_device_holds(lstm):
     assert re.search(r"\*\*Only a model: the array does not fit the k26: it takes 2352 dsp of 1248, .*\.\*\*$", text)
 
 
+def test_an_array_that_slows_the_baseline_down_is_said(lstm):
+    small = explore(*lstm, Question("Dense", 2.0, array="group4x4"))
+    assert "Dense 16-bit is on no smaller part of the 4 x 4 PEs faster than on all." in small.sentence()
+    answer = explore(*lstm, Question("Dense", 2.0, array="vu440"))
+    base = answer.schedules["dense 16-bit"]
+    small = wb.array.faster_part(base)
+    sides = f"{small.mapping.spec.rows} x {small.mapping.spec.cols}"
+    assert (f"**The 48 x 48 PEs are more than dense 16-bit can use: on {sides} of them a step takes "
+            f"{small.steady_state_cycles:,.0f} cycles, on all {base.steady_state_cycles:,.0f}. Accelerations against it are "
+            f"{base.steady_state_cycles / small.steady_state_cycles:.2f} times those against that part.**") in answer.sentence()
+    assert small.steady_state_cycles < base.steady_state_cycles
+
+
 @pytest.mark.parametrize(("sizes", "message"), [
     (("RNN", 4, 8), "untrained knows the cells LSTM, GRU, got 'RNN'"),
     (("LSTM", 0, 8), "untrained needs input_size of at least 1, got 0"),

@@ -26,7 +26,7 @@ from workbench.report import show
 from workbench.runs import listed
 from workbench.sensitivity import LOSSLESS_BITS, Strength, hybrid_plan
 from workbench.study import HYBRID
-from workbench.tables import hardware_table, present
+from workbench.tables import baseline_text, hardware_table, present
 
 STEPS = 10  # of the sequence that is scheduled: matters to its cycles and energy, not to the steady state
 BLOCKS = (2, 4, 8, 16, 32)  # that the controls offer; a block that does not divide a matrix is refused
@@ -129,7 +129,7 @@ class Answer:
             f"{f['bits']:.3g} bits a weight. A step{layer} takes **{f['steady_state_cycles']:,.0f} cycles** "
             f"({f['step_us']:.2f} µs at {clock} MHz{batch}), mostly for {f['bound']}: {f['acceleration']:.2f} times as fast "
             f"as dense 16-bit ({base.steady_state_cycles:,.0f} cycles, mostly for {base.bound}). No accuracy: nothing was "
-            "retrained.")
+            f"retrained. {baseline_text(base)}")
         if q.array in DEVICES:
             try:
                 resources(self.schedules[q.method].mapping).check_fit(q.array)

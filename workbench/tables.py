@@ -14,6 +14,7 @@ from workbench.array import (
     ArraySpec,
     Schedule,
     crossover,
+    faster_part,
     last_cycle,
     layer_products,
     smallest_array,
@@ -305,6 +306,25 @@ def omission_table() -> pd.DataFrame:
 def hardware_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
     """One row a figure, one column a plan: cycles, accelerations, memory, modelled energy and resources."""
     return pd.DataFrame(compare(schedules)).set_index("label").drop(columns=list(SPLIT)).T.rename_axis(columns=None)
+
+
+def baseline_text(base: Schedule) -> str:
+    """Whether dense 16-bit, that accelerations are against, would be faster on a part of its array (Markdown)."""
+    spec, part = base.mapping.spec, faster_part(base)
+    if part is None:
+        return f"Dense 16-bit is on no smaller part of the {spec.rows} x {spec.cols} PEs faster than on all."
+    small = part.mapping.spec
+    few, all_ = part.steady_state_cycles, base.steady_state_cycles
+    return (f"**The {spec.rows} x {spec.cols} PEs are more than dense 16-bit can use: on {small.rows} x {small.cols} of them a "
+            f"step takes {few:,.0f} cycles, on all {all_:,.0f}. Accelerations against it are {all_ / few:.2f} times those "
+            "against that part.**")
+
+
+def baseline_note(schedules: dict[str, Schedule]):
+    """baseline_text of the schedules that are compared."""
+    from IPython.display import Markdown
+
+    return Markdown(baseline_text(schedules[BASELINE]))
 
 
 def split_table(schedules: dict[str, Schedule]) -> pd.DataFrame:

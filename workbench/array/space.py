@@ -23,7 +23,7 @@ from workbench.array.mapping import (
     takes_multicast,
     units_of,
 )
-from workbench.array.schedule import beats, events, run_points, time_program
+from workbench.array.schedule import Schedule, beats, events, run_points, schedule_layer, time_program
 from workbench.array.spec import GROUP, ArraySpec, ceil_div, in_step
 from workbench.fixedpoint import QFormat
 from workbench.packed import PackedLayer, PackedSparse
@@ -129,6 +129,30 @@ def smallest_array(layers: dict[str, PackedLayer], at_most: float, figure: str =
     pes = np.broadcast_to(np.multiply(*sides), next(iter(points.values())).shape)
     return [{"label": label} | _smallest(label, layer, at_most, figure, points, pes, spec, steps)
             for label, layer in layers.items()]
+
+
+def faster_part(schedule: Schedule) -> Schedule | None:
+    """The schedule of the same layer, all else alike, on the part of its array where a step takes fewest cycles: PE rows or
+    columns are halved (in whole groups) as long as that helps. None where it never does.
+
+    A layout spans all PEs, and a small layer waits for its links on a large array. Whoever compares with it should compare
+    with the part, on which it could run as well.
+    """
+    best = schedule
+    while True:
+        spec, found = best.mapping.spec, []
+        for name in ("rows", "cols"):
+            if (half := getattr(spec, name) // 2 // GROUP * GROUP) >= GROUP:
+                part = spec.with_(**{name: half})
+                part = part.with_(h_words_per_cycle=min(part.h_words_per_cycle, part.cols))
+                try:
+                    found.append(schedule_layer(schedule.mapping.layer, part, schedule.steps, batch=schedule.mapping.batch))
+                except ValueError:  # the part does not hold it
+                    continue
+        fastest = min(found, key=lambda of: of.steady_state_cycles, default=best)
+        if fastest.steady_state_cycles >= best.steady_state_cycles:
+            return None if best is schedule else best
+        best = fastest
 
 
 def _smallest(label, layer, at_most, figure, points, pes, spec, steps):
