@@ -15,5 +15,6 @@ __all__ = [
     "Layout", "Operation", "Region", "Schedule", "StackExecution", "StagedSchedule", "SystolicArray", "SystolicRun",
     "compare_operations", "crossover", "execute_layer", "execute_stack", "faster_part", "grid_points", "last_cycle",
     "layer_products", "map_block", "map_layer", "multiplied", "preset", "run_product", "scaled_points", "schedule_hoisted",
-    "schedule_layer", "schedule_layers", "schedule_stack", "smallest_array", "sweep_space", "with_operations", "with_weight_bits",
+    "schedule_layer", "schedule_layers", "schedule_stack", "smallest_array", "sweep_space",
+    "with_operations", "with_weight_bits",
 ]  # fmt: skip
