@@ -38,13 +38,14 @@ _NAMES = {
         " sensitivity_over_seeds tradeoff train_dense variants with_chosen",
         "runs": "record run",
         "tables": "acceleration_parts_table acceleration_table acceleration_verdict accuracy_table assumption_table"
-        " baseline_note count_table crossover_table delta_verdict device_table energy_note energy_table front_table"
-        " hardware_table layout_table mixture_table omission_table operation_verdict overlap_table plan_table"
-        " precision_published precision_table precision_verdict present price_table published_table ranking_table"
-        " record_acceleration product_table record_precision record_sensitivity record_study record_tradeoff refusal_note region_table"
-        " sensitivity_summary sensitivity_verdict settings_grid signal_table smallest_array_table smallest_table space_table"
-        " spec_table speed_up_table speed_up_verdict split_table stability_table stall_table systolic_table"
-        " task_table tradeoff_grid tradeoff_table tradeoff_verdict unreachable_table verdict",
+        " baseline_note count_table crossover_table delta_verdict device_table energy_note energy_table"
+        " front_table hardware_table layout_table mixture_table omission_table operation_verdict overlap_table"
+        " plan_table precision_published precision_table precision_verdict present price_table published_table"
+        " ranking_table record_acceleration product_table record_precision record_sensitivity record_study"
+        " record_tradeoff refusal_note region_table sensitivity_summary sensitivity_verdict settings_grid"
+        " signal_table smallest_array_table smallest_table space_table spec_table speed_up_table speed_up_verdict"
+        " split_table stability_table stall_table systolic_table task_table tradeoff_grid tradeoff_table"
+        " tradeoff_verdict unreachable_table verdict",
         "units": "remove_units unit_scores",
         "train": "baseline evaluate fit load_checkpoint paired_interval save_checkpoint",
     }.items()
