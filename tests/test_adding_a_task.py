@@ -55,16 +55,20 @@ def test_names_run_nothing(folder):
     (folder / "broken.py").write_text('"""Says so."""\nraise RuntimeError("it was run")\n')
     (folder / "_helper.py").write_text("raise RuntimeError")
     assert tasks.names()[-2:] == ["broken", "steps"] and tasks.descriptions()["broken"] == "Says so."
+    (folder / "half.py").write_text("def load(split")
+    assert tasks.descriptions()["half"].startswith("not Python: '(' was never closed")
     with pytest.raises(RuntimeError, match="it was run"):
         tasks.load("broken")
-    with pytest.raises(ValueError, match=r"unknown task 'stairs'; known tasks: .*, ptb, broken, steps; one of your own needs"):
+    with pytest.raises(ValueError, match=r"unknown task 'stairs'; known tasks: .*, ptb, broken, half, steps; one of your"):
         tasks.load("stairs")
 
 
 @pytest.mark.parametrize(("change", "message"), [
     (("def digest", "def fingerprint"), r"steps\.py needs the functions load\(split\) and digest\(\), got none named digest"),
-    (('name="steps"', 'name="stairs"'), r"needs to give a Task or LanguageTask named 'steps', got 'stairs'"),
-    (("return Task(", "return dict("), r"load of .*steps\.py needs to give a Task or LanguageTask named 'steps', got \{"),
+    (('name="steps"', 'name="stairs"'), r"the task 'steps' with split 'official', got 'stairs' with 'official'"),
+    (("split=split,", 'split="other",'), r"give the task 'steps' with split 'official', got 'steps' with 'other'"),
+    (("return Task(", "return dict("), r"load of .*steps\.py needs to give a Task or LanguageTask, got a dict"),
+    (("return Task(", "return type('Mine', (Task,), {})("), r"to give a Task or LanguageTask, got a Mine"),
     (("hashlib.sha256(VERSION.encode()).hexdigest()", "1"), r"digest of .*steps\.py needs to give a text, got 1"),
 ])  # fmt: skip
 def test_a_file_that_is_no_task_is_refused(folder, change, message):

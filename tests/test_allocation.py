@@ -9,15 +9,25 @@ import torch
 from torch import nn
 
 from workbench import allocation
-from workbench.allocation import _choice_at, _least_losses, allocate, choices_to_measure, cycles_alone, cycles_in_turn
+from workbench.allocation import (
+    _choice_at,
+    _least_losses,
+    allocate,
+    choices_to_measure,
+    cycles_alone,
+    cycles_in_turn,
+    search_allocation,
+)
 from workbench.array import preset, schedule_layer
 from workbench.budget import OutOfReach, full_block, uniform_plan
-from workbench.constrain import pack
+from workbench.constrain import bake, compress, pack
+from workbench.emulation import emulate
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, dense_weights, weights
 from workbench.methods import METHODS, BlockCirculant, Dense, LowRank, RowBalanced, TopK, method_from_label
+from workbench.plan import uniform
 from workbench.quantise import calibrate
-from workbench.sensitivity import Loop, sensitivity_table
+from workbench.sensitivity import Loop, Strength, search_hybrid, sensitivity_table
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +288,7 @@ def test_a_class_needs_a_choice_that_all_its_blocks_have(model, signals):
 def test_what_is_measured_stores_a_half_to_a_64th(model):
     assert choices_to_measure(model, [Dense]) == [Dense()]
     # The largest block has 64 weights: 32, 16, ... 1 of them.
-    assert choices_to_measure(model, [TopK]) == [*(TopK(n / 64) for n in (32, 16, 8, 4, 2)), TopK(0.01562)]
+    assert choices_to_measure(model, [TopK]) == [TopK(n / 64) for n in (32, 16, 8, 4, 2, 1)]
     # 8 x 6 and 8 x 8: blocks of 2 store half; of 4, whose padding of 6 columns counts, 28.6 %; of 8 1/7.
     assert choices_to_measure(model, [BlockCirculant]) == [BlockCirculant(2), BlockCirculant(4), BlockCirculant(8)]
     assert {type(method) for method in choices_to_measure(model)} == set(METHODS.values())
@@ -326,9 +336,30 @@ def test_families_without_a_member_for_every_block_are_left_out_with_a_warning()
 
 @pytest.mark.parametrize("family", [TopK(0.5), "TopK"])
 def test_what_is_no_family_is_refused(model, signals, family):
-    for verb, arguments in ((choices_to_measure, ([family],)), (uniform_plan, (family, 6, 8, signals))):
-        with pytest.raises(ValueError, match=f"{verb.__name__} needs a family of methods, such as TopK without parameters"):
+    for verb, arguments, who in ((choices_to_measure, ([family],), "choices_to_measure"),
+                                 (uniform_plan, (family, 6, 8, signals), "a uniform plan")):
+        with pytest.raises(ValueError, match=f"{who} needs a family of methods, such as TopK without parameters"):
             verb(model, *arguments)
+
+
+def test_a_compressed_model_is_planned_anew(model, signals):
+    """What pack refuses, a training that another plan would undo, is what a planner is asked for."""
+    compressed = compress(model, uniform(model, TopK(0.5), 8, signals))
+    table = measured(compressed, lambda name, method, bits: 1 / bits, methods=["BlockCirculant 2", "TopK 0.25"], widths=(4, 8))
+    array = preset("group4x4")
+    assert allocate(compressed, table, most_cycles=2000, array=array, signals=signals).scheduled_cycles <= 2000
+    assert pack(bake(compressed), uniform_plan(compressed, BlockCirculant, 6, 8, signals)).cr_disk >= 8
+    loop = Loop(evaluate=lambda model: model(torch.ones(5, 1, 6))[0].square().mean(), batches=[torch.randn(5, 4, 6)])
+    assert search_allocation(compressed, loop, table, 5.0, bits=6, epochs=0, seed=0)["cr_disk"].min() >= 5
+    strength = Strength(2, circulant_bits=4, topk_bits=4)
+    assert search_hybrid(compressed, loop, ["n"], 8.0, [strength], epochs=0, seed=0)["cr_disk"].min() >= 8
+    assert emulate(compressed, uniform(compressed, TopK(0.25), 8, signals))(torch.ones(5, 1, 6))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("families", [TopK, "TopK"])
+def test_one_family_is_no_list(model, families):
+    with pytest.raises(ValueError, match="choices_to_measure needs a list of families, got"):
+        choices_to_measure(model, families)
 
 
 def test_messages(model, signals):

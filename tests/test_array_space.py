@@ -20,6 +20,7 @@ from workbench.array import (
     map_block,
     scaled_points,
     schedule_layer,
+    schedule_stack,
     smallest_array,
     sweep_space,
     with_weight_bits,
@@ -348,15 +349,29 @@ def test_the_first_of_equally_good_candidates_wins(layer, words, bandwidth):
     assert schedule_layer(layer, spec, 2).mapping.layout == best.mapping.layout
 
 
-def test_the_part_of_an_array_on_which_a_small_layer_is_fastest():
+def test_an_array_is_halved_as_long_as_a_small_layer_gets_faster():
     layer, large = dense_layer(), SMALL.with_(rows=32, cols=32, h_words_per_cycle=8)
     whole = schedule_layer(layer, large, 12, batch=2)
     part = faster_part(whole)
-    found = {(rows, cols): schedule_layer(layer, large.with_(rows=rows, cols=cols, h_words_per_cycle=min(8, cols)), 12,
-                                          batch=2).steady_state_cycles
-             for rows in (4, 8, 16, 32) for cols in (4, 8, 16, 32)}
-    sides = part.mapping.spec.rows, part.mapping.spec.cols
-    assert part.steady_state_cycles == found[sides] == min(found.values()) < whole.steady_state_cycles
-    assert (part.steps, part.mapping.batch) == (12, 2) and sides != (32, 32)
+
+    def cycles(rows, cols):
+        halved = large.with_(rows=rows, cols=cols, h_words_per_cycle=min(8, cols))
+        return schedule_layer(layer, halved, 12, batch=2).steady_state_cycles
+
+    rows, cols = part.mapping.spec.rows, part.mapping.spec.cols
+    assert part.steady_state_cycles == cycles(rows, cols) < whole.steady_state_cycles and rows * cols < 32 * 32
+    halves = [sides for sides in ((rows, cols // 2), (rows // 2, cols)) if min(sides) >= 4]
+    assert all(cycles(*sides) >= part.steady_state_cycles for sides in halves)
+    assert (part.steps, part.mapping.batch) == (12, 2)
     assert faster_part(part) is None
     assert faster_part(schedule_layer(layer, SMALL.with_(rows=4, cols=4, h_words_per_cycle=1), 12)) is None
+
+
+def test_what_has_no_faster_part_is_refused():
+    layer, message = dense_layer(), "faster_part needs the schedule of one whole layer without skipped zeros, got <"
+    inputs = {part: np.ones((4, 1, size), dtype=np.int64)
+              for part, size in (("ih", layer.input_size), ("hh", layer.hidden_size))}
+    for schedule in (schedule_stack([(layer,)], SMALL, 4), schedule_layer(layer, SMALL, 4, parts={"hh"}),
+                     schedule_layer(layer, SMALL.with_(lookahead=2), 4, inputs=inputs)):
+        with pytest.raises(ValueError, match=message):
+            faster_part(schedule)

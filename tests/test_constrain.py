@@ -732,6 +732,8 @@ def test_pack_takes_a_constrained_model_under_any_plan_that_holds_it():
     compressed = compress(model, uniform(model, BlockCirculant(4), 4, signals))
     for wider in (BlockCirculant(4, "fft"), Dense()):
         assert pack(compressed, uniform(compressed, wider, 8, signals)).cr_disk > 1
+    plan = uniform(model, LowRank(3), 6, signals)
+    assert pack(compress(model, plan).bfloat16(), plan).cr_disk > 1  # a product in bfloat16 is not of rank 3 to the last bit
 
 
 def test_attach_refuses_packed_models_of_other_models(model, plan):

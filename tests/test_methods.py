@@ -610,7 +610,8 @@ def test_labels():
     assert method_label(BlockCirculant(8, "fft")) == "BlockCirculant 8 fft"
     assert method_label(LowRank(3)) == "LowRank 3"
     assert method_label(TopK(0.169412), exact=True) == "TopK 0.169412" and method_label(TopK(0.25), exact=True) == "TopK 0.25"
-    assert method_from_label(method_label(TopK(1 / 3), exact=True)) == TopK(1 / 3)
+    for keep in (1 / 3, np.float64(1 / 3), 1e-7 / 3):
+        assert method_from_label(method_label(TopK(keep), exact=True)) == TopK(keep)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,8 @@ def test_build_of_tokens_and_of_a_language_model(tiny_token_task, tiny_language_
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["embedding.weight"], third["embedding.weight"])
     assert build_language_model(tiny_language_task, 7, seed=1, dropout=0.0).dropout.p == 0
+    with pytest.raises(ValueError, match="build_classifier needs a task of labelled sequences, got the language task tiny_"):
+        build_classifier(tiny_language_task, 7, seed=1)
 
 
 def test_build_is_seeded_and_leaves_the_random_state(task):

@@ -539,6 +539,9 @@ def test_every_kind_of_layer_and_table_survives_the_file(kind, tmp_path):
             for in_fmt, out_fmt in uses:
                 q = np.arange(in_fmt.min, in_fmt.max + 1, 13)
                 assert np.array_equal(*(one.tables[function].lookup(q, in_fmt, out_fmt) for one in (layer, loaded)))
+    about, tensors = read_tensors(tmp_path / "model", who="", what="packed model", version=FILE_VERSION)
+    before = write_tensors(tmp_path / "before", tensors, who="", what="packed model", version=4, about=about)
+    assert load(before).cr_disk == model.cr_disk  # a file of before the encoding Whole
     assert [[layer.output_size for layer in directions] for directions in again.stack("lstm")] == [[4, 4], [8, 8]]
     assert again.paths == ["lstm", "decoder.gru"] and len(again.stack("decoder.gru")) == 1
     with pytest.raises(ValueError, match="PackedModel has the recurrent modules 'lstm', 'decoder.gru', none at 'gru'"):
@@ -547,7 +550,7 @@ def test_every_kind_of_layer_and_table_survives_the_file(kind, tmp_path):
     assert f"cr_disk {again.cr_disk:.4g}, " in repr(again)
     layer = again.layers["lstm.l0"]
     assert repr(layer) == (f"<PackedLayer, LSTM, {layer.input_size} to {layer.output_size}: "
-                           f"{sum(block.storage_bits for block in layer.blocks.values()) / 8:,.6g} bytes of matrices>")
+                           f"{sum(block.storage_bits for block in layer.blocks.values()) // 8:,} bytes of matrices>")
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -626,8 +629,8 @@ def test_foreign_files_are_refused(model, tmp_path):
         (rewrite(good, tmp_path / "no text", lambda h: h.pop("text")), "load found damage in .*no text"),
         (rewrite(good, tmp_path / "forged", lambda h: h.update(text=h["text"].replace("LSTM", "GRUU"))),
          "load found damage in .*forged"),
-        (write_tensors(tmp_path / "older", {}, who="", what="packed model", version=FILE_VERSION - 1, about={}),
-         "load reads version 4 of a packed model, got version 3 in .*older"),
+        (write_tensors(tmp_path / "older", {}, who="", what="packed model", version=FILE_VERSION - 2, about={}),
+         "load reads version 5 of a packed model, got version 3 in .*older"),
         (write_tensors(tmp_path / "other", {}, who="", what="checkpoint", version=FILE_VERSION, about={}),
          "load needs a packed model, got .*other, a checkpoint"),
         (write_tensors(tmp_path / "broken", {}, who="", what="packed model", version=FILE_VERSION, about={"layers": []}),
@@ -658,7 +661,7 @@ def hostile(about, rng):
 
 
 @pytest.mark.parametrize("encoding", [Relative(3), Relative(2, 2), Bitmap(), Bitmap(2), Banks(2, 4), Banks(8, 1), Diagonals(2),
-                                      Diagonals(4)], ids=str)
+                                      Diagonals(4), Whole()], ids=str)
 def test_a_hostile_description_is_refused_or_harmless(encoding, tmp_path):
     """A file with a right digest whose description lies: ValueError, or a block of the right shape and integers."""
     def make(part, gate, shape, rng):

@@ -543,21 +543,21 @@ def test_a_model_that_has_autocast_within_is_calibrated():
     assert calibrate(model, [x])["rnn.l0"]["pre"] == calibrate(model.rnn, [model.front(x)])["l0"]["pre"]
 
 
-def test_a_recurrent_layer_that_is_no_module_of_the_model_is_refused():
+def test_a_recurrent_layer_that_is_no_module_of_the_model_is_warned_of():
     class Listed(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.extra = nn.LSTM(4, 8), [nn.GRU(8, 8)]
+            self.kept, self.also = {"teacher": nn.Sequential(nn.LSTM(8, 8))}, [self.a]
 
         def forward(self, x):
             return self.extra[0](self.a(x)[0])[0]
 
     model, x = Listed(), torch.zeros(5, 2, 4)
-    with pytest.raises(ValueError, match="Listed calls an nn.GRU that is none of its modules, as one in a plain list or dict"):
-        calibrate(model, [x])
-    model.extra = nn.ModuleList(model.extra)
+    with pytest.warns(UserWarning, match=r"nor counted: extra\[0\] \(GRU\), kept\['teacher'\] \(LSTM\); if they are part of"):
+        assert list(calibrate(model, [x])) == ["a.l0"]
+    model.extra, model.kept = nn.ModuleList(model.extra), None
     assert list(calibrate(model, [x])) == ["a.l0", "extra.0.l0"]
-    assert not nn.modules.module._global_forward_pre_hooks
 
 
 def test_calibrate_refuses(lstm):
@@ -565,8 +565,11 @@ def test_calibrate_refuses(lstm):
         calibrate(lstm, [])
     with pytest.raises(ValueError, match="needs several batches, each the model's arguments, got one Tensor"):
         calibrate(lstm, torch.zeros(2, 2, 3).double())
+    dropping, x = nn.Sequential(lstm), torch.zeros(2, 2, 3).double()
+    dropping.register_forward_pre_hook(lambda module, arguments: arguments[:1])
+    assert calibrate(dropping, [(x, torch.zeros(2))]) == {f"0.{name}": s for name, s in calibrate(lstm, [x]).items()}
     pair = torch.zeros(2, 2, 3).double(), torch.zeros(2)  # as a loader of examples gives them
-    with pytest.raises(ValueError, match=r"without targets, got one of 2 for Sequential\.forward\(input\): too many"):
+    with pytest.raises(ValueError, match=r"without targets, got one of 2 for Sequential\.forward\(input\): .* takes 2 "):
         calibrate(nn.Sequential(lstm), [pair])
     with pytest.raises(ValueError, match="calibrate knows the clipping rules max, percentile, mse, got 'least'"):
         calibrate(lstm, [torch.zeros(2, 2, 3).double()], clip="least")

@@ -268,6 +268,21 @@ def test_an_optimizer_that_holds_the_weights_of_before_is_warned_of(model, hande
     assert all("none has moved since its stage began" in text for _, text in warned)
 
 
+@pytest.mark.parametrize("handed", [False, True])
+def test_weights_that_wait_for_their_step_are_not_warned_of(model, handed):
+    """Gradients of four batches are added up before each step, of 800; the optimizer is handed over, or made anew."""
+    schedule = wb.gradual(model, hybrid(model), stages=2, until=0.5)
+    optimizer = torch.optim.SGD(schedule.model.parameters(), 0.1)
+    for n in (*range(6), *range(200, 206), *range(400, 406), *range(420, 426)):
+        if schedule.step(n / 800, optimizer if handed else None) and not handed:
+            optimizer = torch.optim.SGD(schedule.model.parameters(), 0.1)
+        loss_of(schedule.model).backward()
+        if n % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert schedule.entered == 2
+
+
 def test_frozen_weights_stay_out_of_the_optimizer(model):
     schedule = wb.gradual(model, hybrid(model), stages=1)
     ih = list(schedule.model.rnn.parametrizations.weight_ih_l0.parameters())

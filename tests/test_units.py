@@ -139,6 +139,11 @@ def test_ratios_start_from_the_original_when_it_is_given(tiny_task, tmp_path):
     read = wb.load(packed.save(tmp_path / "model"))
     assert read.cr_disk == 30.4 and read.cr_model == packed.cr_model and read.dense_weights == 160
     assert wb.pack(smaller, plan).cr_disk == 4
+    rnns = [torch.nn.LSTM(3, 5), torch.nn.LSTM(3, 5)]
+    one, other = torch.nn.ModuleDict({"a": rnns[0], "b": rnns[1]}), torch.nn.ModuleDict({"b": rnns[1], "a": rnns[0]})
+    two = wb.Plan({f"{name}.{block.removeprefix('lstm.')}": entry for name in "ab" for block, entry in plan.blocks.items()},
+                  {f"{name}.l0": plan.signals["lstm.l0"] for name in "ab"})
+    assert wb.pack(one, two, original=other).cr_disk == wb.pack(one, two).cr_disk  # in whatever order modules were added
     with pytest.raises(ValueError, match=r"has blocks at least as large, got \(4, 3\) for the \(5, 3\) of lstm.weight_ih_l0.i"):
         wb.pack(smaller, plan, original=wb.remove_units(model, 4))
     for other, message in ((torch.nn.LSTM(4, 16), "with the same layers, got one with the blocks weight_ih_l0.i, "),

@@ -23,8 +23,9 @@ from workbench.budget import (
     strongest_member,
     uniform_plan,
 )
+from workbench.constrain import bake
 from workbench.gates import blocks, check_gates, dense_weights, weights
-from workbench.methods import METHODS, Method, check_family, method_from_label, method_label
+from workbench.methods import METHODS, Method, check_family, method_from_label
 from workbench.packed import PackedModel
 from workbench.plan import Plan, plan_block
 from workbench.quantise import calibrate
@@ -80,9 +81,11 @@ class Allocation:
 
 def choices_to_measure(model: torch.nn.Module, families=None) -> list[Method]:
     """Members of each family that store about 1/2, 1/4, ... 1/64 of the weights: what sensitivity_table may measure for an
-    allocation at any ratio, their numbers with four significant digits. families: of METHODS, all by default; one without a
-    member for every block, as where a power of two divides no rows, is left out with a warning."""
+    allocation at any ratio. families: of METHODS, all by default; one without a member for every block, as where a power of two
+    divides no rows, is left out with a warning."""
     families = list(METHODS.values()) if families is None else families
+    if not isinstance(families, (list, tuple)):
+        raise ValueError(f"choices_to_measure needs a list of families, got {families!r}")
     for family in families:
         check_family("choices_to_measure", family)
     ws = list(weights(model).values())
@@ -95,7 +98,7 @@ def choices_to_measure(model: torch.nn.Module, families=None) -> list[Method]:
             continue
         for share in SHARES:
             if (member := strongest_member(members, ws, share)) is not None:
-                found[method_from_label(method_label(member))] = None
+                found[member] = None
     return list(found)
 
 
@@ -138,7 +141,7 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
     ((name, value),) = asked.items()
     cost, budget = _budget(name, value, known, array)
     check_gates("allocate", model, sensitive or ())
-    ws = weights(model)
+    ws, plain = weights(model), bake(model)
     choices = _choices(ws, table, array)
     usable = choices[np.isfinite(choices["predicted_loss"])]
     options = _of_every_block(usable, known) if sensitive is None else _classes(usable, known, sensitive)
@@ -153,7 +156,7 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
     def cycles_of(rows):
         """inf for a plan that cannot be packed, or that the array does not hold."""
         try:
-            return cycles_in_turn(pack_within_reach(model, planned(rows)), array)
+            return cycles_in_turn(pack_within_reach(plain, planned(rows)), array)
         except ValueError as error:
             refusals.append(str(error))
             return math.inf
@@ -206,7 +209,7 @@ def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     for candidate, planned in planners.items():
         try:
             plan = planned()
-            packed = pack_within_reach(model, plan)
+            packed = pack_within_reach(bake(model), plan)
         except OutOfReach as error:
             refused.append(str(error))
             continue

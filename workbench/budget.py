@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from workbench.constrain import Unpackable, pack
+from workbench.constrain import Unpackable, bake, pack
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, dense_weights, weights
 from workbench.methods import Method, check_family
@@ -98,8 +98,10 @@ def uniform_plan(model: torch.nn.Module, family: type[Method], bits: int, target
     later can, by a fraction of a percent, since the padding of relative indices depends on where they lie. A width whose plan
     `pack` refuses is passed over. OutOfReach when no width meets it.
     """
+    plain = bake(model)
+
     def packed(plan):
-        pack_within_reach(model, plan)
+        pack_within_reach(plain, plan)
         return plan
 
     return first_uniform(model, family, bits, target_cr_disk, signals, packed)
@@ -107,7 +109,7 @@ def uniform_plan(model: torch.nn.Module, family: type[Method], bits: int, target
 
 def first_uniform(model: torch.nn.Module, family: type[Method], bits: int, target_cr_disk: float, signals, make: Callable):
     """make(plan) of the first width, in the order of uniform_plan, for whose plan that is not OutOfReach."""
-    check_family("uniform_plan", family)
+    check_family("a uniform plan", family)
     check_target(target_cr_disk)
     check_bits(bits)
     ws = list(weights(model).values())

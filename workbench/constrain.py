@@ -156,10 +156,11 @@ def constrain_weights(model: nn.Module, plan: Plan) -> None:
 
 def pack(model: nn.Module, plan, original: nn.Module | None = None) -> PackedModel:
     """The integers of a model under a plan. A model that is not constrained is projected first (one-shot); a constrained one
-    must lie in the sets of this plan, whatever its formats, or a projection would undo its training unseen: else ValueError.
+    must lie in the sets of this plan, whatever its formats and up to 1 % of a block's norm, or a projection would undo its
+    training unseen: else ValueError.
 
-    original: the model before remove_units; compression ratios then start from its weights, in the file too; one with other
-    layers, or whose blocks are not at least as large, is a ValueError. Overflow is
+    original: the model before remove_units; compression ratios then start from its weights, in the file too. One with other
+    layers, whose blocks are not at least as large, or of a single module with another input size, is a ValueError. Overflow is
     decided here: a row that could leave the accumulator, or a bias that does not fit 32 bits, is Unpackable, a ValueError.
     """
     plan = Plan.read(plan)
@@ -192,7 +193,7 @@ def pack(model: nn.Module, plan, original: nn.Module | None = None) -> PackedMod
 
 def _check_original(model, original):
     small, large = ({name: tuple(w.shape) for name, w in weights(m).items()} for m in (model, original))
-    if list(small) != list(large):
+    if small.keys() != large.keys():
         raise ValueError("pack needs as original the model before remove_units, with the same layers, got one with the blocks "
                          f"{', '.join(large)} for {', '.join(small)}")
     (first, *others), (its, *_) = rnns(model).values(), rnns(original).values()

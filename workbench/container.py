@@ -30,8 +30,9 @@ def write_tensors(path, tensors: dict[str, np.ndarray], *, who: str, what: str, 
     return path
 
 
-def read_tensors(path, *, who: str, what: str, version: int) -> tuple[dict, dict[str, np.ndarray]]:
-    """(about, tensors). A missing, truncated, damaged or foreign file raises ValueError that says which."""
+def read_tensors(path, *, who: str, what: str, version: int, older=()) -> tuple[dict, dict[str, np.ndarray]]:
+    """(about, tensors). older: versions that are read too. A missing, truncated, damaged or foreign file raises ValueError
+    that says which."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{who} needs a {what} file, got {path}, which is no file")
@@ -54,7 +55,7 @@ def read_tensors(path, *, who: str, what: str, version: int) -> tuple[dict, dict
         raise ValueError(f"{who} found damage in {path}: its content does not have the SHA-256 written with it")
     if content["format"] != what:
         raise ValueError(f"{who} needs a {what}, got {path}, a {content['format']}")
-    if content["version"] != version:
+    if content["version"] not in (version, *older):
         raise ValueError(f"{who} reads version {version} of a {what}, got version {content['version']} in {path}")
     return content["about"], tensors
 

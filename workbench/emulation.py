@@ -394,8 +394,8 @@ def emulate(model: nn.Module, plan) -> nn.Module:
         if (dtype := next(rnn.parameters()).dtype) not in (torch.float32, torch.float64):
             raise ValueError(f"emulate needs recurrent layers in float32 or float64, which hold their integers, got {dtype} in "
                              f"{path!r}: train in autocast, or convert them before")
-    packed = pack(model, plan)
     model = bake(model)
+    packed = pack(model, plan)
     for path, rnn in rnns(model).items():
         quantise_signals(rnn, {layer.suffix: packed.layers[layer.name] for layer in layers_of(rnn, path)})
     constrain_weights(model, plan)

@@ -14,7 +14,7 @@ from workbench.array import PRESETS, ArraySpec, Schedule, preset, schedule_layer
 from workbench.array.cost import BASELINE, DEVICES, resources
 from workbench.array.spec import GROUP, ceil_div, in_step
 from workbench.budget import WIDTHS, check_bits, check_target, pack_within_reach, uniform_plan
-from workbench.constrain import pack
+from workbench.constrain import bake, pack
 from workbench.gates import check_gates, gate_names, layers
 from workbench.methods import METHODS, BlockCirculant, Dense
 from workbench.models import CELLS
@@ -161,12 +161,12 @@ def explore(model: torch.nn.Module, signals, question: Question) -> Answer:
 
 
 def _dense(model, signals) -> PackedModel:
-    return pack(model, uniform(model, Dense(), LOSSLESS_BITS, signals))
+    return pack(model, uniform(model, Dense(), LOSSLESS_BITS, signals))  # dense holds every set
 
 
 def _explore(model, signals, question, dense: PackedModel):
     spec, plan = question.spec(), question.plan(model, signals)
-    packed = pack_within_reach(model, plan)
+    packed = pack_within_reach(bake(model), plan)
     schedules = {name: schedule_layer(of.layers[question.layer], spec, STEPS, batch=question.batch)
                  for name, of in ((BASELINE, dense), (question.method, packed))}
     return Answer(question, plan, packed, schedules)

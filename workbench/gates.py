@@ -88,6 +88,21 @@ def rnns(model: nn.Module) -> dict[str, nn.RNNBase]:
     return found
 
 
+def unregistered_rnns(model: nn.Module) -> list[str]:
+    """Where the model's modules keep recurrent modules in plain lists, tuples, sets and dicts, which torch does not know as
+    its modules: "extra[0] (GRU)"."""
+    known, found = {id(module) for module in model.modules()}, []
+    for path, owner in model.named_modules():
+        for name, value in vars(owner).items():
+            if not isinstance(value, (dict, list, tuple, set)):
+                continue
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                for module in item.modules() if isinstance(item, nn.Module) else ():
+                    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and id(module) not in known:
+                        found.append(f"{_prefix(path)}{name}[{key!r}] ({type(module).__name__})")
+    return found
+
+
 def _check_other(path, module):
     """Recurrent kinds of torch are known by their names, as those for quantisation and script are no relatives of nn.LSTM."""
     kind = getattr(module, "original_name", type(module).__name__)  # of a scripted module the first

@@ -169,8 +169,11 @@ def build_classifier(
 ) -> SequenceClassifier:  # fmt: skip
     """Fresh classifier for `task`, the same for the same `seed`; the caller's random state is left as it was.
 
-    `dropout` and `pooling` are those of `task.recipe` unless given; the rest as SequenceClassifier takes it.
+    `dropout` and `pooling` are those of `task.recipe` unless given; the rest as SequenceClassifier takes it. ValueError for a
+    language task.
     """
+    if isinstance(task, LanguageTask):
+        raise ValueError(f"build_classifier needs a task of labelled sequences, got the language task {task.name}")
     with seeded(seed):
         return SequenceClassifier(
             task.num_features,

@@ -25,7 +25,8 @@ SIGNALS = {"LSTM": ("input", "pre", "sigmoid", "tanh", "cell", "hidden"),
 PARTS = {"ih": "input", "hh": "hidden", "hr": "unprojected"}  # part of a gate -> the signal that it multiplies
 MOST_WEIGHTS = 1 << 27  # of a block that is read from a file: its description alone must not take all memory
 FILE_KIND = "packed model"
-FILE_VERSION = 4
+FILE_VERSION = 5
+OLDER_VERSIONS = (4,)  # that are read too: 5 has the encoding Whole besides
 
 
 def signals_of(cell: str, projected: bool = False) -> tuple[str, ...]:
@@ -805,7 +806,7 @@ class PackedLayer:
 
     def __repr__(self):
         bits = sum(block.storage_bits for block in self.blocks.values())
-        return f"<PackedLayer, {self.cell}, {self.input_size} to {self.output_size}: {bits / 8:,.6g} bytes of matrices>"
+        return f"<PackedLayer, {self.cell}, {self.input_size} to {self.output_size}: {bits // 8:,} bytes of matrices>"
 
     @property
     def input_size(self) -> int:
@@ -923,7 +924,7 @@ class PackedModel:
                         f"{' and '.join(str(layer.input_size) for layer in above)} are taken")
 
     def __repr__(self):
-        return (f"<PackedModel of {', '.join(self.layers)}: {self.storage_bits / 8:,.6g} bytes of matrices, cr_disk "
+        return (f"<PackedModel of {', '.join(self.layers)}: {self.storage_bits // 8:,} bytes of matrices, cr_disk "
                 f"{self.cr_disk:.4g}, cr_model {self.cr_model:.4g}>")
 
     @property
@@ -1031,7 +1032,7 @@ class PackedModel:
 
 def load(path) -> PackedModel:
     """Read a packed model. A missing, truncated, damaged or foreign file raises ValueError that says which."""
-    manifest, tensors = read_tensors(path, who="load", what=FILE_KIND, version=FILE_VERSION)
+    manifest, tensors = read_tensors(path, who="load", what=FILE_KIND, version=FILE_VERSION, older=OLDER_VERSIONS)
     try:
         layers = {name: _restore_layer(name, about, tensors) for name, about in manifest["layers"].items()}
         return PackedModel(layers, manifest["rnn_bias_params"], manifest["other_params"], manifest["metadata"])

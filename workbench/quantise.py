@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from workbench.fixedpoint import QFormat
-from workbench.gates import Layer, cell_name, evaluating, layers, layers_of, rnns
+from workbench.gates import Layer, cell_name, evaluating, layers, layers_of, rnns, unregistered_rnns
 from workbench.packed import SIGNALS, PackedLayer, signals_of
 
 # Finest weight and finest signal: with a 16-bit hidden state (15 fraction bits) the 32-bit bias then still reaches 4.
@@ -140,6 +141,10 @@ def observe(model: nn.Module, batches) -> "Observation":
 
 
 def _observe(model, batches, binned):
+    if left_out := unregistered_rnns(model):
+        warnings.warn(f"{type(model).__name__} holds recurrent layers outside of its modules, which are neither compressed nor "
+                      f"counted: {', '.join(left_out)}; if they are part of it keep them in an nn.ModuleList or nn.ModuleDict",
+                      stacklevel=3)
     seen, called, modules = defaultdict(_Magnitudes), set(), rnns(model)
     for path, call in recurrent_calls(model, batches):
         called.add(path)
@@ -252,7 +257,7 @@ def format_of(name: str) -> str:
 
 def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
     """(module path, (x (T, B, input_size), state or None, lengths or None)) of every call of a recurrent module while the
-    model, in evaluation mode, runs over the batches. ValueError for the call of one that the model does not hold."""
+    model, in evaluation mode, runs over the batches."""
     if isinstance(batches, (torch.Tensor, PackedSequence)):  # it would be read step by step
         raise ValueError("calibrate needs several batches, each the model's arguments, got one "
                          f"{type(batches).__name__}: give it in a list")
@@ -262,27 +267,19 @@ def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
         arguments = dict(zip(("input", "hx"), args, strict=False)) | kwargs  # the names of nn.LSTM.forward
         calls.append((path, time_first(rnn, arguments["input"], arguments.get("hx"))))
 
-    modules = rnns(model)
-
-    def refuse_others(module, args):
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not any(module is rnn for rnn in modules.values()):
-            raise ValueError(f"{type(model).__name__} calls an nn.{type(module).__name__} that is none of its modules, as one "
-                             "in a plain list or dict, and would be left out: keep it in an nn.ModuleList or nn.ModuleDict")
-
     hooks = [rnn.register_forward_pre_hook(lambda rnn, args, kwargs, path=path: hook(rnn, args, kwargs, path), with_kwargs=True)
-             for path, rnn in modules.items()]
+             for path, rnn in rnns(model).items()]
     seen = 0
     try:
         with torch.no_grad(), evaluating(model):
             for batch in batches:
                 several = isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence)
                 arguments = batch if several else (batch,)
-                _check_arguments(model, arguments)
-                others = nn.modules.module.register_module_forward_pre_hook(refuse_others)  # of every module that there is
                 try:
                     model(*arguments)
-                finally:
-                    others.remove()
+                except TypeError as error:
+                    _check_arguments(model, arguments, error)
+                    raise
                 seen += 1
                 yield from calls
                 calls.clear()
@@ -293,10 +290,11 @@ def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
         raise ValueError("calibrate needs at least one batch, got none: empty, or a generator used before")
 
 
-def _check_arguments(model, arguments):
+def _check_arguments(model, arguments, error):
+    """Say so where the arguments do not fit, rather than something within the model."""
     try:
         inspect.signature(model.forward).bind(*arguments)
-    except TypeError as error:
+    except TypeError:
         raise ValueError(f"calibrate needs batches of the model's arguments, without targets, got one of {len(arguments)} for "
                          f"{type(model).__name__}.forward{inspect.signature(model.forward)}: {error}") from error
 

@@ -24,6 +24,7 @@ from workbench.packed import check_whole
 from workbench.plan import Plan, plan_block
 
 WAITING_BITS = 16  # of a block whose turn has not come
+WATCHED = 0.02  # share of a retraining after which weights that have gradients should have moved
 UNTIL = 0.25  # share of a retraining after which the model is in its plan, where nothing else is asked for
 
 
@@ -39,7 +40,8 @@ class RetrainingSchedule:
     def __init__(self, model: nn.Module, stages: list[tuple[float, Plan]]):
         # One that changes nothing would only cost the optimizer its moments.
         self.stages = [stage for n, stage in enumerate(stages) if not n or stage[1] != stages[n - 1][1]]
-        self.entered, self.begun, self.fresh = 0, False, None  # fresh: the parameters as a stage began, until one has moved
+        self.entered, self.begun = 0, False
+        self.fresh = None  # (progress, parameters) as a stage began for whose sake no optimizer was given, until looked at
         self.model = compress(model, stages[0][1])
         for _, plan in self.stages[1:]:
             plan.check(self.model)
@@ -77,7 +79,7 @@ class RetrainingSchedule:
         if isinstance(optimizer, torch.optim.LBFGS) and len(self.stages) > 1:
             raise ValueError("a retraining schedule cannot exchange parameters inside LBFGS, which keeps lists of its own: "
                              "call step without it, and make it anew where that gives True")
-        self._warn_untrained()
+        self._warn_untrained(progress)
         starts = [start for start, _ in self.stages]
         stage = bisect_right(starts, progress) - 1
         if stage <= self.entered:
@@ -93,18 +95,22 @@ class RetrainingSchedule:
         constrain_weights(self.model, self.stages[stage][1])
         self.entered, self.begun = stage, True
         new = _parameters(self.model)
-        self.fresh = [p.detach().clone() for p in new]
-        if optimizer is not None:
+        if optimizer is None:
+            self.fresh = progress, [p.detach().clone() for p in new]
+        else:
+            self.fresh = None
             _exchange(optimizer, old, new)
         if passed_over:
             _warn_passed_over("stages", min(b - a for a, b in pairwise(starts)))
         return True
 
-    def _warn_untrained(self):
-        now = _parameters(self.model)
-        if self.fresh is None or not any(p.grad is not None and p.grad.any() for p in now):
+    def _warn_untrained(self, progress):
+        if self.fresh is None or progress < self.fresh[0] + WATCHED:
             return
-        if all(map(torch.equal, self.fresh, now)):
+        before, now = self.fresh[1], _parameters(self.model)
+        if not any(p.grad is not None and p.grad.any() for p in now):
+            return
+        if all(torch.equal(old.to(new.device), new) for old, new in zip(before, now, strict=True)):
             warnings.warn("a retraining schedule's recurrent weights have gradients, and none has moved since its stage began: "
                           "an optimizer that lives on holds those of before; hand it to step(progress, optimizer), or make it "
                           "anew where step gives True", stacklevel=3)

@@ -309,10 +309,11 @@ def hardware_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
 
 
 def baseline_text(base: Schedule) -> str:
-    """Whether dense 16-bit, that accelerations are against, would be faster on a part of its array (Markdown)."""
+    """Whether dense 16-bit, that accelerations are against, would be faster on a part of its array, as far as faster_part finds
+    (Markdown)."""
     spec, part = base.mapping.spec, faster_part(base)
     if part is None:
-        return f"Dense 16-bit is on no smaller part of the {spec.rows} x {spec.cols} PEs faster than on all."
+        return f"Dense 16-bit is not faster on half the rows or columns of the {spec.rows} x {spec.cols} PEs."
     small = part.mapping.spec
     few, all_ = part.steady_state_cycles, base.steady_state_cycles
     return (f"**The {spec.rows} x {spec.cols} PEs are more than dense 16-bit can use: on {small.rows} x {small.cols} of them a "
@@ -321,9 +322,11 @@ def baseline_text(base: Schedule) -> str:
 
 
 def baseline_note(schedules: dict[str, Schedule]):
-    """baseline_text of the schedules that are compared."""
+    """baseline_text of the schedules that are compared, each of one layer."""
     from IPython.display import Markdown
 
+    if BASELINE not in schedules:
+        raise ValueError(f"baseline_note needs a schedule labelled {BASELINE!r}, got {', '.join(schedules) or 'none'}")
     return Markdown(baseline_text(schedules[BASELINE]))
 
 

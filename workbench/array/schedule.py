@@ -403,7 +403,7 @@ class Readings:
     """What is read alike off the operations of one stage or of several in turn."""
 
     def __repr__(self):
-        return (f"<{type(self).__name__} of {self.steps} steps, batch {self.mapping.batch}: {self.steady_state_cycles:,.6g} "
+        return (f"<{type(self).__name__} of {self.steps} steps, batch {self.mapping.batch}: {self.steady_state_cycles:,.10g} "
                 f"cycles a step, {self.cycles:,} in all, mostly for {self.bound}>")
 
     @property

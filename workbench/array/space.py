@@ -14,6 +14,7 @@ import numpy as np
 
 from workbench.array.cost import energy, resources
 from workbench.array.mapping import (
+    LayerMapping,
     candidate_layouts,
     least_cycles,
     least_loaded_bits,
@@ -132,12 +133,17 @@ def smallest_array(layers: dict[str, PackedLayer], at_most: float, figure: str =
 
 
 def faster_part(schedule: Schedule) -> Schedule | None:
-    """The schedule of the same layer, all else alike, on the part of its array where a step takes fewest cycles: PE rows or
-    columns are halved (in whole groups) as long as that helps. None where it never does.
+    """The schedule of the same layer on a part of its array where a step takes fewer cycles: PE rows or columns are halved (in
+    whole groups) as long as that helps. None where no halving does; another part may still be faster by a little.
 
     A layout spans all PEs, and a small layer waits for its links on a large array. Whoever compares with it should compare
-    with the part, on which it could run as well.
+    with the part, on which it could run as well. ValueError for a schedule of several layers, of parts of one, or in which
+    zeros are skipped.
     """
+    mapping = schedule.mapping
+    whole = isinstance(mapping, LayerMapping) and mapping.parts == {part for part, _ in mapping.layer.products}
+    if not whole or schedule.by_row:
+        raise ValueError(f"faster_part needs the schedule of one whole layer without skipped zeros, got {schedule!r}")
     best = schedule
     while True:
         spec, found = best.mapping.spec, []
@@ -146,7 +152,7 @@ def faster_part(schedule: Schedule) -> Schedule | None:
                 part = spec.with_(**{name: half})
                 part = part.with_(h_words_per_cycle=min(part.h_words_per_cycle, part.cols))
                 try:
-                    found.append(schedule_layer(schedule.mapping.layer, part, schedule.steps, batch=schedule.mapping.batch))
+                    found.append(schedule_layer(mapping.layer, part, schedule.steps, batch=mapping.batch))
                 except ValueError:  # the part does not hold it
                     continue
         fastest = min(found, key=lambda of: of.steady_state_cycles, default=best)

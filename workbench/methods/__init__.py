@@ -58,7 +58,7 @@ def _number(value, exact):
     if not isinstance(value, float):
         return str(value)
     short = f"{value:.4g}"
-    return repr(value) if exact and float(short) != value else short
+    return repr(float(value)) if exact and float(short) != value else short
 
 
 def method_from_label(label: str) -> Method:

@@ -32,31 +32,43 @@ def names() -> list[str]:
 def descriptions() -> dict[str, str]:
     """Name -> first line of its file; nothing of a user's own is run for it."""
     docs = {name: module.__doc__ for name, module in TASKS.items()}
-    docs |= {name: ast.get_docstring(ast.parse(path.read_bytes())) for name, path in _own().items()}
+    docs |= {name: _described(path) for name, path in _own().items()}
     return {name: (doc or "").partition("\n")[0] for name, doc in docs.items()}
+
+
+def _described(path):
+    try:
+        return ast.get_docstring(ast.parse(path.read_bytes()))
+    except SyntaxError as error:
+        return f"not Python: {error}"
 
 
 def load(name: str, split: str = "official") -> Task | LanguageTask:
     """The task `name`, its examples divided the way `split` says; ValueError where either is unknown."""
-    task = _module(name).load(split)
+    module = _module(name)
+    task = module.load(split)
     if name in TASKS:
         return task
-    if not isinstance(task, (Task, LanguageTask)) or task.name != name:
-        raise ValueError(f"load of {_own()[name]} needs to give a Task or LanguageTask named {name!r}, got "
-                         f"{getattr(task, 'name', task)!r}")
-    return replace(task, digest=digest(name))
+    if type(task) not in (Task, LanguageTask):  # no class of the file's own: other processes would not know it
+        raise ValueError(f"load of {_own()[name]} needs to give a Task or LanguageTask, got a {type(task).__name__}")
+    if (task.name, task.split) != (name, split):
+        raise ValueError(f"load of {_own()[name]} needs to give the task {name!r} with split {split!r}, got {task.name!r} with "
+                         f"{task.split!r}")
+    return replace(task, digest=_own_digest(module))
 
 
 def digest(name: str) -> str:
     """SHA-256 (hex) over the source bytes and the feature version of task `name`, of a user's own over its file too; equal to
     `load(name).digest`."""
-    found = _module(name).digest()
-    if name in TASKS:
-        return found
-    path = _own()[name]
+    module = _module(name)
+    return module.digest() if name in TASKS else _own_digest(module)
+
+
+def _own_digest(module):
+    found = module.digest()
     if not isinstance(found, str):
-        raise ValueError(f"digest of {path} needs to give a text, got {found!r}")
-    return hashlib.sha256(path.read_bytes() + found.encode()).hexdigest()
+        raise ValueError(f"digest of {module.__file__} needs to give a text, got {found!r}")
+    return hashlib.sha256(Path(module.__file__).read_bytes() + found.encode()).hexdigest()
 
 
 def _own() -> dict[str, Path]:

@@ -13,8 +13,7 @@ AUGMENTATIONS = ("feature_noise", "time_mask", "feature_mask")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Training settings that suit a task; `fit`, `build_classifier` and their like take them where the caller names nothing
-    else."""
+    """Training settings that suit a task; `fit`, `baseline` and others take them where the caller names nothing else."""
 
     epochs: int = 100
     lr: float = 6e-3  # peak of the one-cycle schedule of "adamw", start of the annealed one of "sgd"
