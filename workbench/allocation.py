@@ -4,6 +4,7 @@ import functools
 import math
 import numbers
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,8 +84,8 @@ def choices_to_measure(model: torch.nn.Module, families=None) -> list[Method]:
     """Members of each family that store about 1/2, 1/4, ... 1/64 of the weights: what sensitivity_table may measure for an
     allocation at any ratio. families: of METHODS, all by default; one without a member for every block, as where a power of two
     divides no rows, is left out with a warning."""
-    families = list(METHODS.values()) if families is None else families
-    if not isinstance(families, (list, tuple)):
+    families = METHODS.values() if families is None else families
+    if not isinstance(families, Collection) or isinstance(families, str):
         raise ValueError(f"choices_to_measure needs a list of families, got {families!r}")
     for family in families:
         check_family("choices_to_measure", family)

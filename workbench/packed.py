@@ -163,7 +163,6 @@ def check_whole(who, name, value, least, most=math.inf):
 
 # Encodings of a sparse block. encode(block) gives its words (values in the order of storage, zero where a place stays
 # empty) and its indices, places(shape, indices) the row and the column of every word; the counts size what a file must hold.
-# padding(block, words): those of the words that stand for no place of the pattern, only bridge a gap.
 
 
 @dataclass(frozen=True)
@@ -192,6 +191,7 @@ class Relative:
         return padded.ravel(), indices
 
     def padding(self, packed, words) -> int:
+        """Those of the words that stand for no place of the pattern, only bridge a gap."""
         return words.size - _tiles(packed, self.block)[1].size
 
     def index_width(self, shape) -> int:
@@ -221,9 +221,6 @@ class Bitmap:
         present = np.zeros(self.index_count(packed.shape, words.size), dtype=np.int64)
         present[tiles] = 1
         return words.ravel(), present
-
-    def padding(self, packed, words) -> int:
-        return 0
 
     def index_width(self, shape) -> int:
         return 1
@@ -280,9 +277,6 @@ class Banks:
         words[places], indices[places] = packed.values[order], packed.cols[order] // self.banks
         return words, indices
 
-    def padding(self, packed, words) -> int:
-        return 0
-
     def index_width(self, shape) -> int:
         return (-(-shape[1] // self.banks) - 1).bit_length()
 
@@ -325,9 +319,6 @@ class Diagonals:
             raise ValueError(f"{self} needs the weights of each tile on one wrapped diagonal")
         return words, indices
 
-    def padding(self, packed, words) -> int:
-        return 0
-
     def index_width(self, shape) -> int:
         return (self.period - 1).bit_length()
 
@@ -349,9 +340,6 @@ class Whole:
 
     def encode(self, packed):
         return packed.dense().ravel(), np.zeros(0, dtype=np.int64)
-
-    def padding(self, packed, words) -> int:
-        return 0
 
     def index_width(self, shape) -> int:
         return 0
@@ -414,7 +402,7 @@ class PackedSparse(_Stored):
     @property
     def stored_values(self) -> int:
         encoding, words, _ = self._encoded
-        return words.size - encoding.padding(self, words)
+        return words.size - (encoding.padding(self, words) if isinstance(encoding, Relative) else 0)
 
     def dense(self) -> np.ndarray:
         out = np.zeros(self.shape, dtype=np.int64)
