@@ -20,11 +20,10 @@ from workbench.budget import (
     check_target,
     full_block,
     ladder,
-    pack_within_reach,
+    pack_anew,
     strongest_member,
     uniform_plan,
 )
-from workbench.constrain import bake
 from workbench.gates import blocks, check_gates, dense_weights, weights
 from workbench.methods import METHODS, Method, check_family, method_from_label
 from workbench.packed import PackedModel
@@ -142,7 +141,7 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
     ((name, value),) = asked.items()
     cost, budget = _budget(name, value, known, array)
     check_gates("allocate", model, sensitive or ())
-    ws, plain = weights(model), bake(model)
+    ws = weights(model)
     choices = _choices(ws, table, array)
     usable = choices[np.isfinite(choices["predicted_loss"])]
     options = _of_every_block(usable, known) if sensitive is None else _classes(usable, known, sensitive)
@@ -157,7 +156,7 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
     def cycles_of(rows):
         """inf for a plan that cannot be packed, or that the array does not hold."""
         try:
-            return cycles_in_turn(pack_within_reach(plain, planned(rows)), array)
+            return cycles_in_turn(pack_anew(model, planned(rows)), array)
         except ValueError as error:
             refusals.append(str(error))
             return math.inf
@@ -210,7 +209,7 @@ def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     for candidate, planned in planners.items():
         try:
             plan = planned()
-            packed = pack_within_reach(bake(model), plan)
+            packed = pack_anew(model, plan)
         except OutOfReach as error:
             refused.append(str(error))
             continue

@@ -98,10 +98,8 @@ def uniform_plan(model: torch.nn.Module, family: type[Method], bits: int, target
     later can, by a fraction of a percent, since the padding of relative indices depends on where they lie. A width whose plan
     `pack` refuses is passed over. OutOfReach when no width meets it.
     """
-    plain = bake(model)
-
     def packed(plan):
-        pack_within_reach(plain, plan)
+        pack_anew(model, plan)
         return plan
 
     return first_uniform(model, family, bits, target_cr_disk, signals, packed)
@@ -138,6 +136,11 @@ def _by_preference(weights, family, bits, budget_bits):
         else:
             others.append((size, method, width))
     yield from (choice for _, *choice in sorted(others, key=lambda other: -other[0]))
+
+
+def pack_anew(model: torch.nn.Module, plan: Plan) -> PackedModel:
+    """pack_within_reach for who plans: a model that is constrained by now is projected onto the plan as any other."""
+    return pack_within_reach(bake(model), plan)
 
 
 def pack_within_reach(model: torch.nn.Module, plan: Plan, original: torch.nn.Module | None = None) -> PackedModel:

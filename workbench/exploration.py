@@ -13,8 +13,8 @@ from workbench.acceleration import by_fft
 from workbench.array import PRESETS, ArraySpec, Schedule, preset, schedule_layer
 from workbench.array.cost import BASELINE, DEVICES, resources
 from workbench.array.spec import GROUP, ceil_div, in_step
-from workbench.budget import WIDTHS, check_bits, check_target, pack_within_reach, uniform_plan
-from workbench.constrain import bake, pack
+from workbench.budget import WIDTHS, check_bits, check_target, pack_anew, uniform_plan
+from workbench.constrain import pack
 from workbench.gates import check_gates, gate_names, layers
 from workbench.methods import METHODS, BlockCirculant, Dense
 from workbench.models import CELLS
@@ -115,9 +115,7 @@ class Answer:
         stored (bits), and of the layer microseconds of a step (of all sequences) and what `hardware` says."""
         schedule = self.schedules[self.question.method]
         return {"cr_disk": self.packed.cr_disk, "cr_model": self.packed.cr_model, "rnn_bytes": self.packed.storage_bits // 8,
-                "bits": self.packed.mean_bits,
-                "step_us": schedule.step_us
-                } | self.hardware()[self.question.method].to_dict()
+                "bits": self.packed.mean_bits, "step_us": schedule.step_us} | self.hardware()[self.question.method].to_dict()
 
     def sentence(self) -> str:
         """What was found, in words (Markdown)."""
@@ -166,7 +164,7 @@ def _dense(model, signals) -> PackedModel:
 
 def _explore(model, signals, question, dense: PackedModel):
     spec, plan = question.spec(), question.plan(model, signals)
-    packed = pack_within_reach(bake(model), plan)
+    packed = pack_anew(model, plan)
     schedules = {name: schedule_layer(of.layers[question.layer], spec, STEPS, batch=question.batch)
                  for name, of in ((BASELINE, dense), (question.method, packed))}
     return Answer(question, plan, packed, schedules)

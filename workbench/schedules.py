@@ -34,7 +34,7 @@ class RetrainingSchedule:
     Entering a stage compresses the model again, in place: its recurrent weights get other parameters. An optimizer that was
     made before holds the old ones and would train nothing, so `step` exchanges them there; their moments start anew, its
     learning rate, its other parameters and a learning rate schedule on it go on. An optimizer that goes on without that is
-    warned of at the next step.
+    warned of at a later step.
     """
 
     def __init__(self, model: nn.Module, stages: list[tuple[float, Plan]]):

@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 from torch.nn.utils import parametrize
 
-from workbench.budget import OutOfReach, check_target, largest_member, pack_within_reach
-from workbench.constrain import bake, compress
+from workbench.budget import OutOfReach, check_target, largest_member, pack_anew
+from workbench.constrain import compress
 from workbench.gates import blocks, check_gates, dense_weights, evaluating, weight, weights
 from workbench.methods import BlockCirculant, Dense, Method, TopK, check_method, method_from_label, method_label
 from workbench.models import seeded
@@ -380,7 +380,7 @@ def search_hybrid(model: torch.nn.Module, task: Task | LanguageTask | Loop, sens
     for strength in strengths:
         try:
             plan = hybrid_plan(model, sensitive, strength, target_cr_disk, signals)
-            plans.append((strength, plan, pack_within_reach(bake(model), plan).cr_disk))
+            plans.append((strength, plan, pack_anew(model, plan).cr_disk))
         except OutOfReach as error:
             refused.append(str(error))
     rows = []

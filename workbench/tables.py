@@ -19,7 +19,17 @@ from workbench.array import (
     layer_products,
     smallest_array,
 )
-from workbench.array.cost import BASELINE, DEVICES, ENERGY_NOTE, PJ_PER_EVENT, STATIC_POWER, compare, energy, resources
+from workbench.array.cost import (
+    BASELINE,
+    DEVICES,
+    ENERGY_NOTE,
+    PJ_PER_EVENT,
+    STATIC_POWER,
+    baseline_of,
+    compare,
+    energy,
+    resources,
+)
 from workbench.array.mapping import part_of
 from workbench.array.schedule import EVENTS, SPLIT
 from workbench.array.spec import FIELDS
@@ -325,9 +335,7 @@ def baseline_note(schedules: dict[str, Schedule]):
     """baseline_text of the schedules that are compared, each of one layer."""
     from IPython.display import Markdown
 
-    if BASELINE not in schedules:
-        raise ValueError(f"baseline_note needs a schedule labelled {BASELINE!r}, got {', '.join(schedules) or 'none'}")
-    return Markdown(baseline_text(schedules[BASELINE]))
+    return Markdown(baseline_text(baseline_of("baseline_note", schedules)))
 
 
 def split_table(schedules: dict[str, Schedule]) -> pd.DataFrame:

@@ -221,6 +221,13 @@ def _resources(spec, weights, data, streamed, tables, edge=(), data_copies=1):
 BASELINE = "dense 16-bit"
 
 
+def baseline_of(who: str, schedules: dict[str, Schedule]) -> Schedule:
+    """That which accelerations are against; ValueError where there is none."""
+    if BASELINE not in schedules:
+        raise ValueError(f"{who} needs a schedule labelled {BASELINE!r}, got {', '.join(schedules) or 'none'}")
+    return schedules[BASELINE]
+
+
 def compare(schedules: dict[str, Schedule]) -> list[dict]:
     """One row per schedule of equal length; accelerations, item for item, against the one labelled "dense 16-bit".
 
@@ -228,11 +235,9 @@ def compare(schedules: dict[str, Schedule]) -> list[dict]:
     a batch; multiply_cycles: cycles for which the fullest PE multiplies and transforms in one step of one item, so that
     `acceleration_multiply` is what would be won with no overhead at all.
     """
-    if BASELINE not in schedules:
-        raise ValueError(f"compare needs a schedule labelled {BASELINE!r}, got {', '.join(schedules) or 'none'}")
+    base = baseline_of("compare", schedules)
     if len(lengths := {schedule.steps for schedule in schedules.values()}) > 1:
         raise ValueError(f"compare needs schedules of one number of steps, got {', '.join(map(str, sorted(lengths)))}")
-    base = schedules[BASELINE]
     return [_row(label, schedule, base) for label, schedule in schedules.items()]
 
 

@@ -50,10 +50,10 @@ def load(name: str, split: str = "official") -> Task | LanguageTask:
     if name in TASKS:
         return task
     if type(task) not in (Task, LanguageTask):  # no class of the file's own: other processes would not know it
-        raise ValueError(f"load of {_own()[name]} needs to give a Task or LanguageTask, got a {type(task).__name__}")
+        raise ValueError(f"load of {module.__file__} needs to give a Task or LanguageTask, got a {type(task).__name__}")
     if (task.name, task.split) != (name, split):
-        raise ValueError(f"load of {_own()[name]} needs to give the task {name!r} with split {split!r}, got {task.name!r} with "
-                         f"{task.split!r}")
+        raise ValueError(f"load of {module.__file__} needs to give the task {name!r} with split {split!r}, got {task.name!r} "
+                         f"with {task.split!r}")
     return replace(task, digest=_own_digest(module))
 
 
