@@ -6,10 +6,10 @@ import torch
 
 from workbench import budget
 from workbench.budget import OutOfReach, full_bits, largest_member, uniform_plan
-from workbench.constrain import Unpackable, pack
+from workbench.constrain import pack
 from workbench.gates import blocks, weight
 from workbench.methods import METHODS, BlockCirculant, BlockSparse, Dense, LowRank, Structured, TopK
-from workbench.plan import uniform
+from workbench.plan import Unpackable, uniform
 from workbench.quantise import calibrate
 
 

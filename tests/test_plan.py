@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from workbench.constrain import pack
+from workbench.constrain import compress, pack
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, layers, weight
 from workbench.methods import BlockCirculant, Dense, LowRank, TopK
 from workbench.packed import signals_of
-from workbench.plan import ACTIVATIONS, BlockPlan, Plan, pack_block, plan_block, uniform
+from workbench.plan import ACTIVATIONS, BlockPlan, Plan, Unpackable, pack_block, plan_block, uniform
 from workbench.quantise import calibrate
+from workbench.schedules import gradual
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(proj_size|LSTM with projections).*:UserWarning")
 
@@ -127,6 +129,38 @@ def test_check_names_the_block_that_a_method_does_not_fit(model, plan):
     message = r"block 0\.weight_hh_l0\.g: BlockCirculant\(block=3.* needs rows divisible by 3, got a 8x8 block"
     with pytest.raises(ValueError, match=message):
         wrong.check(model)
+
+
+@pytest.mark.parametrize("kind", STACKS)
+@pytest.mark.parametrize("change", [
+    lambda plan, layer, block: replace(plan, blocks=plan.blocks | {block: BlockPlan(LowRank(2), QFormat(28, 14))}),
+    lambda plan, layer, block: replace(plan, signals=plan.signals | {layer: plan.signals[layer] | {"input": QFormat(28, 12)}}),
+    lambda plan, layer, block: replace(plan, signals={
+        name: signals | {"pre": QFormat(17, 12)} for name, signals in plan.signals.items()}, activation="exact"),
+    lambda plan, layer, block: replace(plan, signals={
+        name: signals | {"sigmoid": QFormat(30, 28)} for name, signals in plan.signals.items()}),
+    lambda plan, layer, block: replace(plan, signals=plan.signals | {layer: plan.signals[layer] | {"input": QFormat(14, 11)}}),
+])  # fmt: skip
+def test_formats_that_no_weights_suit_are_refused_before_any_training_with_the_words_of_pack(kind, change, monkeypatch):
+    model = stacked(kind)
+    plan = uniform(model, Dense(), 8, calibrate(model, [torch.randn(5, 3, 6)]))
+    odd = change(plan, "0.l1", next(name for name in plan.blocks if "hh_l1." in name))
+    with monkeypatch.context() as patch, pytest.raises(ValueError) as packing:
+        patch.setattr(Plan, "_check_formats", lambda plan, model: None)
+        pack(model, odd)
+    for refusal in (lambda: compress(model, odd), lambda: gradual(model, odd), lambda: pack(model, odd)):
+        with pytest.raises(ValueError, match=re.escape(str(packing.value))):
+            refusal()
+
+
+def test_what_only_the_weights_decide_is_left_to_pack(model, plan):
+    wide = replace(plan, signals={"0.l0": plan.signals["0.l0"] | {"input": QFormat(24, -12)}})
+    wide.check(model)  # its biases are small, its products fit
+    with torch.no_grad():
+        model[0].bias_ih_l0[:] = 1e6
+    with pytest.raises(Unpackable, match=r"^layer 0\.l0: the bias of gate "):
+        pack(model, plan)
+    plan.check(model)
 
 
 BLOCK = "0.weight_hh_l0.g"

@@ -12,9 +12,10 @@ from workbench import budget, models, plots, runs, sensitivity, study, tables
 from workbench.allocation import search_allocation
 from workbench.array import preset, schedule_layer, schedule_layers
 from workbench.array.cost import BASELINE
-from workbench.constrain import Unpackable, attach, bake
+from workbench.constrain import attach, bake
 from workbench.gates import blocks, dense_weights
 from workbench.methods import BlockCirculant, Dense, TopK, method_label
+from workbench.plan import Unpackable
 from workbench.sensitivity import Strength, classify
 from workbench.train import evaluate, fit, paired_interval
 from workbench.units import remove_units

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from workbench.constrain import Unpackable, bake, pack
+from workbench.constrain import bake, pack
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, dense_weights, weights
 from workbench.methods import Method, check_family
 from workbench.packed import PackedModel
-from workbench.plan import Plan, uniform
+from workbench.plan import Plan, Unpackable, uniform
 
 WIDTHS = range(2, 9)  # bits of a weight that a uniform plan may take
 FILLED = 0.95  # a width serves when its plan takes this share of the budget

@@ -11,7 +11,6 @@ from torch.nn.utils import parametrize
 from workbench import fixedpoint, gates, methods, quantise
 from workbench import plan as plan_module
 from workbench.engine import StackEngine
-from workbench.fixedpoint import TABLES
 from workbench.gates import (
     blocks,
     cell_name,
@@ -26,7 +25,7 @@ from workbench.gates import (
     weights,
 )
 from workbench.methods import LowRank, method_label
-from workbench.packed import GATES, PROJECTION, PackedLayer, PackedModel, table_uses
+from workbench.packed import GATES, PROJECTION, PackedModel
 from workbench.plan import Plan, pack_block
 from workbench.quantise import as_given, time_first
 
@@ -133,7 +132,8 @@ def compress(model: nn.Module, plan) -> nn.Module:
     The support of every block is chosen from the model's weights now. Stored values pass through their number format
     with a straight-through gradient. A compressed model may be compressed again (it is baked first; its optimizer must
     be made anew). Training loops should run each forward inside torch.nn.utils.parametrize.cached(), which otherwise
-    evaluates the constraint twice. ValueError for layers that are not supported and plans that do not fit.
+    evaluates the constraint twice. ValueError for layers that are not supported, plans that do not fit, and formats that
+    `pack` would refuse whatever the weights.
     """
     plan = Plan.read(plan)
     model = bake(model)
@@ -172,16 +172,10 @@ def pack(model: nn.Module, plan, original: nn.Module | None = None) -> PackedMod
     known, packed, rnn_bias_params = blocks(model), {}, 0
     _check_members(plan, {name: weight(model, name) for name, block in known.items() if block.rnn in constrained})
     for name, layer in layers(model).items():
-        rnn, signals = rnns(model)[layer.rnn], plan.signals[name]
+        rnn = rnns(model)[layer.rnn]
         mine = {b.name: _packed_block(model, plan, b.name) for b in known.values() if b.layer == layer}
         bias = {name: b.detach().cpu().numpy() for name, b in merged_bias(rnn, layer.suffix, torch.float64).items()}
-        try:
-            tables = {function: TABLES[plan.activation].build(function, uses)
-                      for function, uses in table_uses(cell_name(rnn), signals).items()}
-            packed[name] = PackedLayer.from_float_bias(cell_name(rnn), mine, bias, signals, tables,
-                                                       delta=plan.delta.get(name))
-        except ValueError as error:
-            raise Unpackable(f"layer {name}: {error}") from error
+        packed[name] = plan.pack_layer(model, name, mine, bias)
         rnn_bias_params += sum(b.size for b in bias.values()) if rnn.bias else 0
     packed = PackedModel(packed, rnn_bias_params, _other_params(model))
     if original is None:
@@ -230,10 +224,6 @@ def _packed_block(model, plan, name):
         return pack_block(weight(model, name), plan.blocks[name], **trained_factors(model, name, plan.blocks[name].method))
     except ValueError as error:
         raise ValueError(f"block {name}: {error}") from error
-
-
-class Unpackable(ValueError):
-    """A layer with sums, operands or biases that the arithmetic does not take."""
 
 
 def attach(model: nn.Module, packed: PackedModel, layers_as: type["IntegerRNN"] | None = None) -> nn.Module:

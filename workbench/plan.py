@@ -6,15 +6,20 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from workbench.fixedpoint import TABLES, QFormat
-from workbench.gates import blocks, cell_name, layers, rnns, weights
+from workbench.gates import blocks, cell_name, layers, merged_bias, rnns, weights
 from workbench.methods import Method, check_method, method_from_json, method_label, method_to_json
-from workbench.packed import PARTS, PackedModel, signals_of
+from workbench.packed import PARTS, PackedDense, PackedLayer, PackedModel, signals_of, table_uses
 from workbench.quantise import weight_format
 
 ACTIVATIONS = tuple(TABLES)  # the kinds of activation table
+
+
+class Unpackable(ValueError):
+    """A layer with sums, operands or biases that the arithmetic does not take."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class Plan:
                     raise ValueError(f"Plan needs a delta threshold of at least 0 for {name} of {layer}, got {threshold!r}")
 
     def check(self, model: torch.nn.Module) -> None:
-        """Refuse a plan that misses a block or layer of the model, names one it does not have, or does not fit a shape."""
+        """Refuse a plan that misses a block or layer of the model, names one it does not have, does not fit a shape, or whose
+        formats alone make it Unpackable."""
         for what, planned, known in (("block", self.blocks, blocks(model)),
                                      ("layer", self.signals, layers(model)), ("layer", self.delta, layers(model))):
             if unknown := [name for name in planned if name not in known]:
@@ -73,6 +79,28 @@ class Plan:
                 self.blocks[name].method.constrain(w, self.blocks[name].format)
             except ValueError as error:
                 raise ValueError(f"block {name}: {error}") from error
+        self._check_formats(model)
+
+    def _check_formats(self, model):
+        # Packs a model that is all zero: what is refused then no training makes packable.
+        packed = {}
+        for name, layer in layers(model).items():
+            zeros = {b.name: PackedDense(np.zeros(b.shape, dtype=np.int64), self.blocks[b.name].format)
+                     for b in blocks(model).values() if b.layer == layer}
+            bias = {gate: np.zeros(len(b)) for gate, b in merged_bias(rnns(model)[layer.rnn], layer.suffix).items()}
+            packed[name] = self.pack_layer(model, name, zeros, bias)
+        PackedModel(packed, 0, 0)
+
+    def pack_layer(self, model: torch.nn.Module, name: str, packed_blocks: dict, bias: dict[str, np.ndarray]) -> PackedLayer:
+        """The layer of that name. packed_blocks: block name -> its integers; bias: gate -> (hidden_size,) floats, merged.
+        Unpackable says which of them, or of the plan's formats, no integers take."""
+        cell, signals = cell_name(rnns(model)[layers(model)[name].rnn]), self.signals[name]
+        try:
+            tables = {function: TABLES[self.activation].build(function, uses)
+                      for function, uses in table_uses(cell, signals).items()}
+            return PackedLayer.from_float_bias(cell, packed_blocks, bias, signals, tables, delta=self.delta.get(name))
+        except ValueError as error:
+            raise Unpackable(f"layer {name}: {error}") from error
 
     def with_signals(self, signals) -> "Plan":
         return replace(self, signals=signals)
