@@ -26,7 +26,7 @@ LEVELS = (
     ("tasks", "models", "schedules", "train"),
     ("sensitivity", "cheap", "allocation", "signals"),
     ("runs", "pareto", "published", "sweep", "index", "report", "plots", "study", "acceleration", "sparsity", "precision",
-     "tables", "exploration", "__main__"),
+     "tables", "exploration", "deployment", "__main__"),
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 WITHOUT_TORCH = ("container", "fixedpoint", "spectrum", "packed", "engine", "array")

@@ -25,6 +25,13 @@ SMALL = {  # notebook -> (small parameters, metrics that it must hand over, figu
         2,
         ("No accuracy", "An interactive control stands here", "BlockCirculant 8", "steady_state_cycles", "assumption"),
     ),
+    "deploy": (
+        {"array": "group4x4", "steps": 4},
+        {"cr_disk", "cr_bits", "cr_params", "cr_model", "weights", "stored_values", "bytes", "biases", "other_parameters",
+         "modules", "layers"},
+        2,
+        ("No accuracy", "dense 16-bit", "steady_state_cycles", "stored as", "circulant, block 8", "partial sum", "table error"),
+    ),
     "fixed_point": (
         {"hidden_size": 8, "seeds": [0], "epochs": 2, "weight_bits": [4], "activation_bits": [8], "trained": ["4/8"],
          "tuning_epochs": 1, "target_cr_disks": [8.0], "tolerance": 100.0, "workers": 1},

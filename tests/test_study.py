@@ -213,7 +213,7 @@ def test_tables_and_figures_of_a_study(comparison, dense, tiny_task):
     assert (tables.split_table(schedules).loc["total"] == [s.cycles for s in schedules.values()]).all()
     assert len(tables.plan_table(comparison, 0)) == 8
     assert tables.plan_table(comparison, 0)["index bits"].sum() == comparison.packed[study.HYBRID][0].index_bits
-    signals = tables.signal_table(comparison, 0).set_index("signal")
+    signals = tables.signal_table(comparison.packed[study.HYBRID][0]).set_index("signal")
     assert signals["table error (last places)"].notna().to_dict() == {
         "input": False, "pre": False, "sigmoid": True, "tanh": True, "cell": False, "hidden": False}
     assert len(tables.task_table(tiny_task)) == 3 and len(tables.accuracy_table(dense, tiny_task)) == 2

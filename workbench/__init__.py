@@ -16,8 +16,9 @@ _NAMES = {
         "allocation": "allocate choices_to_measure search_allocation",
         "cheap": "cheap_agreement cheap_over_seeds cheap_sensitivity",
         "constrain": "attach bake compress pack",
+        "deployment": "deploy packed_from present_deployment present_layers present_packed",
         "emulation": "emulate mismatch_rate",
-        "exploration": "Question explore explorer present_answer untrained",
+        "exploration": "Question array_of explore explorer present_answer untrained",
         "fixedpoint": "QFormat",
         "methods": "METHODS BankBalanced BlockCirculant BlockSparse Dense LowRank RowBalanced Structured TopK"
         " method_from_label",
@@ -52,10 +53,10 @@ _NAMES = {
     for name in names.split()
 }
 _SUBMODULES = (
-    "acceleration", "allocation", "array", "budget", "cheap", "constrain", "container", "emulation", "engine", "exploration",
-    "fixedpoint", "gates", "index", "methods", "models", "packed", "pareto", "plan", "plots", "precision", "published",
-    "quantise", "report", "runs", "schedules", "sensitivity", "signals", "sparsity", "study", "sweep", "tables", "tasks",
-    "train", "units",
+    "acceleration", "allocation", "array", "budget", "cheap", "constrain", "container", "deployment", "emulation", "engine",
+    "exploration", "fixedpoint", "gates", "index", "methods", "models", "packed", "pareto", "plan", "plots", "precision",
+    "published", "quantise", "report", "runs", "schedules", "sensitivity", "signals", "sparsity", "study", "sweep", "tables",
+    "tasks", "train", "units",
 )  # fmt: skip
 
 __all__ = ["__version__", *_NAMES, *_SUBMODULES]

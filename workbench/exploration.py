@@ -33,6 +33,16 @@ BLOCKS = (2, 4, 8, 16, 32)  # that the controls offer; a block that does not div
 MOST_PES, MOST_SEQUENCES = 64, 16  # a side of the array and a batch, of the controls
 
 
+def array_of(array: str, rows: int | None = None, cols: int | None = None) -> ArraySpec:
+    """The preset of that name with other numbers of PE rows and columns, None for its own; activation units and multicast then
+    go in step, as in scaled_points."""
+    spec = preset(array)
+    rows, cols = spec.rows if rows is None else rows, spec.cols if cols is None else cols
+    if (rows, cols) == (spec.rows, spec.cols):
+        return spec
+    return spec.with_(rows=rows, cols=cols, **in_step(rows, cols))
+
+
 @dataclass(frozen=True)
 class Question:
     """What explore answers; every field is a control of explorer.
@@ -40,8 +50,8 @@ class Question:
     method: "hybrid", or a name of METHODS for its uniform plan; target_cr_disk: ratio that the plan reaches at least; bits: of
     a weight, of a uniform plan about (uniform_plan); sensitive, block: gates that the hybrid plan prunes by Top-k, None for an
     LSTM's g or a GRU's n, and the size of the circulant blocks of the others; fft: whether circulant blocks are multiplied by
-    FFT; array: a name of PRESETS; rows, cols: its PEs, None for the preset's; activation units and multicast then go in step,
-    as in scaled_points; batch: sequences side by side; layer: which of the model's goes on the array, None for the first.
+    FFT; array, rows, cols: as array_of takes them; batch: sequences side by side; layer: which of the model's goes on the
+    array, None for the first.
     """
 
     method: str = HYBRID
@@ -57,11 +67,7 @@ class Question:
     layer: str | None = None
 
     def spec(self) -> ArraySpec:
-        spec = preset(self.array)
-        rows, cols = spec.rows if self.rows is None else self.rows, spec.cols if self.cols is None else self.cols
-        if (rows, cols) == (spec.rows, spec.cols):
-            return spec
-        return spec.with_(rows=rows, cols=cols, **in_step(rows, cols))
+        return array_of(self.array, self.rows, self.cols)
 
     def of(self, model: torch.nn.Module) -> "Question":
         """The question with what None stands for. ValueError for what no model, or not this one, can be asked."""

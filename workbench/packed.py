@@ -995,6 +995,13 @@ class PackedModel:
         _, before = self.metadata.get("original", [None, rest])
         return _ratio(32 * (self.counted_weights + before), self.storage_bits + 32 * rest)
 
+    def table(self) -> list[dict]:
+        """One row a block, for the eye: how it is stored, number format, stored values, bits on disk, its own ratio."""
+        return [{"block": name, "shape": "x".join(map(str, block.shape)), "stored as": _form_text(block),
+                 "bits": block.fmt.bits, "frac": block.fmt.frac, "stored values": block.stored_values,
+                 "value bits": block.value_bits, "index bits": block.index_bits, "cr_disk": block.cr_disk}
+                for name, block in self.blocks.items()]
+
     def save(self, path) -> Path:
         """Write one file (see container.py): bit-packed payload and a JSON manifest."""
         tensors, layers = {}, {}
@@ -1002,8 +1009,8 @@ class PackedModel:
             about = {}
             for name, block in layer.blocks.items():
                 tensors |= {f"{name}/{key}": array for key, array in block.arrays.items()}
-                form = next(form for form, cls in FORMS.items() if isinstance(block, cls))
-                about[name] = {"form": form, "shape": list(block.shape), "format": block.fmt.to_json()} | block.describe()
+                about[name] = {"form": _form(block), "shape": list(block.shape), "format": block.fmt.to_json(),
+                               **block.describe()}
             tensors |= {f"{layer_name}.bias/{gate}": b.astype(np.int32) for gate, b in layer.bias.items()}
             kind = layer.table_kind
             tables = {name: {"kind": kind} | table.describe() for name, table in layer.tables.items()}
@@ -1016,6 +1023,18 @@ class PackedModel:
         about = {"layers": layers, "rnn_bias_params": self.rnn_bias_params, "other_params": self.other_params,
                  "metadata": self.metadata}
         return write_tensors(path, tensors, who="PackedModel.save", what=FILE_KIND, version=FILE_VERSION, about=about)
+
+
+def _form(block) -> str:
+    return next(form for form, cls in FORMS.items() if isinstance(block, cls))
+
+
+def _form_text(block) -> str:
+    """A stored form and what it is described by: "circulant, block 8, datapath time"."""
+    sparse = isinstance(block, PackedSparse)
+    fields = asdict(block.encoding) if sparse else block.describe()
+    names = [_form(block), type(block.encoding).__name__] if sparse else [_form(block)]
+    return ", ".join(names + [f"{key} {value}" for key, value in fields.items()])
 
 
 def load(path) -> PackedModel:

@@ -157,16 +157,11 @@ class Plan:
         return cls(planned, signals, source["activation"], source.get("delta", {}))
 
     def table(self, packed: PackedModel) -> list[dict]:
-        """One row a block of the packed model, for the eye: method, format, stored values, bits on disk, its own ratio."""
-        rows = []
-        for name, entry in self.blocks.items():
-            block = packed.blocks[name]
-            rows.append({"block": name, "shape": "x".join(map(str, block.shape)), "method": method_label(entry.method),
-                         "bits": entry.format.bits, "frac": entry.format.frac,
-                         "stored values": block.stored_values, "value bits": block.value_bits,
-                         "index bits": block.index_bits,
-                         "cr_disk": block.cr_disk})
-        return rows
+        """The rows of packed.table(), with the method of each block for how it is stored."""
+        rows = {row.pop("block"): row for row in packed.table()}
+        return [{"block": name, "shape": rows[name].pop("shape"), "method": method_label(entry.method)}
+                | {key: value for key, value in rows[name].items() if key != "stored as"}
+                for name, entry in self.blocks.items()]
 
 
 def _keys(source):

@@ -166,11 +166,12 @@ class Point:
 
 
 def survey(sweep: Sweep, results: Path) -> list[Point]:
-    """Where every run of the sweep stands. An unknown task raises ValueError. Stale: only older code or data answered."""
+    """Where every run of the sweep stands. Unknown data raise ValueError. Stale: only older code or data answered."""
     code = runs.code_hash(sweep.notebook)
-    digests = {values.get("task"): values for values in sweep.parameters}
-    digests = {task: runs.data_digest(values) for task, values in digests.items()}
-    asked = [runs.Run(sweep.notebook, values, code, digests[values.get("task")]) for values in sweep.parameters]
+    named = [(values.get("task"), values.get(runs.FILE)) for values in sweep.parameters]
+    digests = {names: runs.data_digest(values) for names, values in dict(zip(named, sweep.parameters, strict=True)).items()}
+    asked = [runs.Run(sweep.notebook, values, code, digests[names])
+             for names, values in zip(named, sweep.parameters, strict=True)]
     finished = [runs.is_finished(results / "runs" / run.id) for run in asked]
     older = {} if all(finished) else _answers(results)
     points = []

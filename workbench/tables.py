@@ -34,7 +34,7 @@ from workbench.array.mapping import part_of
 from workbench.array.schedule import EVENTS, SPLIT
 from workbench.array.spec import FIELDS
 from workbench.array.systolic import OMITTED
-from workbench.packed import GATES
+from workbench.packed import GATES, PackedModel
 from workbench.pareto import pareto_points
 from workbench.precision import (
     AFTER,
@@ -263,10 +263,10 @@ def _told_apart(names, better, worse) -> str:
             f"not told apart: {listed(names[~(better | worse)])}")
 
 
-def signal_table(comparison: Comparison, seed: int) -> pd.DataFrame:
-    """Formats of the signals of the hybrid model, and the largest error of the table that writes each, in its last place."""
+def signal_table(packed: PackedModel) -> pd.DataFrame:
+    """Formats of the signals of every layer, and the largest error of the table that writes each, in its last place."""
     rows = []
-    for name, layer in comparison.packed[HYBRID][seed].layers.items():
+    for name, layer in packed.layers.items():
         for signal, fmt in layer.signals.items():
             error = layer.tables[signal].max_error_ulp(layer.signals["pre"], fmt) if signal in layer.tables else None
             rows.append({"layer": name, "signal": signal, "bits": fmt.bits, "fraction bits": fmt.frac, "signed": fmt.signed,

@@ -1,0 +1,188 @@
+"""A packed model on an array, from its file alone: figures against the calls that they stand for, hostile and missing files."""
+
+import shutil
+
+import pytest
+import torch
+from IPython.display import Markdown
+from torch import nn
+
+import workbench as wb
+from workbench import deployment, runs, sweep
+from workbench.array import execute_stack, preset, schedule_layer, schedule_stack
+from workbench.array.cost import BASELINE, compare
+from workbench.deployment import PACKED, dense_baseline, deploy, packed_from
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(proj_size|LSTM with projections).*:UserWarning")
+
+SPEC = preset("group4x4")
+KINDS = {
+    "lstm": lambda: nn.LSTM(8, 16),
+    "gru": lambda: nn.GRU(8, 16),
+    "stack": lambda: nn.LSTM(8, 16, num_layers=2),
+    "both directions": lambda: nn.GRU(8, 16, num_layers=2, bidirectional=True),
+    "projected": lambda: nn.LSTM(8, 16, proj_size=8),
+}
+METHODS = [wb.TopK(0.25), wb.BlockCirculant(4), wb.BlockCirculant(4, "fft"), wb.LowRank(2), wb.Dense()]
+
+
+def packed_model(kind, method=METHODS[0], bits=6):
+    torch.manual_seed(0)
+    model = nn.Sequential(KINDS[kind]())
+    signals = wb.calibrate(model, [torch.randn(5, 3, 8)])
+    return model, wb.pack(model, wb.uniform(model, method, bits, signals)), signals
+
+
+@pytest.fixture
+def displayed(monkeypatch):
+    """What is displayed, as text: Markdown as it is, all else as HTML or by its description."""
+    found = []
+
+    def display(what, raw=False, metadata=None):
+        found.append(what["text/plain"] if raw else what.data if isinstance(what, Markdown) else what._repr_html_())
+
+    monkeypatch.setattr("IPython.display.display", display)
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_baseline_is_the_network_of_the_file_in_dense_16_bit(kind, method):
+    model, packed, signals = packed_model(kind, method)
+    compressed = wb.bake(wb.compress(model, wb.uniform(model, method, 6, signals)))  # the weights of the file, as floats
+    dense = wb.pack(compressed, wb.uniform(compressed, wb.Dense(), 16, signals))
+    for name, layer in packed.layers.items():
+        base, true = (schedule_layer(of, SPEC, 6, batch=2) for of in (dense_baseline(layer), dense.layers[name]))
+        assert compare({BASELINE: base}) == compare({BASELINE: true})
+        assert base.counts() == true.counts()
+        for block, expected in dense.layers[name].blocks.items():
+            assert (base.mapping.layer.blocks[block].dense() == expected.dense()).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_figures_are_those_of_the_single_calls(kind):
+    _, packed, _ = packed_model(kind)
+    found = deploy(packed, SPEC, steps=6, batch=2)
+    stack = schedule_stack(packed.stack("0"), SPEC, 6, 2)
+    figures, rows = found.figures(), found.by_layer()
+    assert figures["cr_disk"] == packed.cr_disk and figures["bytes"] == packed.storage_bits // 8
+    assert [row["label"] for row in figures["modules"]] == [BASELINE, PACKED]
+    assert figures["modules"][1]["cycles"] == stack.cycles and found.modules["0"][PACKED].counts() == stack.counts()
+    assert f"**{stack.steady_state_cycles:,.0f} cycles** " in found.sentence()
+    assert list(rows["layer"]) == list(packed.layers) and len(figures["layers"]) == 2 * len(packed.layers)
+    for row, layer in zip(rows.itertuples(), packed.layers.values(), strict=True):
+        assert row.steady_state_cycles == schedule_layer(layer, SPEC, 6, batch=2).steady_state_cycles
+    if len(packed.layers) == 1:
+        assert stack.steady_state_cycles == rows["steady_state_cycles"].item()
+        assert "layers and directions" not in found.sentence()
+
+
+def test_what_is_scheduled_is_what_executes():
+    _, packed, _ = packed_model("stack")
+    found = deploy(packed, SPEC, steps=6)
+    executed = execute_stack(packed.stack("0"), SPEC, packed.layers["0.l0"].signals["input"].quantise(torch.randn(6, 1, 8)))
+    assert executed.schedule.cycles == found.modules["0"][PACKED].cycles
+
+
+def test_a_row_a_block_adds_up():
+    _, packed, _ = packed_model("both directions")
+    rows = packed.table()
+    assert [row["block"] for row in rows] == list(packed.blocks)
+    assert sum(row["value bits"] + row["index bits"] for row in rows) == packed.storage_bits
+    texts = {method: packed_model("lstm", method)[1].table()[0]["stored as"] for method in METHODS}
+    assert texts[wb.Dense()] == "dense" and texts[wb.LowRank(2)] == "lowrank, rank 2"
+    assert texts[wb.BlockCirculant(4, "fft")] == "circulant, block 4, datapath fft"
+    assert texts[wb.TopK(0.25)] == "sparse, Relative, width 4, block 1"  # 32 of 128 weights: 16 bytes, as many as a bitmap
+
+
+def test_several_modules_and_thresholds_are_said():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.below, self.above = nn.LSTM(8, 16), nn.GRU(16, 8)
+
+        def forward(self, x):
+            return self.above(self.below(x)[0])[0]
+
+    torch.manual_seed(0)
+    model = Two()
+    plan = wb.uniform(model, wb.TopK(0.5), 6, wb.calibrate(model, [torch.randn(5, 3, 8)], bits=12))
+    plain, sent = (deploy(wb.pack(model, p), SPEC, steps=6) for p in (plan, plan.with_delta(hidden=0.1)))
+    assert "A step of 'below' takes **" in plain.sentence() and "A step of 'above' takes **" in plain.sentence()
+    assert "Delta thresholds save nothing here" in sent.sentence() and "Delta" not in plain.sentence()
+    for path in ("below", "above"):
+        assert plain.modules[path][BASELINE].cycles == sent.modules[path][BASELINE].cycles
+
+
+@pytest.mark.parametrize("array", ["group4x4", "k26"])
+def test_names_from_a_file_are_no_markup(array, tmp_path, displayed):
+    model = nn.Module()
+    model.add_module("<img src=x onerror=alert(1)>`$", nn.LSTM(8, 16))
+    model.forward = lambda x: next(model.children())(x)[0]
+    plan = wb.uniform(model, wb.TopK(0.25), 6, wb.calibrate(model, [torch.randn(5, 3, 8)]))
+    found = deploy(wb.load(wb.pack(model, plan).save(tmp_path / "odd.safetensors")), preset(array), steps=4)
+    deployment.present_deployment(found, array)
+    deployment.present_layers(found)
+    deployment.present_packed(found)
+    assert len(displayed) == 10 + (array == "k26")
+    assert not any("<img" in text for text in displayed)
+    assert any("?img src?x onerror?alert?1?" in text for text in displayed)
+
+
+def test_an_array_too_large_for_its_device_is_only_a_model(displayed):
+    _, packed, _ = packed_model("lstm")
+    deployment.present_deployment(deploy(packed, wb.array_of("k26", 64, 64), steps=4), "k26")
+    assert displayed[-1].startswith("**Only a model: the array does not fit the k26: it takes ")
+
+
+def test_the_example_is_the_first_of_the_explorer():
+    model, signals = wb.untrained("LSTM", 40, 128, seed=0)
+    assert packed_from(None).storage_bits == wb.explore(model, signals, wb.Question()).packed.storage_bits
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [
+    (lambda: deploy("model.safetensors", SPEC), TypeError, "deploy needs a PackedModel, as pack and load give it, got a str"),
+    (lambda: deploy(packed_model("lstm")[1], SPEC, steps=0), ValueError, "steps"),
+    (lambda: deploy(packed_model("lstm")[1], SPEC, batch=0), ValueError, "batch"),
+    (lambda: deploy(packed_model("lstm")[1], SPEC.with_(data_words=4)), ValueError, "data_words"),
+    (lambda: packed_from("nowhere.safetensors"), ValueError, "nowhere.safetensors"),
+])  # fmt: skip
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# --- the file as a run's data
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return packed_model("lstm")[1].save(tmp_path / "own.safetensors")
+
+
+def asked(path):
+    values = runs.resolve("deploy", {"packed_file": str(path)})
+    return values, runs.Run(runs.find_notebook("deploy"), values, "code", runs.data_digest(values))
+
+
+def test_a_run_is_of_the_file_as_it_is(saved, tmp_path, monkeypatch):
+    values, first = asked(saved)
+    monkeypatch.chdir(tmp_path)
+    assert asked("own.safetensors")[1].id == first.id and values["packed_file"] == str(saved)
+    packed_model("gru")[1].save(saved)
+    assert asked(saved)[1].id != first.id
+    assert runs.data_digest(runs.resolve("deploy", {})) is None
+    saved.unlink()
+    with pytest.raises(ValueError, match=r"the parameter packed_file needs a file that can be read, got .*own\.safetensors"):
+        asked(saved)
+
+
+def test_a_sweep_knows_which_file_has_changed(saved, tmp_path):
+    other = shutil.copy(saved, tmp_path / "other.safetensors")
+    (tmp_path / "arrays.toml").write_text(
+        f'notebook = "deploy"\n[grid]\npacked_file = ["{saved}", "{other}"]\narray = ["group4x4", "k26"]\n')
+    points = sweep.survey(sweep.read(tmp_path / "arrays.toml"), tmp_path)
+    assert len({point.run.id for point in points}) == 4 and len({point.run.data for point in points}) == 1
+    packed_model("gru")[1].save(other)
+    again = sweep.survey(sweep.read(tmp_path / "arrays.toml"), tmp_path)
+    assert [a.run.id == b.run.id for a, b in zip(points, again, strict=True)] == [True, True, False, False]

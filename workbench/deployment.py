@@ -1,0 +1,170 @@
+"""A packed model on an array: what a report of a network of one's own shows. The packed file is all that it takes.
+
+No accuracy is in such a file: that of the integer engine is measured where model and data are (attach).
+"""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from workbench.array import ArraySpec, Schedule, StagedSchedule, schedule_layer, schedule_stack
+from workbench.array.cost import BASELINE, DEVICES, compare, resources
+from workbench.constrain import pack
+from workbench.exploration import Question, untrained
+from workbench.methods import Dense
+from workbench.packed import PackedLayer, PackedModel, load
+from workbench.plan import pack_block, plan_block
+from workbench.plots import gantt_figure, region_figure
+from workbench.report import show
+from workbench.sensitivity import LOSSLESS_BITS
+from workbench.tables import baseline_text, device_table, energy_table, hardware_table, present, signal_table
+
+PACKED = "packed"  # label of what the file holds, beside BASELINE
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """modules: path of a recurrent module -> BASELINE and PACKED -> the schedule of all its layers and directions; layers:
+    layer name -> the same two of that layer alone, on the whole array."""
+
+    packed: PackedModel
+    modules: dict[str, dict[str, StagedSchedule]]
+    layers: dict[str, dict[str, Schedule]]
+
+    def sentence(self) -> str:
+        """What was found, in words (Markdown)."""
+        packed = self.packed
+        text = (f"**cr_disk {packed.cr_disk:.1f}: {packed.storage_bits // 8:,} bytes of recurrent matrices**, "
+                f"{packed.mean_bits:.3g} bits a stored value; with biases and everything around at 32 bits the model is "
+                f"{packed.cr_model:.1f} times smaller (cr_model). ")
+        for path, schedules in self.modules.items():
+            base, mine = schedules[BASELINE], schedules[PACKED]
+            count, what = len(mine.mapping.layers), f" of {_shown(path)!r}" if len(self.modules) > 1 else ""
+            what += f", {count} layers and directions," if count > 1 else ""
+            items = mine.mapping.batch
+            batch = f"; {items} sequences, {mine.cycles_per_item:,.0f} cycles each" if items > 1 else ""
+            text += (f"A step{what} takes **{mine.steady_state_cycles:,.0f} cycles** ({mine.step_us:.2f} µs at "
+                     f"{mine.mapping.spec.clock_mhz} MHz{batch}), mostly for {mine.bound}: "
+                     f"{base.steady_state_cycles / mine.steady_state_cycles:.2f} times as fast as dense 16-bit "
+                     f"({base.steady_state_cycles:,.0f} cycles, mostly for {base.bound}). ")
+        if any(layer.delta for layer in packed.layers.values()):
+            text += "Delta thresholds save nothing here: every change is taken as sent. "
+        return text + "No accuracy: the file holds none."
+
+    def ratios(self) -> pd.DataFrame:
+        """A row a figure: the ratios and what they are counted from."""
+        packed = self.packed
+        rows = {
+            "cr_disk": (packed.cr_disk, "32 bits a weight / every bit written for the matrices"),
+            "cr_bits": (packed.cr_bits, "32 bits a weight / bits of the stored values, without index"),
+            "cr_params": (packed.cr_params, "weights / stored values"),
+            "cr_model": (packed.cr_model, "the whole model, biases and everything around at 32 bits"),
+            "weights": (packed.counted_weights, "of the recurrent matrices, before anything was left out"),
+            "stored values": (packed.stored_values, "of them on disk"),
+            "bytes": (packed.storage_bits // 8, "on disk, values and indices"),
+            "biases": (packed.rnn_bias_params, "of the recurrent layers, not compressed"),
+            "other parameters": (packed.other_params, "of the model around, not compressed and not in the file"),
+        }
+        return pd.DataFrame([{"figure": name, "value": value, "counted": what} for name, (value, what) in rows.items()])
+
+    def by_layer(self) -> pd.DataFrame:
+        """A row a layer and direction, alone on the array."""
+        rows = []
+        for name, schedules in self.layers.items():
+            layer, row = self.packed.layers[name], compare(schedules)[1]
+            rows.append({"layer": _shown(name), "cell": layer.cell,
+                         "inputs x units": f"{layer.input_size} x {layer.hidden_size}",
+                         "dense 16-bit cycles": schedules[BASELINE].steady_state_cycles}
+                        | {key: row[key] for key in ("steady_state_cycles", "acceleration", "bound", "words_per_pe",
+                                                     "streamed_bits_per_step", "cr_chip")})
+        return pd.DataFrame(rows)
+
+    def figures(self) -> dict:
+        """What a run records: ratios, and rows of `compare` by module and by layer."""
+        return {row["figure"].replace(" ", "_"): row["value"] for row in self.ratios().to_dict("records")} | {
+            kind: [{of: name} | row for name, schedules in found.items() for row in compare(schedules)]
+            for kind, of, found in (("modules", "module", self.modules), ("layers", "layer", self.layers))}
+
+
+def _shown(name: str) -> str:
+    """A name from a file, for texts that are rendered."""
+    return re.sub(r"[^\w.\- ]", "?", name)
+
+
+def packed_from(path: str | Path | None) -> PackedModel:
+    """`load`; None: an example, one LSTM layer with random weights under the hybrid plan that explore.ipynb begins with."""
+    if path is not None:
+        return load(path)
+    model, signals = untrained("LSTM", 40, 128, seed=0)
+    question = Question().of(model)
+    return pack(model, question.plan(model, signals))
+
+
+def dense_baseline(layer: PackedLayer) -> PackedLayer:
+    """The layer with its matrices written out dense in 16 bits and without delta thresholds: what accelerations are against."""
+    blocks = {}
+    for name, block in layer.blocks.items():
+        w = torch.from_numpy(np.ldexp(block.dense(), -block.frac))
+        blocks[name] = pack_block(w, plan_block(w, Dense(), LOSSLESS_BITS))
+    bias = {gate: np.ldexp(integers, -layer.bias_fracs[gate]) for gate, integers in layer.bias.items()}
+    return PackedLayer.from_float_bias(layer.cell, blocks, bias, layer.signals, layer.tables, layer.acc_bits)
+
+
+def deploy(packed: PackedModel, spec: ArraySpec, steps: int = 20, batch: int = 1) -> Deployment:
+    """Schedule every recurrent module of a packed model for `steps` steps of `batch` sequences, and each of its layers alone,
+    beside dense 16-bit. ValueError for what the array cannot hold."""
+    if not isinstance(packed, PackedModel):
+        raise TypeError(f"deploy needs a PackedModel, as pack and load give it, got a {type(packed).__name__}")
+    dense = replace(packed, layers={name: dense_baseline(layer) for name, layer in packed.layers.items()})
+    both = {BASELINE: dense, PACKED: packed}
+    modules = {path: {label: schedule_stack(of.stack(path), spec, steps, batch) for label, of in both.items()}
+               for path in packed.paths}
+    layers = {name: {label: schedule_layer(of.layers[name], spec, steps, batch=batch) for label, of in both.items()}
+              for name in packed.layers}
+    return Deployment(packed, modules, layers)
+
+
+def present_deployment(deployment: Deployment, array: str) -> None:
+    """Display it: a sentence, then by module the figures of cost, and by layer where its weights lie and what runs when.
+
+    array: name of the preset; where it is a device, resources are against that device's."""
+    from IPython.display import Markdown, display
+
+    display(Markdown(deployment.sentence()))
+    for path, schedules in deployment.modules.items():
+        if len(deployment.modules) > 1:
+            display(Markdown(f"**Module {_shown(path)!r}**"))
+        display(present(hardware_table(schedules), index=True))
+        display(present(energy_table(schedules), index=True))
+        if array in DEVICES:
+            display(present(device_table(schedules, array)))
+            try:
+                resources(schedules[PACKED].mapping).check_fit(array)
+            except ValueError as error:
+                display(Markdown(f"**Only a model: {error}.**"))
+
+
+def present_layers(deployment: Deployment) -> None:
+    """Display every layer and direction alone on the array: its figures, its regions, one step, and what its baseline is."""
+    from IPython.display import Markdown, display
+
+    display(present(deployment.by_layer()))
+    for name, schedules in deployment.layers.items():
+        shown, schedule = _shown(name), schedules[PACKED]
+        display(Markdown(f"**Layer {shown}.** {baseline_text(schedules[BASELINE])}"))
+        show(region_figure(schedules),
+             f"Which processing elements take which gates of layer {shown}, and how much of a step each multiplies")
+        show(gantt_figure(schedule, schedule.steps // 2), f"What runs when in one time step of layer {shown}")
+
+
+def present_packed(deployment: Deployment) -> None:
+    """Display what is in the file: ratios, a row a block, a row a signal."""
+    from IPython.display import display
+
+    display(present(deployment.ratios()))
+    display(present(pd.DataFrame(deployment.packed.table())))
+    display(present(signal_table(deployment.packed)))
