@@ -114,6 +114,17 @@ def test_several_modules_and_thresholds_are_said():
         assert plain.modules[path][BASELINE].cycles == sent.modules[path][BASELINE].cycles
 
 
+def test_removed_units_count_in_the_ratios_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LSTM(8, 16))
+    small = wb.remove_units(model, 8, consumers={"0": []})
+    packed = wb.pack(small, wb.uniform(small, wb.Dense(), 8, wb.calibrate(small, [torch.randn(5, 3, 8)])), original=model)
+    found = deploy(packed, SPEC, steps=4)
+    assert "Ratios are counted from the model before units were removed" in found.sentence()
+    assert found.figures()["weights"] == 4 * 16 * 24 and found.modules["0"][BASELINE].mapping.dense_weights == 4 * 8 * 16
+    assert "units were removed" not in deploy(packed_model("lstm")[1], SPEC, steps=4).sentence()
+
+
 @pytest.mark.parametrize("array", ["group4x4", "k26"])
 def test_names_from_a_file_are_no_markup(array, tmp_path, displayed):
     model = nn.Module()

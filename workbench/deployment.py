@@ -39,8 +39,10 @@ class Deployment:
         """What was found, in words (Markdown)."""
         packed = self.packed
         text = (f"**cr_disk {packed.cr_disk:.1f}: {packed.storage_bits // 8:,} bytes of recurrent matrices**, "
-                f"{packed.mean_bits:.3g} bits a stored value; with biases and everything around at 32 bits the model is "
-                f"{packed.cr_model:.1f} times smaller (cr_model). ")
+                f"{packed.mean_bits:.3g} bits a stored value; the whole model, with biases and everything around at 32 "
+                f"bits, is {packed.cr_model:.1f} times smaller (cr_model). ")
+        if packed.counted_weights != packed.dense_weights:
+            text += "Ratios are counted from the model before units were removed; accelerations are against what is left. "
         for path, schedules in self.modules.items():
             base, mine = schedules[BASELINE], schedules[PACKED]
             count, what = len(mine.mapping.layers), f" of {_shown(path)!r}" if len(self.modules) > 1 else ""
@@ -129,7 +131,7 @@ def deploy(packed: PackedModel, spec: ArraySpec, steps: int = 20, batch: int = 1
 
 
 def present_deployment(deployment: Deployment, array: str) -> None:
-    """Display it: a sentence, then by module the figures of cost, and by layer where its weights lie and what runs when.
+    """Display it: a sentence, then by module tables of cycles, energy and resources.
 
     array: name of the preset; where it is a device, resources are against that device's."""
     from IPython.display import Markdown, display
