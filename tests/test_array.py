@@ -709,6 +709,15 @@ def test_schedule_refuses_what_does_not_fit(changes, message):
     assert message in str(error.value)
 
 
+def test_words_too_wide_are_named_with_what_they_hold():
+    layer = dense_layer()
+    with pytest.raises(ValueError, match=r"^the array has words of 7 bits \(word_bits\), got QFormat\(bits=16, .*\) for input$"):
+        schedule_layer(layer, SMALL.with_(word_bits=7), 3)
+    layer = replace(layer, delta={"hidden": 1})
+    with pytest.raises(ValueError, match=r"got QFormat\(bits=17, .*\) for hidden, whose differences take a bit more$"):
+        schedule_layer(layer, SMALL.with_(word_bits=16), 3)
+
+
 def test_the_projection_takes_data_words():
     with pytest.raises(ValueError, match=r"needs 5 data words \(x twice, h once, o \* tanh\(c\) once\), the array has 4"):
         schedule_layer(dense_layer(proj=4), SMALL.with_(data_words=4), 3)

@@ -61,7 +61,7 @@ def test_a_schedule_says_what_it_is():
     packed = {"dense": dense_layer()}
     schedule = schedule_layers(packed, SMALL, 3)["dense"]
     assert repr(schedule) == (f"<Schedule of 3 steps, batch 1: {schedule.steady_state_cycles:g} cycles a step, "
-                              f"{schedule.cycles} in all, mostly for {schedule.bound}>")
+                              f"{schedule.cycles} in all, most of all for {schedule.bound}>")
     assert schedule.step_us == schedule.steady_state_cycles / SMALL.clock_mhz
     with pytest.raises(TypeError, match="schedule_layers needs a dict of PackedLayers, .*, got a PackedLayer"):
         schedule_layers(dense_layer(), SMALL, 3)

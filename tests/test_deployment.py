@@ -68,13 +68,16 @@ def test_figures_are_those_of_the_single_calls(kind):
     assert figures["cr_disk"] == packed.cr_disk and figures["bytes"] == packed.storage_bits // 8
     assert [row["label"] for row in figures["modules"]] == [BASELINE, PACKED]
     assert figures["modules"][1]["cycles"] == stack.cycles and found.modules["0"][PACKED].counts() == stack.counts()
-    assert f"**{stack.steady_state_cycles:,.0f} cycles** " in found.sentence()
+    assert f"**{stack.steady_state_cycles:,.6g} cycles** " in found.sentence()
+    assert figures["steady_state_cycles"] == stack.steady_state_cycles
+    assert figures["acceleration"] == pytest.approx(figures["modules"][1]["acceleration"])
+    assert figures["step_us"] == stack.steady_state_cycles / SPEC.clock_mhz
     assert list(rows["layer"]) == list(packed.layers) and len(figures["layers"]) == 2 * len(packed.layers)
     for row, layer in zip(rows.itertuples(), packed.layers.values(), strict=True):
         assert row.steady_state_cycles == schedule_layer(layer, SPEC, 6, batch=2).steady_state_cycles
     if len(packed.layers) == 1:
         assert stack.steady_state_cycles == rows["steady_state_cycles"].item()
-        assert "layers and directions" not in found.sentence()
+        assert "layers and directions" not in found.sentence() and "Dense 16-bit is not faster on half" in found.sentence()
 
 
 def test_what_is_scheduled_is_what_executes():
@@ -110,6 +113,11 @@ def test_several_modules_and_thresholds_are_said():
     plain, sent = (deploy(wb.pack(model, p), SPEC, steps=6) for p in (plan, plan.with_delta(hidden=0.1)))
     assert "A step of 'below' takes **" in plain.sentence() and "A step of 'above' takes **" in plain.sentence()
     assert "Delta thresholds save nothing here" in sent.sentence() and "Delta" not in plain.sentence()
+    figures = plain.figures()
+    for name in ("steady_state_cycles", "step_us"):
+        assert figures[name] == sum(getattr(schedules[PACKED], name) for schedules in plain.modules.values())
+    dense = sum(schedules[BASELINE].steady_state_cycles for schedules in plain.modules.values())
+    assert figures["acceleration"] == dense / figures["steady_state_cycles"]
     for path in ("below", "above"):
         assert plain.modules[path][BASELINE].cycles == sent.modules[path][BASELINE].cycles
 
@@ -120,7 +128,7 @@ def test_removed_units_count_in_the_ratios_alone():
     small = wb.remove_units(model, 8, consumers={"0": []})
     packed = wb.pack(small, wb.uniform(small, wb.Dense(), 8, wb.calibrate(small, [torch.randn(5, 3, 8)])), original=model)
     found = deploy(packed, SPEC, steps=4)
-    assert "Ratios are counted from the model before units were removed" in found.sentence()
+    assert "These ratios are counted from the model before units were removed" in found.sentence()
     assert found.figures()["weights"] == 4 * 16 * 24 and found.modules["0"][BASELINE].mapping.dense_weights == 4 * 8 * 16
     assert "units were removed" not in deploy(packed_model("lstm")[1], SPEC, steps=4).sentence()
 
@@ -146,6 +154,15 @@ def test_an_array_too_large_for_its_device_is_only_a_model(displayed):
     assert displayed[-1].startswith("**Only a model: the array does not fit the k26: it takes ")
 
 
+def test_a_file_that_stores_nothing():
+    with torch.no_grad():
+        model = nn.Sequential(nn.LSTM(8, 16))
+        for w in model.parameters():
+            w.zero_()
+    packed = wb.pack(model, wb.uniform(model, wb.TopK(0.25), 6, wb.calibrate(model, [torch.randn(5, 3, 8)])))
+    assert packed.stored_values == 0 and "0 bits a stored value" in deploy(packed, SPEC, steps=4).sentence()
+
+
 def test_the_example_is_the_first_of_the_explorer():
     model, signals = wb.untrained("LSTM", 40, 128, seed=0)
     assert packed_from(None).storage_bits == wb.explore(model, signals, wb.Question()).packed.storage_bits
@@ -155,7 +172,9 @@ def test_the_example_is_the_first_of_the_explorer():
     (lambda: deploy("model.safetensors", SPEC), TypeError, "deploy needs a PackedModel, as pack and load give it, got a str"),
     (lambda: deploy(packed_model("lstm")[1], SPEC, steps=0), ValueError, "steps"),
     (lambda: deploy(packed_model("lstm")[1], SPEC, batch=0), ValueError, "batch"),
-    (lambda: deploy(packed_model("lstm")[1], SPEC.with_(data_words=4)), ValueError, "data_words"),
+    (lambda: deploy(packed_model("lstm")[1], SPEC.with_(data_words=4)), ValueError, r"^0\.l0, dense 16-bit: .*data words"),
+    (lambda: deploy(packed_model("lstm", wb.BlockCirculant(8, "fft"))[1], SPEC.with_(data_words=16)), ValueError,
+     r"^0\.l0, packed: .*data words"),
     (lambda: packed_from("nowhere.safetensors"), ValueError, "nowhere.safetensors"),
 ])  # fmt: skip
 def test_refusals(call, error, message):
@@ -184,14 +203,18 @@ def test_a_run_is_of_the_file_as_it_is(saved, tmp_path, monkeypatch):
     assert asked(saved)[1].id != first.id
     assert runs.data_digest(runs.resolve("deploy", {})) is None
     saved.unlink()
-    with pytest.raises(ValueError, match=r"the parameter packed_file needs a file that can be read, got .*own\.safetensors"):
+    with pytest.raises(ValueError, match=r"load .*own\.safetensors"):
         asked(saved)
+    saved.write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"load .*own\.safetensors"):  # before anything runs
+        runs.run("deploy", {"packed_file": str(saved)}, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_sweep_knows_which_file_has_changed(saved, tmp_path):
     other = shutil.copy(saved, tmp_path / "other.safetensors")
     (tmp_path / "arrays.toml").write_text(
-        f'notebook = "deploy"\n[grid]\npacked_file = ["{saved}", "{other}"]\narray = ["group4x4", "k26"]\n')
+        f'notebook = "deploy"\n[grid]\npacked_file = ["{saved}", "other.safetensors"]\narray = ["group4x4", "k26"]\n')
     points = sweep.survey(sweep.read(tmp_path / "arrays.toml"), tmp_path)
     assert len({point.run.id for point in points}) == 4 and len({point.run.data for point in points}) == 1
     packed_model("gru")[1].save(other)

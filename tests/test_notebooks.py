@@ -28,7 +28,7 @@ SMALL = {  # notebook -> (small parameters, metrics that it must hand over, figu
     "deploy": (
         {"array": "group4x4", "steps": 4},
         {"cr_disk", "cr_bits", "cr_params", "cr_model", "weights", "stored_values", "bytes", "biases", "other_parameters",
-         "modules", "layers"},
+         "steady_state_cycles", "step_us", "acceleration", "modules", "layers"},
         2,
         ("No accuracy", "dense 16-bit", "steady_state_cycles", "stored as", "circulant, block 8", "partial sum", "table error"),
     ),

@@ -153,6 +153,23 @@ def test_formats_that_no_weights_suit_are_refused_before_any_training_with_the_w
             refusal()
 
 
+def test_formats_that_transforms_take_are_not_refused():
+    """Sums of transforms have fewer fraction bits than the products of a plain block: these formats overflow with one alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.GRU(16, 16, bias=False))
+    with torch.no_grad():
+        model[0].weight_ih_l0 *= 0.01
+    signals = calibrate(model, [torch.randn(5, 3, 16)])
+    signals = {"0.l0": signals["0.l0"] | {"input": QFormat(16, 22), "hidden_product": QFormat(16, 14)}}
+    plan, name = uniform(model, Dense(), 8, signals), "0.weight_ih_l0.n"
+    by_fft, plain = (replace(plan, blocks=plan.blocks | {name: BlockPlan(method, QFormat(16, 26))})
+                     for method in (BlockCirculant(4, "fft"), Dense()))
+    by_fft.check(model)
+    pack(model, by_fft)
+    with pytest.raises(Unpackable, match="^layer 0.l0: gate n needs an accumulator under 48 bits"):
+        pack(model, plain)
+
+
 def test_what_only_the_weights_decide_is_left_to_pack(model, plan):
     wide = replace(plan, signals={"0.l0": plan.signals["0.l0"] | {"input": QFormat(24, -12)}})
     wide.check(model)  # its biases are small, its products fit

@@ -3,6 +3,7 @@
 No accuracy is in such a file: that of the integer engine is measured where model and data are (attach).
 """
 
+import itertools
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,19 +43,22 @@ class Deployment:
                 f"{packed.mean_bits:.3g} bits a stored value; the whole model, with biases and everything around at 32 "
                 f"bits, is {packed.cr_model:.1f} times smaller (cr_model). ")
         if packed.counted_weights != packed.dense_weights:
-            text += "Ratios are counted from the model before units were removed; accelerations are against what is left. "
+            text += ("These ratios are counted from the model before units were removed; accelerations, cr_chip and the "
+                     "cr_disk of a block are against what is left. ")
         for path, schedules in self.modules.items():
             base, mine = schedules[BASELINE], schedules[PACKED]
             count, what = len(mine.mapping.layers), f" of {_shown(path)!r}" if len(self.modules) > 1 else ""
             what += f", {count} layers and directions," if count > 1 else ""
             items = mine.mapping.batch
-            batch = f"; {items} sequences, {mine.cycles_per_item:,.0f} cycles each" if items > 1 else ""
-            text += (f"A step{what} takes **{mine.steady_state_cycles:,.0f} cycles** ({mine.step_us:.2f} µs at "
-                     f"{mine.mapping.spec.clock_mhz} MHz{batch}), mostly for {mine.bound}: "
+            batch = f"; {items} sequences, {mine.cycles_per_item:,.6g} cycles each" if items > 1 else ""
+            text += (f"A step{what} takes **{mine.steady_state_cycles:,.6g} cycles** ({mine.step_us:.2f} µs at "
+                     f"{mine.mapping.spec.clock_mhz} MHz{batch}), most of all for {mine.bound}: "
                      f"{base.steady_state_cycles / mine.steady_state_cycles:.2f} times as fast as dense 16-bit "
-                     f"({base.steady_state_cycles:,.0f} cycles, mostly for {base.bound}). ")
+                     f"({base.steady_state_cycles:,.6g} cycles, most of all for {base.bound}). ")
+            if count == 1:
+                text += baseline_text(base.stages[0]) + " "
         if any(layer.delta for layer in packed.layers.values()):
-            text += "Delta thresholds save nothing here: every change is taken as sent. "
+            text += "Delta thresholds save nothing here, as every change is taken as sent; what they need is counted. "
         return text + "No accuracy: the file holds none."
 
     def ratios(self) -> pd.DataFrame:
@@ -78,16 +82,20 @@ class Deployment:
         rows = []
         for name, schedules in self.layers.items():
             layer, row = self.packed.layers[name], compare(schedules)[1]
-            rows.append({"layer": _shown(name), "cell": layer.cell,
-                         "inputs x units": f"{layer.input_size} x {layer.hidden_size}",
+            rows.append({"layer": _shown(name), "inputs x units": f"{layer.cell} {layer.input_size} x {layer.hidden_size}",
                          "dense 16-bit cycles": schedules[BASELINE].steady_state_cycles}
                         | {key: row[key] for key in ("steady_state_cycles", "acceleration", "bound", "words_per_pe",
                                                      "streamed_bits_per_step", "cr_chip")})
         return pd.DataFrame(rows)
 
     def figures(self) -> dict:
-        """What a run records: ratios, and rows of `compare` by module and by layer."""
+        """What a run records: ratios; of one step of every module cycles, microseconds and the acceleration; and rows of
+        `compare` by module and by layer."""
+        dense, mine = (sum(schedules[label].steady_state_cycles for schedules in self.modules.values())
+                       for label in (BASELINE, PACKED))
+        step_us = sum(schedules[PACKED].step_us for schedules in self.modules.values())
         return {row["figure"].replace(" ", "_"): row["value"] for row in self.ratios().to_dict("records")} | {
+            "steady_state_cycles": mine, "step_us": step_us, "acceleration": dense / mine} | {
             kind: [{of: name} | row for name, schedules in found.items() for row in compare(schedules)]
             for kind, of, found in (("modules", "module", self.modules), ("layers", "layer", self.layers))}
 
@@ -118,15 +126,22 @@ def dense_baseline(layer: PackedLayer) -> PackedLayer:
 
 def deploy(packed: PackedModel, spec: ArraySpec, steps: int = 20, batch: int = 1) -> Deployment:
     """Schedule every recurrent module of a packed model for `steps` steps of `batch` sequences, and each of its layers alone,
-    beside dense 16-bit. ValueError for what the array cannot hold."""
+    beside dense 16-bit. ValueError for what the array cannot hold, with its name and whether it is dense 16-bit."""
     if not isinstance(packed, PackedModel):
         raise TypeError(f"deploy needs a PackedModel, as pack and load give it, got a {type(packed).__name__}")
     dense = replace(packed, layers={name: dense_baseline(layer) for name, layer in packed.layers.items()})
-    both = {BASELINE: dense, PACKED: packed}
-    modules = {path: {label: schedule_stack(of.stack(path), spec, steps, batch) for label, of in both.items()}
-               for path in packed.paths}
-    layers = {name: {label: schedule_layer(of.layers[name], spec, steps, batch=batch) for label, of in both.items()}
-              for name in packed.layers}
+
+    def scheduled(names, schedule):
+        found = {name: {} for name in names}
+        for name, (label, of) in itertools.product(names, ((BASELINE, dense), (PACKED, packed))):
+            try:
+                found[name][label] = schedule(of, name)
+            except ValueError as error:
+                raise ValueError(f"{name or 'the network'}, {label}: {error}") from error
+        return found
+
+    layers = scheduled(packed.layers, lambda of, name: schedule_layer(of.layers[name], spec, steps, batch=batch))
+    modules = scheduled(packed.paths, lambda of, path: schedule_stack(of.stack(path), spec, steps, batch))
     return Deployment(packed, modules, layers)
 
 

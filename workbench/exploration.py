@@ -131,9 +131,9 @@ class Answer:
         text = (
             f"**{q.method}, asked for {q.target_cr_disk:g}x: {f['cr_disk']:.1f}x**, {f['rnn_bytes']:,.0f} bytes of matrices, "
             f"{f['bits']:.3g} bits a weight. A step{layer} takes **{f['steady_state_cycles']:,.0f} cycles** "
-            f"({f['step_us']:.2f} µs at {clock} MHz{batch}), mostly for {f['bound']}: {f['acceleration']:.2f} times as fast "
-            f"as dense 16-bit ({base.steady_state_cycles:,.0f} cycles, mostly for {base.bound}). No accuracy: nothing was "
-            f"retrained. {baseline_text(base)}")
+            f"({f['step_us']:.2f} µs at {clock} MHz{batch}), most of all for {f['bound']}: {f['acceleration']:.2f} times as "
+            f"fast as dense 16-bit ({base.steady_state_cycles:,.0f} cycles, most of all for {base.bound}). No accuracy: "
+            f"nothing was retrained. {baseline_text(base)}")
         if q.array in DEVICES:
             try:
                 resources(self.schedules[q.method].mapping).check_fit(q.array)

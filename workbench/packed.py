@@ -889,7 +889,10 @@ class PackedModel:
     def __post_init__(self):
         for name in ("rnn_bias_params", "other_params"):
             check_whole("PackedModel", name, getattr(self, name), 0)
-        for what, count in zip(("weights", "other parameters"), self.metadata.get("original", ()), strict=False):
+        original = self.metadata.get("original", [0, 0])
+        if not isinstance(original, (list, tuple)) or len(original) != 2:
+            raise ValueError(f"PackedModel needs as original the numbers of weights and other parameters, got {original!r}")
+        for what, count in zip(("weights", "other parameters"), original, strict=True):
             check_whole("PackedModel", f"number of original {what}", count, 0)
         for name, layer in self.layers.items():
             path, index, reverse = _layer_place(name)
@@ -962,8 +965,8 @@ class PackedModel:
 
     @property
     def mean_bits(self) -> float:
-        """Width of a stored value, in the mean."""
-        return self.value_bits / self.stored_values
+        """Width of a stored value, in the mean; 0 where none is stored."""
+        return self.value_bits / self.stored_values if self.stored_values else 0.0
 
     @property
     def index_bits(self) -> int:

@@ -22,6 +22,14 @@ class Unpackable(ValueError):
     """A layer with sums, operands or biases that the arithmetic does not take."""
 
 
+class _Zeros(PackedDense):
+    """Stands for a block in whatever form. The fraction bits of sums of transforms follow from the values: here they are so few
+    that no sum is moved up for their sake."""
+
+    def sum_frac(self, signal):
+        return -64  # the least of a QFormat
+
+
 @dataclass(frozen=True)
 class BlockPlan:
     method: Method
@@ -56,8 +64,8 @@ class Plan:
                     raise ValueError(f"Plan needs a delta threshold of at least 0 for {name} of {layer}, got {threshold!r}")
 
     def check(self, model: torch.nn.Module) -> None:
-        """Refuse a plan that misses a block or layer of the model, names one it does not have, does not fit a shape, or whose
-        formats alone make it Unpackable."""
+        """Refuse a plan that misses a block or layer of the model, names one it does not have, does not fit a shape, or has
+        formats that are Unpackable whatever the weights."""
         for what, planned, known in (("block", self.blocks, blocks(model)),
                                      ("layer", self.signals, layers(model)), ("layer", self.delta, layers(model))):
             if unknown := [name for name in planned if name not in known]:
@@ -85,7 +93,7 @@ class Plan:
         # Packs a model that is all zero: what is refused then no training makes packable.
         packed = {}
         for name, layer in layers(model).items():
-            zeros = {b.name: PackedDense(np.zeros(b.shape, dtype=np.int64), self.blocks[b.name].format)
+            zeros = {b.name: _Zeros(np.zeros(b.shape, dtype=np.int64), self.blocks[b.name].format)
                      for b in blocks(model).values() if b.layer == layer}
             bias = {gate: np.zeros(len(b)) for gate, b in merged_bias(rnns(model)[layer.rnn], layer.suffix).items()}
             packed[name] = self.pack_layer(model, name, zeros, bias)

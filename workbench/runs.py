@@ -40,7 +40,7 @@ PACKAGE = Path(__file__).resolve().parent
 NOTEBOOKS = PACKAGE.parent / "notebooks"
 PACKAGES_RECORDED = ("torch", "numpy", "pandas", "papermill", "nbclient", "ipykernel")
 # Parameters of these names say how a run is executed and never change its result: they are no part of its identity.
-FILE = "packed_file"  # the parameter whose file is a run's data; a relative path is of the folder where the command is given
+FILE = "packed_file"  # the parameter whose file is a run's data
 EXECUTION_ONLY = ("workers", "checkpoints")
 
 
@@ -91,15 +91,16 @@ def resolve(notebook, overrides: dict) -> dict:
     return complete(path.name, parameters, parsed)
 
 
-def complete(who: str, parameters: dict[str, Parameter], overrides: dict) -> dict:
-    """Defaults of `parameters` with `overrides`, checked; text is no number here. `who` opens the messages of errors."""
+def complete(who: str, parameters: dict[str, Parameter], overrides: dict, folder: str | Path = ".") -> dict:
+    """Defaults of `parameters` with `overrides`, checked; text is no number here. `who` opens the messages of errors; folder:
+    from where a relative path leads to a file."""
     values = {name: parameter.default for name, parameter in parameters.items()}
     for name, value in overrides.items():
         if name not in parameters:
             raise ValueError(f"{who} has no parameter {name!r}{did_you_mean(name, parameters)} It has {listed(parameters)}")
         values[name] = _checked(f"{who}: parameter {name!r}", value, parameters[name].type)
     if isinstance(path := values.get(FILE), str):  # a run has a folder of its own, from which a relative path leads elsewhere
-        values[FILE] = str(Path(path).resolve())
+        values[FILE] = str(Path(folder, path).resolve())
     return values
 
 
@@ -221,13 +222,13 @@ def _package_digest(first=b""):
 
 
 def data_digest(parameters: dict) -> str | None:
-    """Digest of the data that the parameter `task` names, or of the file that `packed_file` does; None without such a parameter
-    or value. What is not there raises ValueError."""
+    """Digest of the data that the parameter `task` names, or of the packed model that `packed_file` does; None without such a
+    parameter or value. What is not there, or no packed model, raises ValueError."""
     if (path := parameters.get(FILE)) is not None:
-        try:
-            return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        except OSError as error:
-            raise ValueError(f"the parameter {FILE} needs a file that can be read, got {path}: {error.strerror}") from error
+        from workbench.packed import load
+
+        load(path)
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if (task := parameters.get("task")) is None:
         return None
     if not isinstance(task, str):

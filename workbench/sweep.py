@@ -55,9 +55,9 @@ class Sweep:
 def read(path) -> Sweep:
     """The sweep of a TOML file, every value of every run checked; ValueError or TypeError name the file and the rule.
 
-    notebook: a name, or a path from the file's folder. [parameters]: the same in every run. [grid]: lists, every
-    combination is a run. [[list]]: rows of parameters, each combined with the grid. seeds: one run each; they set the
-    notebook's parameter `seed`, or `seeds` to a list of one.
+    notebook: a name, or a path from the file's folder, as that of the parameter packed_file. [parameters]: the same in every
+    run. [grid]: lists, every combination is a run. [[list]]: rows of parameters, each combined with the grid. seeds: one run
+    each; they set the notebook's parameter `seed`, or `seeds` to a list of one.
     """
     path = Path(path)
     try:
@@ -90,7 +90,8 @@ def read(path) -> Sweep:
         for values in itertools.product(*grid.values())
         for seed in seeds or [{}]
     ]
-    parameters = tuple(runs.complete(f"{path.name}: {notebook.name}", declared, values) for values in overrides)
+    parameters = tuple(runs.complete(f"{path.name}: {notebook.name}", declared, values, path.parent)
+                       for values in overrides)
     first = {}
     for n, values in enumerate(parameters):
         m = first.setdefault(runs.question(notebook.stem, values), n)

@@ -993,10 +993,11 @@ def check_layer(layer, spec):
     if layer.spectral_blocks and spec.lookahead > 1:
         raise ValueError(f"the array skips no zeros (lookahead {spec.lookahead}) in layers on the datapath fft, got "
                          f"{', '.join(layer.spectral_blocks)}")
-    multiplied = [layer.operand(part) for part in dict(layer.products)]
-    widest = max(multiplied + [block.fmt for block in layer.blocks.values()], key=lambda fmt: fmt.bits)
+    words = {f"{PARTS[part]}{', whose differences take a bit more' * (PARTS[part] in layer.delta)}": layer.operand(part)
+             for part in dict(layer.products)} | {name: block.fmt for name, block in layer.blocks.items()}
+    name, widest = max(words.items(), key=lambda word: word[1].bits)
     if widest.bits > spec.word_bits:
-        raise ValueError(f"the array has words of {spec.word_bits} bits (word_bits), got {widest}")
+        raise ValueError(f"the array has words of {spec.word_bits} bits (word_bits), got {widest} for {name}")
     if layer.acc_bits > spec.acc_bits:
         raise ValueError(f"the array has accumulators of {spec.acc_bits} bits (acc_bits), the layer needs {layer.acc_bits}")
 

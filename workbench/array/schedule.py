@@ -404,7 +404,7 @@ class Readings:
 
     def __repr__(self):
         return (f"<{type(self).__name__} of {self.steps} steps, batch {self.mapping.batch}: {self.steady_state_cycles:,.10g} "
-                f"cycles a step, {self.cycles:,} in all, mostly for {self.bound}>")
+                f"cycles a step, {self.cycles:,} in all, most of all for {self.bound}>")
 
     @property
     def step_us(self) -> float:
@@ -434,7 +434,7 @@ class Readings:
 
     @property
     def bound(self) -> str:
-        """What the sequence's cycles mostly wait for: compute, memory (the loader), links (drain, multicast) or activation."""
+        """What the sequence waits for most of all: compute, memory (the loader), links (drain, multicast) or activation."""
         split = self.split()
         return max(BOUND_BY, key=lambda name: sum(split[kind] for kind in BOUND_BY[name]))
 
