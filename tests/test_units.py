@@ -1,5 +1,7 @@
 """Hidden units: what is left computes what the full model does with the removed units at zero; scores and sizes by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -152,6 +154,9 @@ def test_ratios_start_from_the_original_when_it_is_given(tiny_task, tmp_path):
             wb.pack(smaller, plan, original=other)
     with pytest.raises(ValueError, match="PackedModel needs a whole number of original weights of at least 0, got 1.5"):
         packed.with_original(1.5, 0)
+    for damaged in ([], [96], [96, 3, 1], 96):
+        with pytest.raises(ValueError, match="PackedModel needs as original the numbers of weights and other parameters, got "):
+            replace(packed, metadata={"original": damaged})
 
 
 def test_what_is_smaller_goes_the_whole_way(tiny_task):
