@@ -1,6 +1,7 @@
 """A packed model on an array, from its file alone: figures against the calls that they stand for, hostile and missing files."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from IPython.display import Markdown
 from torch import nn
 
 import workbench as wb
-from workbench import deployment, runs, sweep
+from workbench import deployment, runs, sweep, tables
 from workbench.array import execute_stack, preset, schedule_layer, schedule_stack
 from workbench.array.cost import BASELINE, compare
 from workbench.deployment import PACKED, dense_baseline, deploy, packed_from
@@ -161,6 +162,17 @@ def test_a_file_that_stores_nothing():
             w.zero_()
     packed = wb.pack(model, wb.uniform(model, wb.TopK(0.25), 6, wb.calibrate(model, [torch.randn(5, 3, 8)])))
     assert packed.stored_values == 0 and "0 bits a stored value" in deploy(packed, SPEC, steps=4).sentence()
+
+
+def test_cycles_are_written_out():
+    def costs(cycles):
+        mapping = SimpleNamespace(batch=3, spec=SimpleNamespace(clock_mhz=200))
+        return SimpleNamespace(mapping=mapping, steady_state_cycles=cycles, cycles_per_item=cycles / 3, step_us=cycles / 200,
+                               bound="links")
+
+    assert tables.step_text(costs(1_234_567.0), costs(3_703_701.5), " of it") == (
+        "A step of it takes **1,234,567 cycles** (6172.84 µs at 200 MHz; 3 sequences, 411,522.3 cycles each), most of all for "
+        "links: 3.00 times as fast as dense 16-bit (3,703,701.5 cycles, most of all for links).")
 
 
 def test_the_example_is_the_first_of_the_explorer():

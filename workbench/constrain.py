@@ -166,7 +166,7 @@ def pack(model: nn.Module, plan, original: nn.Module | None = None) -> PackedMod
     plan = Plan.read(plan)
     constrained = [path for path, rnn in rnns(model).items() if _parametrized(rnn)]
     model = bake(model)
-    plan.check(model)
+    plan.check_fit(model)
     if original is not None:
         _check_original(model, original)
     known, packed, rnn_bias_params = blocks(model), {}, 0

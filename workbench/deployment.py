@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from workbench.array import ArraySpec, Schedule, StagedSchedule, schedule_layer, schedule_stack
-from workbench.array.cost import BASELINE, DEVICES, compare, resources
+from workbench.array.cost import BASELINE, DEVICES, compare
 from workbench.constrain import pack
 from workbench.exploration import Question, untrained
 from workbench.methods import Dense
@@ -22,7 +22,16 @@ from workbench.plan import pack_block, plan_block
 from workbench.plots import gantt_figure, region_figure
 from workbench.report import show
 from workbench.sensitivity import LOSSLESS_BITS
-from workbench.tables import baseline_text, device_table, energy_table, hardware_table, present, signal_table
+from workbench.tables import (
+    baseline_text,
+    device_table,
+    energy_table,
+    fit_text,
+    hardware_table,
+    present,
+    signal_table,
+    step_text,
+)
 
 PACKED = "packed"  # label of what the file holds, beside BASELINE
 
@@ -49,12 +58,7 @@ class Deployment:
             base, mine = schedules[BASELINE], schedules[PACKED]
             count, what = len(mine.mapping.layers), f" of {_shown(path)!r}" if len(self.modules) > 1 else ""
             what += f", {count} layers and directions," if count > 1 else ""
-            items = mine.mapping.batch
-            batch = f"; {items} sequences, {mine.cycles_per_item:,.6g} cycles each" if items > 1 else ""
-            text += (f"A step{what} takes **{mine.steady_state_cycles:,.6g} cycles** ({mine.step_us:.2f} µs at "
-                     f"{mine.mapping.spec.clock_mhz} MHz{batch}), most of all for {mine.bound}: "
-                     f"{base.steady_state_cycles / mine.steady_state_cycles:.2f} times as fast as dense 16-bit "
-                     f"({base.steady_state_cycles:,.6g} cycles, most of all for {base.bound}). ")
+            text += step_text(mine, base, what) + " "
             if count == 1:
                 text += baseline_text(base.stages[0]) + " "
         if any(layer.delta for layer in packed.layers.values()):
@@ -159,10 +163,8 @@ def present_deployment(deployment: Deployment, array: str) -> None:
         display(present(energy_table(schedules), index=True))
         if array in DEVICES:
             display(present(device_table(schedules, array)))
-            try:
-                resources(schedules[PACKED].mapping).check_fit(array)
-            except ValueError as error:
-                display(Markdown(f"**Only a model: {error}.**"))
+        if refused := fit_text(schedules[PACKED], array):
+            display(Markdown(refused))
 
 
 def present_layers(deployment: Deployment) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from workbench.acceleration import by_fft
 from workbench.array import PRESETS, ArraySpec, Schedule, preset, schedule_layer
-from workbench.array.cost import BASELINE, DEVICES, resources
+from workbench.array.cost import BASELINE
 from workbench.array.spec import GROUP, ceil_div, in_step
 from workbench.budget import WIDTHS, check_bits, check_target, pack_anew, uniform_plan
 from workbench.constrain import pack
@@ -26,7 +26,7 @@ from workbench.report import show
 from workbench.runs import listed
 from workbench.sensitivity import LOSSLESS_BITS, Strength, hybrid_plan
 from workbench.study import HYBRID
-from workbench.tables import baseline_text, hardware_table, present
+from workbench.tables import baseline_text, fit_text, hardware_table, present, step_text
 
 STEPS = 10  # of the sequence that is scheduled: matters to its cycles and energy, not to the steady state
 BLOCKS = (2, 4, 8, 16, 32)  # that the controls offer; a block that does not divide a matrix is refused
@@ -125,21 +125,13 @@ class Answer:
 
     def sentence(self) -> str:
         """What was found, in words (Markdown)."""
-        f, q, base, clock = self.figures(), self.question, self.schedules[BASELINE], self.question.spec().clock_mhz
+        q, schedule, base = self.question, self.schedules[self.question.method], self.schedules[BASELINE]
         layer = f" of layer {q.layer} alone, one of {len(self.packed.layers)}," if len(self.packed.layers) > 1 else ""
-        batch = f"; {q.batch} sequences, {f['cycles_per_item']:,.0f} cycles each" if q.batch > 1 else ""
         text = (
-            f"**{q.method}, asked for {q.target_cr_disk:g}x: {f['cr_disk']:.1f}x**, {f['rnn_bytes']:,.0f} bytes of matrices, "
-            f"{f['bits']:.3g} bits a weight. A step{layer} takes **{f['steady_state_cycles']:,.0f} cycles** "
-            f"({f['step_us']:.2f} µs at {clock} MHz{batch}), most of all for {f['bound']}: {f['acceleration']:.2f} times as "
-            f"fast as dense 16-bit ({base.steady_state_cycles:,.0f} cycles, most of all for {base.bound}). No accuracy: "
-            f"nothing was retrained. {baseline_text(base)}")
-        if q.array in DEVICES:
-            try:
-                resources(self.schedules[q.method].mapping).check_fit(q.array)
-            except ValueError as error:
-                text += f" **Only a model: {error}.**"
-        return text
+            f"**{q.method}, asked for {q.target_cr_disk:g}x: {self.packed.cr_disk:.1f}x**, {self.packed.storage_bits // 8:,} "
+            f"bytes of matrices, {self.packed.mean_bits:.3g} bits a weight. {step_text(schedule, base, layer)} No accuracy: "
+            f"nothing was retrained. {baseline_text(base)} {fit_text(schedule, q.array)}")
+        return text.rstrip()
 
 
 def untrained(cell: str, input_size: int, hidden_size: int, seed: int) -> tuple[torch.nn.Module, dict]:

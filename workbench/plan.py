@@ -64,8 +64,12 @@ class Plan:
                     raise ValueError(f"Plan needs a delta threshold of at least 0 for {name} of {layer}, got {threshold!r}")
 
     def check(self, model: torch.nn.Module) -> None:
-        """Refuse a plan that misses a block or layer of the model, names one it does not have, does not fit a shape, or has
-        formats that are Unpackable whatever the weights."""
+        """Refuse a plan that does not fit the model (check_fit), or has formats that are Unpackable whatever the weights."""
+        self.check_fit(model)
+        self._check_formats(model)
+
+    def check_fit(self, model: torch.nn.Module) -> None:
+        """Refuse a plan that misses a block or layer of the model, names one it does not have, or does not fit a shape."""
         for what, planned, known in (("block", self.blocks, blocks(model)),
                                      ("layer", self.signals, layers(model)), ("layer", self.delta, layers(model))):
             if unknown := [name for name in planned if name not in known]:
@@ -87,7 +91,6 @@ class Plan:
                 self.blocks[name].method.constrain(w, self.blocks[name].format)
             except ValueError as error:
                 raise ValueError(f"block {name}: {error}") from error
-        self._check_formats(model)
 
     def _check_formats(self, model):
         # Packs a model that is all zero: what is refused then no training makes packable.

@@ -318,6 +318,30 @@ def hardware_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
     return pd.DataFrame(compare(schedules)).set_index("label").drop(columns=list(SPLIT)).T.rename_axis(columns=None)
 
 
+def step_text(mine: Schedule, base: Schedule, of: str = "") -> str:
+    """What a step costs, beside dense 16-bit (Markdown). of: which step, if more has to be said."""
+    items, per_item = mine.mapping.batch, mine.cycles_per_item
+    batch = f"; {items} sequences, {_cycles(per_item)} cycles each" if items > 1 else ""
+    return (f"A step{of} takes **{_cycles(mine.steady_state_cycles)} cycles** ({mine.step_us:.2f} µs at "
+            f"{mine.mapping.spec.clock_mhz} MHz{batch}), most of all for {mine.bound}: "
+            f"{base.cycles_per_item / per_item:.2f} times as fast as dense 16-bit ({_cycles(base.steady_state_cycles)} cycles, "
+            f"most of all for {base.bound}).")
+
+
+def _cycles(count) -> str:
+    return f"{count:,.1f}".removesuffix(".0")
+
+
+def fit_text(schedule: Schedule, array: str) -> str:
+    """That the array does not fit its device (Markdown); empty where it does, or where the preset of that name is no device."""
+    if array in DEVICES:
+        try:
+            resources(schedule.mapping).check_fit(array)
+        except ValueError as error:
+            return f"**Only a model: {error}.**"
+    return ""
+
+
 def baseline_text(base: Schedule) -> str:
     """Whether dense 16-bit, that accelerations are against, would be faster on a part of its array, as far as faster_part finds
     (Markdown)."""
