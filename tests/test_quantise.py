@@ -1,5 +1,7 @@
+import functools
 import itertools
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -8,9 +10,9 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from workbench import quantise
-from workbench.constrain import attach, pack
+from workbench.constrain import attach, compress, pack
 from workbench.fixedpoint import QFormat
-from workbench.methods import Dense
+from workbench.methods import Dense, TopK
 from workbench.packed import signals_of
 from workbench.plan import uniform
 from workbench.quantise import (
@@ -543,21 +545,62 @@ def test_a_model_that_has_autocast_within_is_calibrated():
     assert calibrate(model, [x])["rnn.l0"]["pre"] == calibrate(model.rnn, [model.front(x)])["l0"]["pre"]
 
 
-def test_a_recurrent_layer_that_is_no_module_of_the_model_is_warned_of():
-    class Listed(nn.Module):
+@pytest.mark.parametrize("keep", [
+    lambda rnn: [rnn], lambda rnn: {"a": (0, [nn.Sequential(rnn)])}, lambda rnn: lambda x: rnn(x), lambda rnn: rnn.__call__,
+    lambda rnn: functools.partial(rnn, hx=None),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", [nn.GRU, nn.RNN, nn.LSTMCell])
+def test_a_recurrent_layer_that_is_called_and_no_module_of_the_model_is_refused(kind, keep):
+    class Keeping(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.extra = nn.LSTM(4, 8), [nn.GRU(8, 8)]
-            self.kept, self.also = {"teacher": nn.Sequential(nn.LSTM(8, 8))}, [self.a]
+            self.a, self.kept, self.uncalled = nn.LSTM(4, 8), keep(kind(8, 8)), [nn.LSTM(8, 8)]
 
         def forward(self, x):
-            return self.extra[0](self.a(x)[0])[0]
+            found = self.kept
+            while isinstance(found, dict | list | tuple | nn.ModuleList):
+                found = found["a"] if isinstance(found, dict) else found[-1]
+            return found(self.a(x)[0][-1])
 
-    model, x = Listed(), torch.zeros(5, 2, 4)
-    with pytest.warns(UserWarning, match=r"nor counted: extra\[0\] \(GRU\), kept\['teacher'\] \(LSTM\); if they are part of"):
-        assert list(calibrate(model, [x])) == ["a.l0"]
-    model.extra, model.kept = nn.ModuleList(model.extra), None
-    assert list(calibrate(model, [x])) == ["a.l0", "extra.0.l0"]
+    model, x = Keeping(), torch.zeros(5, 2, 4)
+    with pytest.raises(ValueError, match=rf"Keeping calls {kind.__name__}\(8, 8\), which is none of its modules, so neither"):
+        calibrate(model, [x])
+    model.kept = nn.ModuleList([nn.GRU(8, 8)])
+    assert list(calibrate(model, [x])) == ["a.l0", "kept.0.l0"]
+
+
+def test_a_copy_that_calls_a_layer_of_the_original_is_refused():
+    class Bound(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(4, 8)
+            self.run = lambda x: self.rnn(x)[0]
+
+        def forward(self, x):
+            return self.run(x)
+
+    model, batches = Bound(), [torch.randn(5, 2, 4)]
+    signals = calibrate(model, batches)
+    compressed = compress(model, uniform(model, TopK(0.5), 8, signals))
+    with pytest.raises(ValueError, match=r"Bound calls LSTM\(4, 8\), which is none of .*, or before a copy, calls that one's"):
+        calibrate(compressed, batches)
+
+
+def test_layers_that_other_threads_call_meanwhile_are_their_own():
+    class Threaded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(4, 8)
+
+        def forward(self, x):
+            other = threading.Thread(target=lambda: results.append(nn.GRU(4, 8)(x)))
+            other.start()
+            other.join()
+            return self.rnn(x)
+
+    results = []
+    assert list(calibrate(Threaded(), [torch.zeros(5, 2, 4)])) == ["rnn.l0"]
+    assert len(results) == 1
 
 
 def test_calibrate_refuses(lstm):

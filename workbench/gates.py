@@ -1,10 +1,12 @@
 """Gates of torch recurrent layers: block names and views of their weights."""
 
 import contextlib
+import threading
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils import parametrize
 
 from workbench.packed import GATES, PROJECTION
@@ -88,26 +90,37 @@ def rnns(model: nn.Module) -> dict[str, nn.RNNBase]:
     return found
 
 
-def unregistered_rnns(model: nn.Module) -> list[str]:
-    """Where the model's modules keep recurrent modules in plain lists, tuples, sets and dicts, which torch does not know as
-    its modules: "extra[0] (GRU)"."""
-    known, found = {id(module) for module in model.modules()}, []
-    for path, owner in model.named_modules():
-        for name, value in vars(owner).items():
-            if not isinstance(value, (dict, list, tuple, set)):
-                continue
-            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                for module in item.modules() if isinstance(item, nn.Module) else ():
-                    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and id(module) not in known:
-                        found.append(f"{_prefix(path)}{name}[{key!r}] ({type(module).__name__})")
-    return found
+@contextlib.contextmanager
+def own_calls_only(model: nn.Module):
+    """Inside, ValueError where this thread calls a recurrent module that is none of the model's, before it is computed.
+
+    Such a one is neither compressed nor counted. Only its call shows it: a list, a closure or a partial can keep it.
+    """
+    known, thread = {id(module) for module in model.modules()}, threading.get_ident()
+
+    def check(module, arguments):
+        if id(module) not in known and _recurrent_kind(module) and threading.get_ident() == thread:
+            raise ValueError(f"{type(model).__name__} calls {module}, which is none of its modules, so neither compressed nor "
+                             "counted: keep it as an attribute, in an nn.ModuleList or in an nn.ModuleDict; a function that "
+                             "was made for another model, or before a copy, calls that one's")
+
+    handle = register_module_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _recurrent_kind(module) -> str | None:
+    """Name of torch's recurrent kind, in every namespace: those for quantisation and script are no relatives of nn.LSTM."""
+    kind = getattr(module, "original_name", type(module).__name__)  # of a scripted module the first
+    relative = isinstance(module, nn.RNNBase | nn.RNNCellBase)
+    return kind if relative or (kind in RECURRENT and type(module).__module__.split(".")[0] == "torch") else None
 
 
 def _check_other(path, module):
-    """Recurrent kinds of torch are known by their names, as those for quantisation and script are no relatives of nn.LSTM."""
-    kind = getattr(module, "original_name", type(module).__name__)  # of a scripted module the first
-    space = type(module).__module__
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase) or (kind in RECURRENT and space.split(".")[0] == "torch"):
+    if kind := _recurrent_kind(module):
+        space = type(module).__module__
         name = f"an nn.{kind}" if space == "torch.nn.modules.rnn" else f"the {kind} of {space}"
         raise ValueError(f"{path!r} is {name}: the workbench takes nn.LSTM and nn.GRU")
 

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from workbench.fixedpoint import QFormat
-from workbench.gates import Layer, cell_name, evaluating, layers, layers_of, rnns, unregistered_rnns
+from workbench.gates import Layer, cell_name, evaluating, layers, layers_of, own_calls_only, rnns
 from workbench.packed import SIGNALS, PackedLayer, signals_of
 
 # Finest weight and finest signal: with a 16-bit hidden state (15 fraction bits) the 32-bit bias then still reaches 4.
@@ -141,10 +140,6 @@ def observe(model: nn.Module, batches) -> "Observation":
 
 
 def _observe(model, batches, binned):
-    if left_out := unregistered_rnns(model):
-        warnings.warn(f"{type(model).__name__} holds recurrent layers outside of its modules, which are neither compressed nor "
-                      f"counted: {', '.join(left_out)}; if they are part of it keep them in an nn.ModuleList or nn.ModuleDict",
-                      stacklevel=3)
     seen, called, modules = defaultdict(_Magnitudes), set(), rnns(model)
     for path, call in recurrent_calls(model, batches):
         called.add(path)
@@ -257,7 +252,7 @@ def format_of(name: str) -> str:
 
 def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
     """(module path, (x (T, B, input_size), state or None, lengths or None)) of every call of a recurrent module while the
-    model, in evaluation mode, runs over the batches."""
+    model, in evaluation mode, runs over the batches. ValueError where one is called that is none of the model's modules."""
     if isinstance(batches, (torch.Tensor, PackedSequence)):  # it would be read step by step
         raise ValueError("calibrate needs several batches, each the model's arguments, got one "
                          f"{type(batches).__name__}: give it in a list")
@@ -276,7 +271,8 @@ def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
                 several = isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence)
                 arguments = batch if several else (batch,)
                 try:
-                    model(*arguments)
+                    with own_calls_only(model):
+                        model(*arguments)
                 except TypeError as error:
                     _check_arguments(model, arguments, error)
                     raise
