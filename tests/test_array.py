@@ -711,10 +711,11 @@ def test_schedule_refuses_what_does_not_fit(changes, message):
 
 def test_words_too_wide_are_named_with_what_they_hold():
     layer = dense_layer()
-    with pytest.raises(ValueError, match=r"^the array has words of 7 bits \(word_bits\), got .*bits=16, .* for input$"):
+    with pytest.raises(ValueError, match=r"^the array has words of 7 bits \(word_bits\), got .*bits=16, .* for input: "
+                       r"give that fewer bits \(calibrate, the plan\), or the array wider words, of at most 18$"):
         schedule_layer(layer, SMALL.with_(word_bits=7), 3)
     layer = replace(layer, delta={"hidden": 1})
-    with pytest.raises(ValueError, match=r"got QFormat\(bits=17, .*\) for hidden, whose differences take a bit more$"):
+    with pytest.raises(ValueError, match=r"got QFormat\(bits=17, .*\) for hidden, whose differences take a bit more: give"):
         schedule_layer(layer, SMALL.with_(word_bits=16), 3)
 
 

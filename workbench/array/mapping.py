@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from workbench.array.spec import GROUP, ArraySpec, ceil_div
+from workbench.array.spec import DSP_BITS, GROUP, ArraySpec, ceil_div
 from workbench.fixedpoint import ExactMatrix, QFormat
 from workbench.packed import PARTS, PackedCirculant, PackedDense, PackedLayer, PackedLowRank, PackedSparse
 from workbench.spectrum import OPERAND_BITS, TWIDDLE_BITS, SpectralProduct, real_operations
@@ -997,7 +997,8 @@ def check_layer(layer, spec):
              for part in dict(layer.products)} | {name: block.fmt for name, block in layer.blocks.items()}
     name, widest = max(words.items(), key=lambda word: word[1].bits)
     if widest.bits > spec.word_bits:
-        raise ValueError(f"the array has words of {spec.word_bits} bits (word_bits), got {widest} for {name}")
+        raise ValueError(f"the array has words of {spec.word_bits} bits (word_bits), got {widest} for {name}: give that fewer "
+                         f"bits (calibrate, the plan), or the array wider words, of at most {DSP_BITS}")
     if layer.acc_bits > spec.acc_bits:
         raise ValueError(f"the array has accumulators of {spec.acc_bits} bits (acc_bits), the layer needs {layer.acc_bits}")
 
