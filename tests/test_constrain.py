@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from workbench.constrain import IntegerRNN, attach, bake, compress, pack
+from workbench.emulation import emulate
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, layers, weight
 from workbench.methods import METHODS, BankBalanced, BlockCirculant, BlockSparse, Dense, LowRank, RowBalanced, Structured, TopK
@@ -239,6 +241,30 @@ def test_every_method_on_every_kind_of_block(model, x, method):
     torch.testing.assert_close(attach(baked, packed).body["rnn"](x)[0], baked.body["rnn"](x)[0], **CLOSE)
 
 
+@pytest.mark.parametrize("model", ["GRU", "projected"], indirect=True)
+@pytest.mark.parametrize("method", SAMPLES, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("make", [compress, emulate])
+def test_a_model_in_training_is_copied_between_two_steps(model, x, make, method):
+    plan = uniform(model, method, 8, calibrate(model, [x]))
+    trained = make(model, plan)
+    average = AveragedModel(train(trained, x, steps=1), multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    clone, before = copy.deepcopy(trained), trained(x)
+    assert torch.equal(clone(x), before)
+    train(clone, x, steps=2)
+    assert torch.equal(trained(x), before) and not torch.equal(clone(x), before)
+    average.update_parameters(trained)
+    assert torch.equal(average(x), before)  # of the same twice
+    assert torch.equal(train(trained, x, steps=2)(x), clone(x))
+    average.update_parameters(trained)
+    assert not torch.equal(average(x), trained(x))
+    for one, other in zip(average.parameters(), trained.parameters(), strict=True):
+        assert one.grad is None and one.shape == other.shape
+    packed, again = (pack(baked, plan) for baked in (bake(clone), clone))
+    assert packed.table() == again.table() == pack(trained, plan).table()
+    bake(average.module)
+    assert torch.equal(train(trained, x, steps=1)(x), train(clone, x, steps=1)(x))  # bake strips no class that they share
+
+
 def test_every_method_has_a_sample():
     assert {type(method) for method in SAMPLES} == set(METHODS.values())
 
@@ -357,7 +383,8 @@ def test_without_gradients_recurrent_weights_stay_parameters(model, plan, x):
     made(x).sum().backward()
 
 
-@pytest.mark.parametrize("verb", [bake, lambda model: compress(model, mixed_plan(model))], ids=["bake", "compress"])
+@pytest.mark.parametrize("verb", [bake, lambda model: compress(model, mixed_plan(model)), copy.deepcopy],
+                         ids=["bake", "compress", "deepcopy"])
 def test_inside_cached_a_constrained_model_is_not_copied(model, plan, verb):
     """It would leave weights without gradients for the next forward there."""
     compressed = compress(model, plan)

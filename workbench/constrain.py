@@ -83,12 +83,7 @@ def bake(model: nn.Module) -> nn.Module:
     Low-rank blocks keep their factors beside them (trained_factors), which a state_dict loses. ValueError for a constrained
     model inside torch.nn.utils.parametrize.cached(), unless under torch.no_grad().
     """
-    constrained = [rnn for rnn in rnns(model).values() if _parametrized(rnn)]
-    if constrained:
-        _check_not_cached()
-    for rnn in constrained:
-        with torch.no_grad():
-            rnn._init_flat_weights()  # after a training forward it holds non-leaf tensors, which deepcopy refuses
+    rnns(model)  # what the workbench takes
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
@@ -152,6 +147,22 @@ def constrain_weights(model: nn.Module, plan: Plan) -> None:
         gates.setdefault((block.rnn, block.parameter), []).append(constrained)
     for (path, parameter), modules in gates.items():
         parametrize.register_parametrization(model.get_submodule(path), parameter, _GateWeights(modules))
+    for path in {path for path, _ in gates}:
+        _make_copyable(model.get_submodule(path))
+
+
+def _make_copyable(rnn):
+    """After a training forward an LSTM holds weights with their graph, which deepcopy refuses: a copy begins without."""
+    cls = type(rnn)  # torch makes one for each parametrized module
+    copied = cls.__deepcopy__
+
+    def __deepcopy__(self, memo):
+        _check_not_cached()
+        with torch.no_grad():
+            self._init_flat_weights()
+        return copied(self, memo)
+
+    cls.__deepcopy__ = __deepcopy__
 
 
 def pack(model: nn.Module, plan, original: nn.Module | None = None) -> PackedModel:
