@@ -545,6 +545,11 @@ def test_a_model_that_has_autocast_within_is_calibrated():
     assert calibrate(model, [x])["rnn.l0"]["pre"] == calibrate(model.rnn, [model.front(x)])["l0"]["pre"]
 
 
+class Taking(nn.Module):
+    def forward(self, results):
+        return results[0] + 1
+
+
 @pytest.mark.parametrize("keep", [
     lambda rnn: [rnn], lambda rnn: {"a": (0, [nn.Sequential(rnn)])}, lambda rnn: lambda x: rnn(x), lambda rnn: rnn.__call__,
     lambda rnn: functools.partial(rnn, hx=None),
@@ -584,6 +589,16 @@ def test_a_copy_that_calls_a_layer_of_the_original_is_refused():
     compressed = compress(model, uniform(model, TopK(0.5), 8, signals))
     with pytest.raises(ValueError, match=r"Bound calls LSTM\(4, 8\), which is none of .*, or before a copy, calls that one's"):
         calibrate(compressed, batches)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_compiled_model_is_calibrated_without_a_word_on_hooks(whole):
+    torch.manual_seed(0)
+    rnn, head = nn.LSTM(4, 8), Taking()
+    plain, x = nn.Sequential(rnn, head), torch.randn(5, 2, 4)
+    model = torch.compile(plain, backend="eager") if whole else nn.Sequential(rnn, torch.compile(head, backend="eager"))
+    (found,) = calibrate(model, [x, x]).values()
+    assert found == calibrate(plain, [x])["0.l0"]
 
 
 def test_layers_that_other_threads_call_meanwhile_are_their_own():

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -104,11 +105,12 @@ def own_calls_only(model: nn.Module):
                              "counted: keep it as an attribute, in an nn.ModuleList or in an nn.ModuleDict; a function that "
                              "was made for another model, or before a copy, calls that one's")
 
-    handle = register_module_forward_pre_hook(check)
-    try:
+    with contextlib.ExitStack() as stack:
+        if any(path.rpartition(".")[2] == "_orig_mod" for path, _ in model.named_modules()):  # something in it is compiled
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # says that hooks may run twice: this may
+        stack.callback(register_module_forward_pre_hook(check).remove)
         yield
-    finally:
-        handle.remove()
 
 
 def _recurrent_kind(module) -> str | None:
