@@ -268,6 +268,71 @@ def test_an_optimizer_that_holds_the_weights_of_before_is_warned_of(model, hande
     assert all("none has moved since its stage began" in text for _, text in warned)
 
 
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.LSTM(16, 8), nn.GRU(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x)[0])[0][-1])
+
+
+@pytest.mark.parametrize(("handed", "remade"), [("ab", ""), ("ba", ""), ("a", ""), ("", "a"), ("", "ab"), ("a", "b")])
+def test_several_optimizers_are_brought_along_or_warned_of(handed, remade):
+    torch.manual_seed(0)
+    model = Two()
+    schedule = wb.gradual(model, wb.uniform(model, wb.TopK(0.4), 8, wb.calibrate(model, [X])), stages=2, until=0.5)
+    first, second, head = schedule.model.first, schedule.model.second, schedule.model.head
+    make = {"a": lambda: torch.optim.Adam(first.parameters(), 0.01),
+            "b": lambda: torch.optim.Adam([*second.parameters(), *head.parameters()], 0.01)}
+    optimizers = {name: made() for name, made in make.items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for n in range(20):
+            new = [schedule.step(n / 20, optimizers[name]) for name in handed] or [schedule.step(n / 20)]
+            optimizers |= {name: make[name]() for name in (remade if any(new) else "")}
+            schedule.model.zero_grad()
+            loss_of(schedule.model).backward()
+            for optimizer in optimizers.values():
+                optimizer.step()
+    live, held = ({id(p) for p in found} for found in (
+        schedule.model.parameters(), [p for o in optimizers.values() for group in o.param_groups for p in group["params"]]))
+    warned = [str(warning.message) for warning in caught]
+    if set(handed + remade) == {"a", "b"}:
+        assert held == live and not warned
+        assert sum(len(optimizer.state) for optimizer in optimizers.values()) == len(live)
+    else:
+        assert len(warned) == 2 and held != live
+        assert all("and 6 of 14, first second.weight_ih_l0.r, not one has moved since" in text for text in warned)
+
+
+def test_weights_that_no_optimizer_ever_held_are_not_warned_of():
+    torch.manual_seed(0)
+    model = Two()
+    schedule = wb.gradual(model, wb.uniform(model, wb.TopK(0.4), 8, wb.calibrate(model, [X])), stages=2, until=0.5)
+    optimizer = torch.optim.Adam(schedule.model.first.parameters(), 0.01)
+    for n in range(20):
+        schedule.step(n / 20, optimizer)
+        loss_of(schedule.model).backward()
+        optimizer.step()
+    assert schedule.entered == 2
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.1, 0.9])
+def test_an_admm_schedule_is_resumed_from_every_place(model, progress):
+    schedule, again, other = (wb.admm(model, hybrid(model)) for _ in range(3))
+    fresh = schedule.state_dict()
+    schedule.step(progress)
+    again.resume(progress, None, state := schedule.state_dict())
+    assert again.entered == schedule.entered == (progress > 0.25)
+    assert {name: w.tolist() for name, w in again.state_dict().items()} == {name: w.tolist() for name, w in state.items()}
+    other.resume(0.0, None, fresh)
+    assert other.updated == 0 and other.penalty() == 0.0
+    for wrong in (None, {}, {"z/rnn.weight_ih_l0.r": torch.zeros(1)}, state | {"w": torch.zeros(1)}):
+        with pytest.raises(ValueError, match=r"ADMM schedule is resumed with what state_dict\(\) gave for a model of the same"):
+            wb.admm(model, hybrid(model)).resume(progress, None, wrong)
+
+
 @pytest.mark.parametrize("handed", [False, True])
 def test_weights_that_wait_for_their_step_are_not_warned_of(model, handed):
     """Gradients of four batches are added up before each step, of 800; the optimizer is handed over, or made anew."""
@@ -419,9 +484,11 @@ def test_a_step_without_gradients_leaves_every_weight_trainable(model):
     (lambda m, p: wb.admm(m, p, until=True), r"admm needs until in \(0, 1\], got True"),
     (lambda m, p: wb.one_shot(m, replace(p, blocks={})), "the plan misses the blocks"),
     (lambda m, p: wb.gradual(m, replace(p, blocks={})), "the plan misses the blocks"),
+    (lambda m, p: wb.iterative(m, p, [["r", "z"], 3]), r"a list of groups, each a list of gates, got \[\['r', 'z'\], 3\]"),
     (lambda m, p: wb.one_shot(m, p).step(1.5), r"needs a progress in \[0, 1\], got 1.5"),
     (lambda m, p: wb.one_shot(m, p).step("half"), r"needs a progress in \[0, 1\], got 'half'"),
-    (lambda m, p: wb.one_shot(m, p).step(0.5, "adam"), r"needs a torch.optim.Optimizer or none, got 'adam'"),
+    (lambda m, p: wb.one_shot(m, p).step(0.5, "adam"), r"Optimizer or none, of several each in a call of its own, got 'adam'"),
+    (lambda m, p: wb.one_shot(m, p).step(True), r"needs a progress in \[0, 1\], got True"),
     (lambda m, p: wb.gradual(m, p).step(0.5, torch.optim.SGD(m.parameters(), 1)),
      "needs an optimizer of its model's parameters, got one that holds none of the recurrent weights"),
     (lambda m, p: (late := wb.gradual(m, p)).step(0, torch.optim.LBFGS(late.model.parameters())),

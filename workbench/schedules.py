@@ -9,6 +9,7 @@ import json
 import math
 import numbers
 import warnings
+import weakref
 from bisect import bisect_right
 from dataclasses import replace
 from itertools import pairwise
@@ -32,19 +33,26 @@ class RetrainingSchedule:
     """model: what is to be trained, always the same object; stages: (progress from which it holds, Plan), the first at 0.
 
     Entering a stage compresses the model again, in place: its recurrent weights get other parameters. An optimizer that was
-    made before holds the old ones and would train nothing, so `step` exchanges them there; their moments start anew, its
-    learning rate, its other parameters and a learning rate schedule on it go on. An optimizer that goes on without that is
-    warned of at a later step.
+    made before holds the old ones and would train nothing, so `step` exchanges them there, in each of several that it is called
+    with; their moments start anew, its learning rate, its other parameters and a learning rate schedule on it go on. An
+    optimizer that goes on without that is warned of at a later step.
     """
 
     def __init__(self, model: nn.Module, stages: list[tuple[float, Plan]]):
         # One that changes nothing would only cost the optimizer its moments.
         self.stages = [stage for n, stage in enumerate(stages) if not n or stage[1] != stages[n - 1][1]]
         self.entered, self.begun = 0, False
-        self.fresh = None  # (progress, parameters) as a stage began for whose sake no optimizer was given, until looked at
         self.model = compress(model, stages[0][1])
         for _, plan in self.stages[1:]:
             plan.check(self.model)
+        self.former = []  # of each stage before: weak references to its parameters
+        self.handed, self.held = set(), set()  # ids of optimizers of this stage, and places of the parameters that they hold
+        self.trained = set()  # places, in _parameters, of those that have moved in some stage
+        self._begin(0.0)
+
+    def _begin(self, progress):
+        """Remember the parameters as a stage began, until they are looked at."""
+        self.fresh = (progress, [p.detach().clone() for p in _parameters(self.model)]) if len(self.stages) > 1 else None
 
     @property
     def plan(self) -> Plan:
@@ -67,53 +75,61 @@ class RetrainingSchedule:
 
     def step(self, progress: float, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Be where the schedule is at `progress`, from 0 at the start of the training to 1 at its end. True where the
-        recurrent weights have new parameters: without an optimizer here the caller must make his anew. Not inside
-        torch.nn.utils.parametrize.cached().
+        recurrent weights have new parameters: without an optimizer here the caller must make his anew. Of several optimizers
+        each is handed over in a call of its own. Not inside torch.nn.utils.parametrize.cached().
 
         Where it comes too seldom a stage is passed over, with a warning (of the first call it is no sign of that); a loop whose
         last step comes before `until` ends with step(1.0)."""
-        if not isinstance(progress, numbers.Real) or not 0 <= progress <= 1:
+        if isinstance(progress, bool) or not isinstance(progress, numbers.Real) or not 0 <= progress <= 1:
             raise ValueError(f"a retraining schedule needs a progress in [0, 1], got {progress!r}")
         if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-            raise ValueError(f"a retraining schedule needs a torch.optim.Optimizer or none, got {optimizer!r}")
+            raise ValueError("a retraining schedule needs a torch.optim.Optimizer or none, of several each in a call of its "
+                             f"own, got {optimizer!r}")
         if isinstance(optimizer, torch.optim.LBFGS) and len(self.stages) > 1:
             raise ValueError("a retraining schedule cannot exchange parameters inside LBFGS, which keeps lists of its own: "
                              "call step without it, and make it anew where that gives True")
         self._warn_untrained(progress)
         starts = [start for start, _ in self.stages]
         stage = bisect_right(starts, progress) - 1
-        if stage <= self.entered:
-            self.begun = True
-            return False
-        passed_over = self.begun and stage > self.entered + 1
-        old = _parameters(self.model)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
-        if optimizer is not None and not any(id(p) in held for p in old):
-            raise ValueError("a retraining schedule needs an optimizer of its model's parameters, got one that holds none of "
-                             "the recurrent weights: make it from schedule.model.parameters()")
-        make_plain(self.model)
-        constrain_weights(self.model, self.stages[stage][1])
-        self.entered, self.begun = stage, True
-        new = _parameters(self.model)
-        if optimizer is None:
-            self.fresh = progress, [p.detach().clone() for p in new]
-        else:
-            self.fresh = None
-            _exchange(optimizer, old, new)
+        entering, passed_over = stage > self.entered, self.begun and stage > self.entered + 1
+        if entering:
+            old = _parameters(self.model)
+            former = [*self.former, [weakref.ref(p) for p in old]]
+            if optimizer is not None and not _held(optimizer, former):
+                raise ValueError("a retraining schedule needs an optimizer of its model's parameters, got one that holds none "
+                                 "of the recurrent weights: make it from schedule.model.parameters()")
+            make_plain(self.model)
+            constrain_weights(self.model, self.stages[stage][1])
+            self.entered, self.former = stage, former
+            self.handed, self.held = set(), set()
+            self._begin(progress)
+        if optimizer is not None and id(optimizer) not in self.handed:
+            new = _parameters(self.model)
+            _exchange(optimizer, _held(optimizer, self.former), new)
+            self.handed.add(id(optimizer))
+            self.held.update(_held(optimizer, [[weakref.ref(p) for p in new]]).values())
+        self.begun = True
         if passed_over:
             _warn_passed_over("stages", min(b - a for a, b in pairwise(starts)))
-        return True
+        return entering
 
     def _warn_untrained(self, progress):
         if self.fresh is None or progress < self.fresh[0] + WATCHED:
             return
-        before, now = self.fresh[1], _parameters(self.model)
-        if not any(p.grad is not None and p.grad.any() for p in now):
+        now = _parameters(self.model)
+        pulled = {n for n, p in enumerate(now) if p.grad is not None and p.grad.any()}
+        if not pulled:
             return
-        if all(torch.equal(old.to(new.device), new) for old, new in zip(before, now, strict=True)):
-            warnings.warn("a retraining schedule's recurrent weights have gradients, and none has moved since its stage began: "
-                          "an optimizer that lives on holds those of before; hand it to step(progress, optimizer), or make it "
-                          "anew where step gives True", stacklevel=3)
+        moved = {n for n, old in enumerate(self.fresh[1]) if not torch.equal(old.to(now[n].device), now[n])}
+        # What never moved may be kept out of every optimizer on purpose, unless nothing did and none was handed over.
+        left = (pulled & self.trained if moved or self.held else pulled) - moved - self.held
+        if self.entered and left:
+            names = list(blocks(self.model))
+            which = "none" if not moved else f"{len(left)} of {len(now)}, first {names[min(left)]}, not one"
+            warnings.warn(f"a retraining schedule's recurrent weights have gradients, and {which} has moved since its stage "
+                          "began: an optimizer that lives on holds those of before; hand it to step(progress, optimizer), each "
+                          "of several in a call of its own, or make it anew where step gives True", stacklevel=3)
+        self.trained |= moved
         self.fresh = None
 
     def penalty(self) -> torch.Tensor | float:
@@ -140,13 +156,19 @@ def _parameters(model) -> list[nn.Parameter]:
     return [p for rnn in rnns(model).values() for name in parameters_of(rnn) for p in rnn.parametrizations[name].parameters()]
 
 
-def _exchange(optimizer, old, new) -> None:
-    """Each new parameter in the place of its old one."""
-    new_of = {id(p): q for p, q in zip(old, new, strict=True)}
-    for p in old:
-        optimizer.state.pop(p, None)
+def _held(optimizer, former) -> dict[int, int]:
+    """id of a parameter of an earlier stage that the optimizer holds -> its place in _parameters. former: weak references."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {id(p): n for stage in former for n, ref in enumerate(stage) if (p := ref()) is not None and id(p) in held}
+
+
+def _exchange(optimizer, held, new) -> None:
+    """Each new parameter in the place of that of an earlier stage (_held)."""
     for group in optimizer.param_groups:
-        group["params"] = [new_of.get(id(p), p) for p in group["params"]]
+        for p in group["params"]:
+            if id(p) in held:
+                optimizer.state.pop(p, None)
+        group["params"] = [new[held[id(p)]] if id(p) in held else p for p in group["params"]]
 
 
 def one_shot(model: nn.Module, plan) -> RetrainingSchedule:
@@ -186,7 +208,7 @@ def iterative(model: nn.Module, plan, groups: list[list[str]], *, until: float =
     plan = Plan.read(plan)
     _check_until("iterative", until)
     plan.check(model)
-    if not isinstance(groups, (list, tuple)) or any(isinstance(group, str) for group in groups):
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, (list, tuple)) for group in groups):
         raise ValueError(f"iterative needs a list of groups, each a list of gates, got {groups!r}")
     known = {name: block.gate for name, block in blocks(model).items()}
     named = [gate for group in groups for gate in group]
@@ -263,9 +285,14 @@ class _Admm(RetrainingSchedule):
             f"{part}/{name}": w for part, ws in (("z", self.z), ("u", self.u)) for name, w in ws.items()}
 
     def resume(self, progress, optimizer, state):
+        known = weights(self.model)
+        parts = [f"{part}/{name}" for part in ("z", "u") for name in known]
+        if set(state or ()) not in ({"updated"}, {"updated", *parts}):
+            raise ValueError("an ADMM schedule is resumed with what state_dict() gave for a model of the same blocks, got "
+                             f"{', '.join(map(str, state or ())) or 'nothing'}")
         super().resume(progress, optimizer, state)
         self.updated = int(state["updated"])
-        for name, w in weights(self.model).items():
+        for name, w in known.items() if len(state) > 1 else ():
             self.z[name], self.u[name] = state[f"z/{name}"].to(w), state[f"u/{name}"].to(w)
 
 
