@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from workbench.constrain import IntegerRNN, attach, bake, compress, pack
-from workbench.emulation import emulate
+from workbench.emulation import attach_emulated, emulate
 from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, layers, weight
 from workbench.methods import METHODS, BankBalanced, BlockCirculant, BlockSparse, Dense, LowRank, RowBalanced, Structured, TopK
+from workbench.methods.pruning import Pruning
 from workbench.packed import load
 from workbench.plan import BlockPlan, Plan, uniform
 from workbench.quantise import calibrate
@@ -263,6 +264,103 @@ def test_a_model_in_training_is_copied_between_two_steps(model, x, make, method)
     assert packed.table() == again.table() == pack(trained, plan).table()
     bake(average.module)
     assert torch.equal(train(trained, x, steps=1)(x), train(clone, x, steps=1)(x))  # bake strips no class that they share
+
+
+KEEPING = [method for method in SAMPLES if isinstance(method, Pruning)]
+
+
+@pytest.mark.parametrize("model", ["GRU"], indirect=True)
+@pytest.mark.parametrize("method", KEEPING, ids=lambda method: type(method).__name__)
+def test_an_average_of_the_kept_positions_is_refused(model, x, method):
+    """Torch averages whole numbers in floating point and cuts them off: they would be other positions."""
+    plan = uniform(model, method, 8, calibrate(model, [x]))
+    trained = compress(model, plan)
+    average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(5):
+        average.update_parameters(trained)
+    with pytest.raises(ValueError, match=r"positions .* body\.rnn\.weight_ih_l0\.r keeps have changed .* \(use_buffers=False"):
+        pack(average.module, plan)
+    average.module.load_state_dict(trained.state_dict())
+    assert pack(average.module, plan).table() == pack(trained, plan).table()
+    for wrong in (lambda support: support.float(), lambda support: support.flip(0), lambda support: support * 0):
+        spoilt = {name: wrong(w) if name.endswith("support") else w for name, w in trained.state_dict().items()}
+        with pytest.raises(RuntimeError, match="weight_ih_l0.0.gates.0.support needs rising whole positions, as a constrained"):
+            average.module.load_state_dict(spoilt)
+
+
+class Remembering(nn.Module):
+    """It keeps what its last forward computed, as models do for their states and attention weights."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.rnn, self.head, self.keep = nn.LSTM(6, 8), nn.Linear(8, 2), keep
+        self.kept = None
+
+    def forward(self, x):
+        y, states = self.rnn(x)
+        self.kept = self.keep(y, states)
+        return self.head(y)
+
+
+class Holder:
+    def __init__(self, value):
+        self.value = value
+
+
+@pytest.mark.parametrize("keep", [lambda y, states: y, lambda y, states: states, lambda y, states: {"last": [(y,)], "n": 3}])
+def test_a_model_that_keeps_what_it_computed_is_copied_without_its_graph(x, keep):
+    model = Remembering(keep)
+    plan = uniform(model, TopK(0.5), 8, calibrate(model, [x]))
+    output = model(x)
+    for made in (compress(model, plan), bake(model), attach(model, pack(model, plan))):
+        kept = made.kept
+        while isinstance(kept, (tuple, list, dict)):
+            kept = kept["last"] if isinstance(kept, dict) else kept[0]
+        assert kept is not None and kept.grad_fn is None
+    compressed = compress(model, plan)
+    compressed(x).sum().backward()
+    pack(compressed, plan)
+    assert torch.equal(bake(model)(x), output)
+    output.sum().backward()  # the original's graph is there still
+
+
+def test_a_computed_tensor_inside_an_object_is_refused(x):
+    model = Remembering(lambda y, states: Holder(y))
+    plan = uniform(model, TopK(0.5), 8, calibrate(model, [x]))
+    model(x)
+    with pytest.raises(ValueError, match="torch cannot copy a model that keeps a computed tensor inside an object of its own"):
+        compress(model, plan)
+
+
+@pytest.mark.parametrize("computed", [nn.utils.weight_norm, lambda head: prune.l1_unstructured(head, "weight", 0.5)],
+                         ids=["weight_norm", "prune"])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@PLAIN
+def test_a_head_whose_weight_is_computed_trains_on_in_the_copy(model, x, computed):
+    computed(model.head)
+    output, before = model(x), model.head.weight.detach().clone()
+    trained = train(compress(model, mixed_plan(model)), x)
+    assert torch.equal(model(x), output) and torch.equal(model.head.weight, before)
+    assert not torch.equal(trained.head.weight, before)
+    assert torch.equal(trained.head.weight == 0, before == 0)
+    pack(trained, mixed_plan(trained))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ((torch.ones(2, 4, 6, dtype=torch.long),), r"needs floats of 2 or 3 dimensions or a packed sequence, got torch.int64 of"),
+    ((torch.zeros(6),), r"or a packed sequence, got torch.float32 of shape \(6,\)"),
+    (([[0.0] * 6],), "or a packed sequence, got list"),
+    ((torch.zeros(2, 4, 6), torch.zeros(1, 2, 8)), r"needs \(h, c\) as its state, got torch.float32 of shape \(1, 2, 8\)"),
+    ((torch.zeros(2, 4, 6), (torch.zeros(1, 2, 8),) * 3), r"needs \(h, c\) as its state, got torch.float32 of shape .*, torch"),
+    ((torch.zeros(2, 4, 6), (torch.zeros(1, 2, 8), 0)), r"needs \(h, c\) as its state, got torch.float32 .*, int"),
+])  # fmt: skip
+@pytest.mark.parametrize("attached", [attach, attach_emulated])
+@PLAIN
+def test_what_an_attached_layer_cannot_take_is_refused(model, plan, attached, arguments, message):
+    """Integers would come back as integers: zeros."""
+    rnn = attached(model, pack(model, plan)).body["rnn"]
+    with pytest.raises(ValueError, match=message):
+        rnn(*arguments)
 
 
 def test_every_method_has_a_sample():

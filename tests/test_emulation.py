@@ -467,9 +467,28 @@ def test_autocast_does_not_make_it_coarser(kind):
     assert all(p.grad is not None for p in emulated.parameters())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_no_sequence_is_taken_as_torch_does(kind):
+    rnn, x = make(kind), torch.randn(STEPS, 0, INPUTS, dtype=torch.float64)
+    emulated = emulate(rnn, uniform(rnn, TopK(0.5), 8, calibrate(rnn, [torch.randn(STEPS, BATCH, INPUTS).double()])))
+    output, states = emulated(x)
+    expected, expected_states = rnn(x)
+    flat, expected_flat = (s if isinstance(s, tuple) else (s,) for s in (states, expected_states))
+    assert output.shape == expected.shape and [s.shape for s in flat] == [s.shape for s in expected_flat]
+    output.sum().backward()
+    assert not any(p.grad.any() for p in emulated.parameters())
+
+
 def test_refusals(model, plan, x):
-    with pytest.raises(ValueError, match=r"emulate needs .* float32 or float64, .* got torch.bfloat16 in 'first'"):
+    with pytest.raises(ValueError, match=r"emulate of 'first' needs .* float32 or float64, .* got torch.bfloat16: train"):
         emulate(copy.deepcopy(model).bfloat16(), plan)
+    emulated, packed = emulate(model, plan), pack(model, plan)
+    for dtype in (torch.bfloat16, torch.float16):
+        converted = copy.deepcopy(emulated).to(dtype)
+        with pytest.raises(ValueError, match=rf"an emulated layer needs .* float32 or float64, .* got {dtype}: train in autoc"):
+            converted(x.to(dtype))
+        with pytest.raises(ValueError, match=rf"mismatch_rate needs weights in float32 or float64, .* got {dtype}"):
+            mismatch_rate(converted, packed, [x])
     with pytest.raises(ValueError, match="mismatch_rate needs a model from emulate, got a plain nn.GRU 'first'"):
         mismatch_rate(compress(model, plan), pack(model, plan), [x])
     wide = {name: signals | {"pre": QFormat(21, 12)} for name, signals in plan.signals.items()}

@@ -2,11 +2,13 @@
 
 import copy
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence
 
 from workbench import fixedpoint, gates, methods, quantise
 from workbench import plan as plan_module
@@ -62,9 +64,14 @@ def _parametrized(rnn) -> list[str]:
 def _shown(rnn, name) -> dict[str, torch.Tensor]:
     """Of a constrained weight matrix, for each gate that is a product: its block ("weight_ih_l0.i") -> the factors."""
     constraint = rnn.parametrizations[name]
-    gates = PROJECTION if name.startswith("weight_hr") else GATES[cell_name(rnn)]
-    return {f"{name}.{gate}": module.shown(getattr(constraint, f"original{n}")).detach()
-            for n, (gate, module) in enumerate(zip(gates, constraint[0].gates, strict=True)) if hasattr(module, "shown")}
+    return {block: module.shown(getattr(constraint, f"original{n}")).detach()
+            for n, (block, module) in enumerate(zip(_blocks_of(rnn, name), constraint[0].gates, strict=True))
+            if hasattr(module, "shown")}
+
+
+def _blocks_of(rnn, name) -> list[str]:
+    """Names of the blocks of a weight matrix within the module, "weight_ih_l0.i"."""
+    return [f"{name}.{gate}" for gate in (PROJECTION if name.startswith("weight_hr") else GATES[cell_name(rnn)])]
 
 
 def trained_factors(model: nn.Module, name: str, method) -> dict[str, torch.Tensor]:
@@ -84,15 +91,26 @@ def bake(model: nn.Module) -> nn.Module:
     model inside torch.nn.utils.parametrize.cached(), unless under torch.no_grad().
     """
     rnns(model)  # what the workbench takes
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
-                raise ValueError(f"torch cannot copy {name} of {path!r}, which is computed from other weights, as of a pruned "
-                                 "or weight-normalised module: make it a plain parameter first (torch.nn.utils.prune.remove, "
-                                 "torch.nn.utils.remove_weight_norm)")
-    model = copy.deepcopy(model)
+    # deepcopy refuses tensors with a graph, such as a state kept from the last forward: they are copied without it.
+    values = {id(t): t.detach().clone() for module in model.modules() for t in _computed(vars(module))}
+    try:
+        model = copy.deepcopy(model, values)
+    except RuntimeError as error:
+        if "deepcopy protocol" not in str(error):
+            raise
+        raise ValueError("torch cannot copy a model that keeps a computed tensor inside an object of its own: detach it, or "
+                         f"delete it: {error}") from error
     make_plain(model)
     return model
+
+
+def _computed(held, seen=()) -> Iterator[torch.Tensor]:
+    """Tensors with a graph in containers, however deep."""
+    for value in held.values() if isinstance(held, dict) else held:
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+            yield value
+        elif isinstance(value, dict | list | tuple | set) and not any(value is outer for outer in seen):
+            yield from _computed(value, (*seen, value))
 
 
 def _check_not_cached():
@@ -103,7 +121,7 @@ def _check_not_cached():
 
 def make_plain(model: nn.Module) -> None:
     """What bake does, in place."""
-    for rnn in rnns(model).values():
+    for path, rnn in rnns(model).items():
         if names := _parametrized(rnn):
             _check_not_cached()
             # A deepcopy shares its class with the original; removing a parametrization there would strip both.
@@ -111,6 +129,9 @@ def make_plain(model: nn.Module) -> None:
             rnn.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
             rnn.factors = {block: factors for name in names for block, factors in _shown(rnn, name).items()}
             for name in names:
+                for block, module in zip(_blocks_of(rnn, name), rnn.parametrizations[name][0].gates, strict=True):
+                    if hasattr(module, "check"):
+                        module.check(f"{path}.{block}".lstrip("."))
                 trained = any(stored.requires_grad for stored in rnn.parametrizations[name].parameters())
                 parametrize.remove_parametrizations(rnn, name, leave_parametrized=True)
                 values = getattr(rnn, name).detach()
@@ -297,9 +318,26 @@ class IntegerRNN(nn.Module):
 
     def forward(self, input, hx=None):
         """input and hx as the replaced module takes and names them; returns what it returns, in input's shapes and dtype."""
+        self._check(input, hx)
         x, hx, lengths = time_first(self, input, hx)
         output, hx = self._run(x, hx, None if lengths is None else lengths.numpy())
         return as_given(self, input, output, hx, lengths)
+
+    def _check(self, input, hx):
+        def shown(value):
+            return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+        values = input.data if isinstance(input, PackedSequence) else input
+        if not isinstance(values, torch.Tensor) or not values.is_floating_point() or values.ndim not in (2, 3):
+            raise ValueError(f"the integer engine of {self.path!r} needs floats of 2 or 3 dimensions or a packed sequence, got "
+                             f"{shown(values)}")
+        if hx is None:
+            return
+        states = [*hx] if self.cell == "LSTM" and isinstance(hx, tuple | list) else [hx]
+        if len(states) != 1 + (self.cell == "LSTM") or not all(isinstance(state, torch.Tensor) for state in states):
+            needed = "(h, c)" if self.cell == "LSTM" else "h"
+            raise ValueError(f"the integer engine of {self.path!r} needs {needed} as its state, got "
+                             f"{', '.join(map(shown, states))}")
 
     def _run(self, x, hx, lengths):
         flat = [layer for directions in self.stack for layer in directions]

@@ -134,8 +134,8 @@ class _LSTM(torch.autograd.Function):
         (steps, batch, _), size = x.shape, c.shape[1]
         offsets = k.offsets.repeat_interleave(size)
         # The sums of all gates; once a step has looked them up, its gate outputs stand there.
-        gates = torch.addmm(bias + HALF, x.reshape(steps * batch, -1), w_ih.t())
-        gates = gates.view(steps, batch, -1)  # (T, B, 4 * hidden_size)
+        gates = torch.addmm(bias + HALF, x.flatten(0, 1), w_ih.t())
+        gates = gates.unflatten(0, (steps, batch))  # (T, B, 4 * hidden_size)
         indices = torch.empty_like(gates, dtype=torch.int32)
         cells, outputs = x.new_empty(steps + 1, *c.shape), x.new_empty(steps + 1, *h.shape)
         cells[0], outputs[0] = c, h
@@ -178,7 +178,7 @@ class _LSTM(torch.autograd.Function):
         if projection:
             w_hr, ms, h_inside = projection
             d_projected = torch.empty_like(h_inside)
-        flat, later, d_c = d_gates.view(steps, batch, -1), None, torch.zeros_like(cells[0])
+        flat, later, d_c = d_gates.flatten(2), None, torch.zeros_like(cells[0])
         for t in reversed(range(steps)):
             d_h = d_outputs[t] if later is None else torch.addmm(d_outputs[t], later, w_hh)
             if projection:
@@ -192,11 +192,11 @@ class _LSTM(torch.autograd.Function):
             d_gates[t, :, 3] *= d_m
             d_c *= f[t]
             later = flat[t]
-        flat = flat.view(steps * batch, -1)
+        flat = flat.flatten(0, 1)
         d_x = (flat @ w_ih).view_as(x) if ctx.needs_input_grad[0] else None
-        d_w_ih = flat.t() @ x.reshape(steps * batch, -1)
-        d_w_hh = flat.t() @ outputs[:-1].view(steps * batch, -1)
-        d_w_hr = d_projected.view(steps * batch, -1).t() @ ms.view(steps * batch, -1) if projection else None
+        d_w_ih = flat.t() @ x.flatten(0, 1)
+        d_w_hh = flat.t() @ outputs[:-1].flatten(0, 1)
+        d_w_hr = d_projected.flatten(0, 1).t() @ ms.flatten(0, 1) if projection else None
         return d_x, later @ w_hh, d_c, d_w_ih, d_w_hh, d_w_hr, flat.sum(0), None
 
 
@@ -225,7 +225,7 @@ class _GRU(torch.autograd.Function):
         bias = bias + HALF
         # n, z, r and the hidden product side by side: the first three have inputs, the last three take h.
         sums = x.new_empty(steps, batch, 4 * size)
-        sums[:, :, : 3 * size] = torch.addmm(bias[: 3 * size], x.reshape(steps * batch, -1), w_ih.t()).view(steps, batch, -1)
+        sums[:, :, : 3 * size] = torch.addmm(bias[: 3 * size], x.flatten(0, 1), w_ih.t()).unflatten(0, (steps, batch))
         sums[:, :, 3 * size :] = bias[3 * size :]
         outputs = x.new_empty(steps + 1, *h.shape)
         outputs[0] = h
@@ -260,18 +260,18 @@ class _GRU(torch.autograd.Function):
         torch.mul(d_z, outputs[:-1] - candidates, out=d_sums[:, :, 1])
         torch.mul(d_r, products, out=d_sums[:, :, 2]).mul_(ctx.to_pre)
         torch.mul(r, inside, out=d_sums[:, :, 3]).mul_(ctx.to_pre)
-        flat, d_h = d_sums.view(steps, batch, -1), d_outputs[-1]
+        flat, d_h = d_sums.flatten(2), d_outputs[-1]
         for t in reversed(range(steps)):
             d_sums[t, :, :2] *= d_h[:, None]
             d_sums[t, :, 2:] *= d_sums[t, :, :1]
             d_h = torch.addmm(d_h * z[t], flat[t, :, size:], w_hh)
             if t:
                 d_h += d_outputs[t - 1]
-        flat = flat.view(steps * batch, -1)
+        flat = flat.flatten(0, 1)
         from_input, from_hidden = flat[:, : 3 * size], flat[:, size:]
         d_x = (from_input @ w_ih).view_as(x) if ctx.needs_input_grad[0] else None
-        d_w_ih = from_input.t() @ x.reshape(steps * batch, -1)
-        d_w_hh = from_hidden.t() @ outputs[:-1].view(steps * batch, -1)
+        d_w_ih = from_input.t() @ x.flatten(0, 1)
+        d_w_hh = from_hidden.t() @ outputs[:-1].flatten(0, 1)
         return d_x, d_h, d_w_ih, d_w_hh, flat.sum(0), None
 
 
@@ -324,6 +324,7 @@ class _Quantised:
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return self.forward(*cast((input, hx), next(self.parameters()).dtype))
+        _check_dtype("an emulated layer", next(self.parameters()).dtype)
         x, hx, lengths = time_first(self, input, hx)  # (T, B, input_size)
         self.check_input(x, None)
         if hx is not None:
@@ -382,6 +383,12 @@ def quantise_signals(rnn: nn.RNNBase, packed: dict[str, PackedLayer]) -> None:
     rnn.__class__ = QuantisedLSTM if isinstance(rnn, nn.LSTM) else QuantisedGRU
 
 
+def _check_dtype(who, dtype):
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{who} needs weights in float32 or float64, which hold the integers, got {dtype}: train in autocast, "
+                         "or convert the model before")
+
+
 def emulate(model: nn.Module, plan) -> nn.Module:
     """A copy of the model, constrained as by `compress`, whose recurrent layers also round every internal signal where the
     integer engine does: what training sees is what will run.
@@ -391,9 +398,7 @@ def emulate(model: nn.Module, plan) -> nn.Module:
     """
     plan = Plan.read(plan)
     for path, rnn in rnns(model).items():
-        if (dtype := next(rnn.parameters()).dtype) not in (torch.float32, torch.float64):
-            raise ValueError(f"emulate needs recurrent layers in float32 or float64, which hold their integers, got {dtype} in "
-                             f"{path!r}: train in autocast, or convert them before")
+        _check_dtype(f"emulate of {path!r}", next(rnn.parameters()).dtype)
     model = bake(model)
     packed = pack(model, plan)
     for path, rnn in rnns(model).items():
@@ -434,6 +439,7 @@ class EmulatedRNN(IntegerRNN):
 
     def forward(self, input, hx=None):
         """input and hx as the replaced module takes and names them; returns what it returns, in input's shapes and dtype."""
+        self._check(input, hx)
         dtype = input.data.dtype
         return cast(self.rnn(cast(input, torch.float64), cast(hx, torch.float64)), dtype)
 
@@ -445,7 +451,7 @@ def mismatch_rate(model: nn.Module, packed: PackedModel, batches) -> list[dict]:
     packed: `pack` of the model. batches: as `calibrate` takes them. Each recurrent module is compared on the inputs that it
     gets inside the model; its own layers feed one another, so that a mismatch goes on.
     """
-    dtype = next(model.parameters()).dtype
+    _check_dtype("mismatch_rate", dtype := next(model.parameters()).dtype)
     counts = {name: [0, 0, 0] for name in layers(model)}  # outputs, mismatches, largest difference
     for path, (x, state, lengths) in recurrent_calls(model, (cast(batch, dtype) for batch in batches)):
         rnn, stack = rnns(model)[path], packed.stack(path)

@@ -101,12 +101,18 @@ def _consumers(model, named, shrinking) -> dict[str, list[tuple[nn.Module, str]]
     """Path of a recurrent module -> (module, weight) of everything outside that takes its output."""
     known, modules, found = rnns(model), dict(model.named_modules(remove_duplicate=False)), {}
     named = {} if named is None else named
+    if not isinstance(named, dict) or not all(
+            isinstance(paths, list | tuple) and all(isinstance(path, str) for path in paths) for paths in named.values()):
+        raise ValueError(f"remove_units needs consumers as {{module path: [module paths]}}, got {named!r}")
     if unknown := [path for path in named if path not in known]:
         raise ValueError(f"remove_units needs consumers of the recurrent modules {', '.join(known)}, got those of "
                          f"{', '.join(unknown)}")
-    takes = [path for paths in named.values() for path in paths]
-    if doubled := [path for path in takes if takes.count(path) > 1]:
-        raise ValueError(f"remove_units needs each consumer once, got {doubled[0]!r} twice")
+    first = {}  # module -> the path by which it is named first
+    for path in (path for paths in named.values() for path in paths):
+        if (module := modules.get(path)) in first:
+            also = f"as {first[module]!r} and as {path!r}" if path != first[module] else "twice"
+            raise ValueError(f"remove_units needs each consumer once, got {path!r} {also}")
+        first[module] = path
     for path in shrinking:
         rnn = known[path]
         if rnn.proj_size or not path:  # nothing outside changes, or there is no outside

@@ -1,5 +1,7 @@
 """What methods share that keep some weights of a block and set the others to zero."""
 
+import zlib
+
 from torch import nn
 
 from workbench.methods.base import check_matrix, fake_quantise, to_integers
@@ -41,6 +43,25 @@ class _SparseWeights(nn.Module):
         super().__init__()
         self.shape, self.fmt = tuple(shape), fmt
         self.register_buffer("support", support)
+        self.chosen = self._digest()
+
+    def _digest(self):
+        return zlib.crc32(self.support.cpu().numpy())
+
+    def check(self, block: str) -> None:
+        """Refuse positions that are not those that were chosen or loaded."""
+        if self._digest() != self.chosen:
+            raise ValueError(f"the positions of the weights that block {block} keeps have changed since they were chosen or "
+                             "loaded, as in an average over buffers: of a constrained model average the parameters alone "
+                             "(use_buffers=False)")
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        given = state_dict.get(name := f"{prefix}support")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if given is not None and (given.is_floating_point() or not (given.diff() > 0).all()):
+            error_msgs.append(f"{name} needs rising whole positions, as a constrained model has them, and has others: it may "
+                              "come from an average, which is for parameters alone")
+        self.chosen = self._digest()
 
     def right_inverse(self, w):
         return w.flatten()[self.support]
