@@ -387,6 +387,11 @@ def test_messages(model, signals):
         ({"target_cr_disk": 4, "table": None}, "needs a table, as sensitivity_table gives it, got a NoneType"),
         ({"target_cr_disk": 4, "array": "group4x4"}, "needs an ArraySpec as array, as array.preset gives it, got 'group4x4'"),
         ({"target_cr_disk": 4, "sensitive": "rz"}, "needs a list of gates as sensitive, got 'rz'"),
+        ({"target_cr_disk": 4, "sensitive": 3}, "needs a list of gates as sensitive, got 3"),
+        ({"target_cr_disk": 4, "signals": {"0.l0": {}}}, r"Plan needs the signals input, .* of 0\.l0, got none"),
+        ({"target_cr_disk": 4, "signals": {}}, "the plan misses the layers 0.l0"),
+        ({"target_cr_disk": 4, "table": table.assign(bits="8")}, r"needs numbers in the column bits of its table, got \['8'\]"),
+        ({"target_cr_disk": 4, "table": table.assign(excess_loss="x")}, "needs numbers in the column excess_loss"),
         ({"target_cr_disk": 4, "sensitive": ["g"]}, "allocate knows the gates r, z, n, got g"),
         ({"target_cr_disk": 4, "sensitive": ["n"]}, "needs a choice of BlockCirculant that is measured on all of 0.weight_ih"),
     ):

@@ -182,8 +182,10 @@ def test_the_example_is_the_first_of_the_explorer():
 
 @pytest.mark.parametrize(("call", "error", "message"), [
     (lambda: deploy("model.safetensors", SPEC), TypeError, "deploy needs a PackedModel, as pack and load give it, got a str"),
-    (lambda: deploy(packed_model("lstm")[1], SPEC, steps=0), ValueError, "steps"),
-    (lambda: deploy(packed_model("lstm")[1], SPEC, batch=0), ValueError, "batch"),
+    (lambda: deploy(packed_model("lstm")[1], SPEC, steps=0), ValueError, "deploy needs a whole number of steps of at least 1"),
+    (lambda: deploy(packed_model("lstm")[1], SPEC, batch=0), ValueError, "deploy needs a whole batch of at least 1, got 0"),
+    (lambda: deploy(packed_model("lstm")[1], SPEC, batch="2"), ValueError, "deploy needs a whole batch of at least 1, got '2'"),
+    (lambda: deploy(packed_model("lstm")[1], "k26"), TypeError, "deploy needs an ArraySpec, as array.preset and array_of give"),
     (lambda: deploy(packed_model("lstm")[1], SPEC.with_(data_words=4)), ValueError, r"^0\.l0, dense 16-bit: .*data words"),
     (lambda: deploy(packed_model("lstm", wb.BlockCirculant(8, "fft"))[1], SPEC.with_(data_words=16)), ValueError,
      r"^0\.l0, packed: .*data words"),

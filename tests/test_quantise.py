@@ -629,6 +629,12 @@ def test_calibrate_refuses(lstm):
     pair = torch.zeros(2, 2, 3).double(), torch.zeros(2)  # as a loader of examples gives them
     with pytest.raises(ValueError, match=r"without targets, got one of 2 for Sequential\.forward\(input\): .* takes 2 "):
         calibrate(nn.Sequential(lstm), [pair])
+    with pytest.raises(ValueError, match="calibrate needs batches that hold values, got only empty ones for '0'"):
+        calibrate(nn.Sequential(lstm), [torch.zeros(2, 0, 3).double()])
+    assert calibrate(lstm, [torch.zeros(2, 0, 3).double(), x]) == calibrate(lstm, [x])
+    for bits in ("8", None, [4], 0, 33, True, 2.0, {"input": "8"}):
+        with pytest.raises(ValueError, match="calibrate needs bits from 1 to 32, one width or one for each signal, got"):
+            calibrate(lstm, None, bits)
     with pytest.raises(ValueError, match="calibrate knows the clipping rules max, percentile, mse, got 'least'"):
         calibrate(lstm, [torch.zeros(2, 2, 3).double()], clip="least")
     for rnn in (nn.RNN(3, 5), nn.Sequential(lstm, nn.GRUCell(5, 5))):

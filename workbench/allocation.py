@@ -25,9 +25,9 @@ from workbench.budget import (
     uniform_plan,
 )
 from workbench.gates import blocks, check_gates, dense_weights, weights
-from workbench.methods import METHODS, Method, check_family, method_from_label
+from workbench.methods import METHODS, Dense, Method, check_family, method_from_label
 from workbench.packed import PackedModel
-from workbench.plan import Plan, plan_block
+from workbench.plan import Plan, plan_block, uniform
 from workbench.quantise import calibrate
 from workbench.sensitivity import Loop, batches_of, check_epochs, check_place, outcome, retraining_curve
 from workbench.tasks import LanguageTask, Task
@@ -135,12 +135,13 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
         raise ValueError("allocate needs the signals of the plan, as calibrate gives them")
     if array is not None and not isinstance(array, ArraySpec):
         raise ValueError(f"allocate needs an ArraySpec as array, as array.preset gives it, got {array!r}")
-    if isinstance(sensitive, str):
+    if sensitive is not None and not isinstance(sensitive, list | tuple | set):
         raise ValueError(f"allocate needs a list of gates as sensitive, got {sensitive!r}")
     _check_table(table, known)
     ((name, value),) = asked.items()
     cost, budget = _budget(name, value, known, array)
     check_gates("allocate", model, sensitive or ())
+    uniform(model, Dense(), 8, signals).check_fit(model)  # the signals, which every plan here has
     ws = weights(model)
     choices = _choices(ws, table, array)
     usable = choices[np.isfinite(choices["predicted_loss"])]
@@ -226,6 +227,9 @@ def _check_table(table, known):
         raise ValueError(f"allocate needs a table, as sensitivity_table gives it, got a {type(table).__name__}")
     if missing := [column for column in MEASURED if column not in table]:
         raise ValueError(f"allocate needs a table with the columns {', '.join(MEASURED)}, got none named {', '.join(missing)}")
+    if texts := [column for column in ("bits", "excess_loss") if not pd.api.types.is_numeric_dtype(table[column])]:
+        got = table[texts[0]].iloc[:1].tolist()
+        raise ValueError(f"allocate needs numbers in the column {texts[0]} of its table, got {got}")
     if unknown := set(table["block"]) ^ set(known):
         raise ValueError(f"allocate needs a table of every block of the model, these differ: {', '.join(sorted(unknown))}")
     bad = table[~(table["excess_loss"] > -math.inf) | (table["bits"] % 1 != 0)]

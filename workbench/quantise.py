@@ -122,10 +122,12 @@ def calibrate(model: nn.Module, batches, bits: int | dict[str, int] = 16, clip: 
     """Signal formats of every layer from data: layer name -> {signal -> QFormat}, the signals of packed.signals_of.
 
     batches: iterable of the model's arguments, each a tuple, one tensor or one packed sequence. bits, clip: see
-    Observation.formats. The model runs in evaluation mode and is left as it was. No batch, a recurrent module that no batch
-    calls and values that are not finite raise ValueError.
+    Observation.formats. The model runs in evaluation mode, and its weights and modes are left as they were; a state of its own
+    that it carries from call to call goes on. No batch, a recurrent module that no batch calls or that gets no value and values
+    that are not finite raise ValueError.
     """
     _check_clip(clip)
+    _check_bits(bits)
     return _observe(model, batches, binned=clip != "max").formats(bits, clip)
 
 
@@ -134,15 +136,23 @@ def _check_clip(clip):
         raise ValueError(f"calibrate knows the clipping rules {', '.join(CLIPPINGS)}, got {clip!r}")
 
 
+def _check_bits(bits):
+    for width in bits.values() if isinstance(bits, dict) else (bits,):
+        if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= 32:
+            raise ValueError(f"calibrate needs bits from 1 to 32, one width or one for each signal, got {bits!r}")
+
+
 def observe(model: nn.Module, batches) -> "Observation":
     """How large every signal of every layer becomes on the batches: what calibrate chooses formats from, for any widths."""
     return _observe(model, batches, binned=True)
 
 
 def _observe(model, batches, binned):
-    seen, called, modules = defaultdict(_Magnitudes), set(), rnns(model)
+    seen, called, fed, modules = defaultdict(_Magnitudes), set(), set(), rnns(model)
     for path, call in recurrent_calls(model, batches):
         called.add(path)
+        if call[0].numel():
+            fed.add(path)
         for layer, signals, alive, first in float_signals(modules[path], *call, path=path):
             if not alive.all():  # a selection copies all that it leaves
                 signals = {name: values[alive] for name, values in signals.items()}
@@ -155,6 +165,8 @@ def _observe(model, batches, binned):
     if silent := [repr(path) for path in modules if path not in called]:
         raise ValueError("calibrate needs batches on which the model, in evaluation mode, calls every recurrent module (as "
                          f"module(x), not module.forward(x)), got no call of {', '.join(silent)}")
+    if empty := [repr(path) for path in modules if path not in fed]:
+        raise ValueError(f"calibrate needs batches that hold values, got only empty ones for {', '.join(empty)}")
     cells = {layer: (cell_name(modules[layer.rnn]), bool(modules[layer.rnn].proj_size))
              for layer in layers(model).values()}
     return Observation(cells, seen)
@@ -178,6 +190,7 @@ class Observation:
         for its sake a bias would not fit its 32 bits or a sum its accumulator. Values beyond every format raise ValueError.
         """
         _check_clip(clip)
+        _check_bits(bits)
         formats = {}
         for layer, (cell, projected) in self.cells.items():
             names = signals_of(cell, projected)

@@ -45,6 +45,12 @@ class Loop:
     train: Callable[[torch.nn.Module], None] | None = None
     losses: Callable[[torch.nn.Module], Iterable[torch.Tensor]] | None = None
 
+    def __post_init__(self):
+        for name in ("evaluate", "train", "losses"):
+            function = getattr(self, name)
+            if not callable(function) and (function is not None or name == "evaluate"):
+                raise TypeError(f"Loop needs a function of a model as {name}, got {function!r}")
+
 
 def batches_of(model: torch.nn.Module, task: Task | LanguageTask | Loop, epochs: int):
     """What signals are calibrated on, of a task on the model's device; refuses what cannot be measured for that many epochs."""
