@@ -306,7 +306,9 @@ def test_several_optimizers_are_brought_along_or_warned_of(handed, remade):
         assert all("and 6 of 14, first second.weight_ih_l0.r, not one has moved since" in text for text in warned)
 
 
-def test_weights_that_no_optimizer_ever_held_are_not_warned_of():
+@pytest.mark.parametrize("skipped", [False, True])
+def test_weights_that_no_optimizer_ever_held_are_not_warned_of(skipped):
+    """Nor those whose optimizer was handed over and waits, as a GradScaler makes it."""
     torch.manual_seed(0)
     model = Two()
     schedule = wb.gradual(model, wb.uniform(model, wb.TopK(0.4), 8, wb.calibrate(model, [X])), stages=2, until=0.5)
@@ -314,8 +316,20 @@ def test_weights_that_no_optimizer_ever_held_are_not_warned_of():
     for n in range(20):
         schedule.step(n / 20, optimizer)
         loss_of(schedule.model).backward()
-        optimizer.step()
+        if not skipped or n < 3:
+            optimizer.step()
     assert schedule.entered == 2
+
+
+def test_an_optimizer_that_comes_late_is_brought_along_from_any_stage():
+    torch.manual_seed(0)
+    model = Two()
+    schedule = wb.gradual(model, wb.uniform(model, wb.TopK(0.4), 8, wb.calibrate(model, [X])), stages=2, until=0.5)
+    first, late = (torch.optim.Adam(part.parameters()) for part in (schedule.model.first, schedule.model.second))
+    for progress in (0.0, 0.3, 0.5):
+        schedule.step(progress, first)
+    assert schedule.entered == 2 and not schedule.step(0.5, late)
+    assert {id(p) for p in late.param_groups[0]["params"]} == {id(p) for p in schedule.model.second.parameters()}
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.1, 0.9])

@@ -23,8 +23,8 @@ from workbench.allocation import Allocation, allocate
 from workbench.budget import WIDTHS, OutOfReach, check_target, full_bits
 from workbench.constrain import attach, constrained_code, pack
 from workbench.emulation import emulate, mismatch_rate
-from workbench.fixedpoint import MAX_EXACT_BITS, TABLES
-from workbench.gates import blocks, dense_weights, weights
+from workbench.fixedpoint import MAX_EXACT_BITS, TABLES, QFormat
+from workbench.gates import blocks, dense_weights, layers, weights
 from workbench.methods import method_from_label, method_label
 from workbench.models import build_classifier, build_language_model
 from workbench.packed import GATES, PackedModel, signals_of, table_uses
@@ -117,8 +117,9 @@ def check_precision(task: Task | LanguageTask, *, cells: list[str], hidden_size:
         check_sensitivity(model, [method], weight_bits, 0)
         smallest = pd.DataFrame([{"block": name, "method": arithmetic.method, "bits": WIDTHS[0], "excess_loss": 0.0}
                                  for name in blocks(model)])
+        signals = {name: dict.fromkeys(signals_of(cell, False), QFormat(WIDTHS[-1], 0)) for name in layers(model)}
         for target in target_cr_disks:
-            allocate(model, smallest, target, {})
+            allocate(model, smallest, target, signals)
             _widest(model, method, target)
 
 
