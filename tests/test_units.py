@@ -227,6 +227,7 @@ def same():
     (head(), 3, {"rnn": None}, r"consumers as {module path: \[module paths\]}, got {'rnn': None}"),
     (head(), 3, ["head"], r"consumers as {module path: \[module paths\]}, got \['head'\]"),
     (head(), 3, {"rnn": [3]}, r"consumers as {module path: \[module paths\]}, got {'rnn': \[3\]}"),
+    (head(), 3, {"rnn": ["tail", "more"]}, "the consumer 'tail' of 'rnn' is no module of the model"),
     (head(), 3, {"rnn": ["tail"]}, "the consumer 'tail' of 'rnn' is no module of the model"),
     (head(norm=nn.LayerNorm(6)), 3, {"rnn": ["norm"]}, "the consumer 'norm' of 'rnn' is an nn.LayerNorm"),
     (head(7), 3, HEADS, "needs a consumer of the 6 features of 'rnn', 'head' takes 7"),

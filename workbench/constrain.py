@@ -121,7 +121,12 @@ def _check_not_cached():
 
 def make_plain(model: nn.Module) -> None:
     """What bake does, in place."""
-    for path, rnn in rnns(model).items():
+    for path, rnn in rnns(model).items():  # all that is refused before anything is changed
+        for name in _parametrized(rnn):
+            for block, module in zip(_blocks_of(rnn, name), rnn.parametrizations[name][0].gates, strict=True):
+                if hasattr(module, "check_positions"):
+                    module.check_positions(f"{path}.{block}".lstrip("."))
+    for rnn in rnns(model).values():
         if names := _parametrized(rnn):
             _check_not_cached()
             # A deepcopy shares its class with the original; removing a parametrization there would strip both.
@@ -129,9 +134,6 @@ def make_plain(model: nn.Module) -> None:
             rnn.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
             rnn.factors = {block: factors for name in names for block, factors in _shown(rnn, name).items()}
             for name in names:
-                for block, module in zip(_blocks_of(rnn, name), rnn.parametrizations[name][0].gates, strict=True):
-                    if hasattr(module, "check"):
-                        module.check(f"{path}.{block}".lstrip("."))
                 trained = any(stored.requires_grad for stored in rnn.parametrizations[name].parameters())
                 parametrize.remove_parametrizations(rnn, name, leave_parametrized=True)
                 values = getattr(rnn, name).detach()

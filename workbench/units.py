@@ -109,7 +109,9 @@ def _consumers(model, named, shrinking) -> dict[str, list[tuple[nn.Module, str]]
                          f"{', '.join(unknown)}")
     first = {}  # module -> the path by which it is named first
     for path in (path for paths in named.values() for path in paths):
-        if (module := modules.get(path)) in first:
+        if (module := modules.get(path)) is None:  # refused below
+            continue
+        if module in first:
             also = f"as {first[module]!r} and as {path!r}" if path != first[module] else "twice"
             raise ValueError(f"remove_units needs each consumer once, got {path!r} {also}")
         first[module] = path

@@ -48,7 +48,7 @@ class _SparseWeights(nn.Module):
     def _digest(self):
         return zlib.crc32(self.support.cpu().numpy())
 
-    def check(self, block: str) -> None:
+    def check_positions(self, block: str) -> None:
         """Refuse positions that are not those that were chosen or loaded."""
         if self._digest() != self.chosen:
             raise ValueError(f"the positions of the weights that block {block} keeps have changed since they were chosen or "
