@@ -152,10 +152,15 @@ def test_retraining_cannot_push_the_ratio_under_the_target(model, signals):
     assert pack(compressed, plan).cr_disk >= 20.0
 
 
-@pytest.mark.parametrize(("name", "value"), [("evaluate", 3), ("evaluate", None), ("train", "adam"), ("losses", [1.0])])
+@pytest.mark.parametrize(("name", "value"), [("evaluate", 3), ("train", "adam"), ("losses", [1.0])])
 def test_a_loop_needs_functions(name, value):
     with pytest.raises(TypeError, match=re.escape(f"Loop needs a function of a model as {name}, got {value!r}")):
         Loop(**{"evaluate": lambda model: 0.0, "batches": [torch.zeros(3, 1, 4)], name: value})
+
+
+def test_a_loop_without_a_metric_measures_nothing(model):
+    with pytest.raises(ValueError, match="a measurement needs a Loop with the function evaluate, got one without"):
+        sensitivity_table(model, Loop(None, [torch.zeros(3, 1, 4)]), [TopK(0.5)])
 
 
 def test_unreachable_targets_are_refused_with_the_numbers(model, signals, tiny_task):

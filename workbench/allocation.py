@@ -29,7 +29,7 @@ from workbench.methods import METHODS, Dense, Method, check_family, method_from_
 from workbench.packed import PackedModel
 from workbench.plan import Plan, plan_block, uniform
 from workbench.quantise import calibrate
-from workbench.sensitivity import Loop, batches_of, check_epochs, check_place, outcome, retraining_curve
+from workbench.sensitivity import Loop, batches_of, check_epochs, check_measured, outcome, retraining_curve
 from workbench.tasks import LanguageTask, Task
 
 MOST_UNITS = 1_000_000  # of a budget that are told apart
@@ -198,7 +198,7 @@ def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     """
     check_target(target_cr_disk)
     check_bits(bits)
-    check_place(task, device)
+    check_measured(task, device)
     check_epochs("search_allocation", epochs)
     signals = calibrate(model, batches_of(model, task, epochs))
     tables = dict(list(table.groupby(family(table["method"]), sort=False)))

@@ -37,10 +37,11 @@ class Loop:
     evaluate: model -> one number, the lower the better; called in evaluation mode, without gradients. batches: the model's
     arguments, as `calibrate` takes them. train: trains a model in place; called in training mode, each call is one epoch.
     losses: model -> the training loss of a few batches, one after another, each with its graph; only cheap_sensitivity asks
-    for it. All functions draw from the seed of the measurement. Without `train` only epochs 0 can be measured.
+    for it, and for nothing else but batches. All functions draw from the seed of the measurement. Without `train` only epochs 0
+    can be measured.
     """
 
-    evaluate: Callable[[torch.nn.Module], float]
+    evaluate: Callable[[torch.nn.Module], float] | None
     batches: Iterable
     train: Callable[[torch.nn.Module], None] | None = None
     losses: Callable[[torch.nn.Module], Iterable[torch.Tensor]] | None = None
@@ -48,7 +49,7 @@ class Loop:
     def __post_init__(self):
         for name in ("evaluate", "train", "losses"):
             function = getattr(self, name)
-            if not callable(function) and (function is not None or name == "evaluate"):
+            if function is not None and not callable(function):
                 raise TypeError(f"Loop needs a function of a model as {name}, got {function!r}")
 
 
@@ -124,8 +125,10 @@ def check_epochs(who: str, epochs: int, name: str = "epochs") -> None:
         raise ValueError(f"{who} needs whole {name} of at least 0, got {epochs!r}")
 
 
-def check_place(task: Task | LanguageTask | Loop, device: str | None) -> None:
-    """Refuse a device of a measurement that is none, or one for a Loop, whose functions bring their own batches."""
+def check_measured(task: Task | LanguageTask | Loop, device: str | None) -> None:
+    """Refuse a Loop without a metric, a device that is none, and one for a Loop, whose functions bring their own batches."""
+    if isinstance(task, Loop) and task.evaluate is None:
+        raise ValueError("a measurement needs a Loop with the function evaluate, got one without")
     if device is not None:
         check_device(device, "a measurement")
         if isinstance(task, Loop):
@@ -151,7 +154,7 @@ def sensitivity_table(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     check_sensitivity, and for a loss that is not finite.
     """
     check_sensitivity(model, methods, bits, epochs)
-    check_place(task, device)
+    check_measured(task, device)
     signals = calibrate(model, batches_of(model, task, epochs))
     reference = uniform(model, Dense(), LOSSLESS_BITS, signals)
     dense = retraining_curve(model, reference, task, epochs, seed, f"all blocks at {LOSSLESS_BITS} bits", device)
@@ -379,7 +382,7 @@ def search_hybrid(model: torch.nn.Module, task: Task | LanguageTask | Loop, sens
     when none meets it.
     """
     check_target(target_cr_disk)
-    check_place(task, device)
+    check_measured(task, device)
     check_epochs("search_hybrid", epochs)
     signals = calibrate(model, batches_of(model, task, epochs))
     plans, refused = [], []  # every plan before any retraining: a strength that fits no block is refused here
