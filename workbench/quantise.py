@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -148,11 +148,9 @@ def observe(model: nn.Module, batches) -> "Observation":
 
 
 def _observe(model, batches, binned):
-    seen, called, fed, modules = defaultdict(_Magnitudes), set(), set(), rnns(model)
+    seen, given, modules = defaultdict(_Magnitudes), Counter(), rnns(model)  # given: numbers of input values
     for path, call in recurrent_calls(model, batches):
-        called.add(path)
-        if call[0].numel():
-            fed.add(path)
+        given[path] += call[0].numel()
         for layer, signals, alive, first in float_signals(modules[path], *call, path=path):
             if not alive.all():  # a selection copies all that it leaves
                 signals = {name: values[alive] for name, values in signals.items()}
@@ -162,10 +160,10 @@ def _observe(model, batches, binned):
                 if magnitudes.largest == math.inf:
                     bad = values[~torch.isfinite(values)]
                     raise ValueError(f"calibrate needs finite values, got {bad[0].item()} in {name} of layer {layer.name}")
-    if silent := [repr(path) for path in modules if path not in called]:
+    if silent := [repr(path) for path in modules if path not in given]:
         raise ValueError("calibrate needs batches on which the model, in evaluation mode, calls every recurrent module (as "
                          f"module(x), not module.forward(x)), got no call of {', '.join(silent)}")
-    if empty := [repr(path) for path in modules if path not in fed]:
+    if empty := [repr(path) for path in modules if not given[path]]:
         raise ValueError(f"calibrate needs batches that hold values, got only empty ones for {', '.join(empty)}")
     cells = {layer: (cell_name(modules[layer.rnn]), bool(modules[layer.rnn].proj_size))
              for layer in layers(model).values()}

@@ -107,7 +107,8 @@ class RetrainingSchedule:
             new = _parameters(self.model)
             _exchange(optimizer, _held(optimizer, self.former), new)
             self.handed.add(id(optimizer))
-            self.held.update(_held(optimizer, [[weakref.ref(p) for p in new]]).values())
+            ids = _ids(optimizer)
+            self.held |= {n for n, p in enumerate(new) if id(p) in ids}
         self.begun = True
         if passed_over:
             _warn_passed_over("stages", min(b - a for a, b in pairwise(starts)))
@@ -156,10 +157,14 @@ def _parameters(model) -> list[nn.Parameter]:
     return [p for rnn in rnns(model).values() for name in parameters_of(rnn) for p in rnn.parametrizations[name].parameters()]
 
 
+def _ids(optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def _held(optimizer, former) -> dict[int, int]:
     """id of a parameter of an earlier stage that the optimizer holds -> its place in _parameters. former: weak references."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {id(p): n for stage in former for n, ref in enumerate(stage) if (p := ref()) is not None and id(p) in held}
+    ids = _ids(optimizer)
+    return {id(p): n for stage in former for n, ref in enumerate(stage) if (p := ref()) is not None and id(p) in ids}
 
 
 def _exchange(optimizer, held, new) -> None:
