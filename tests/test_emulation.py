@@ -490,7 +490,12 @@ def test_refusals(model, plan, x):
         with pytest.raises(ValueError, match=rf"mismatch_rate needs weights in float32 or float64, .* got {dtype}"):
             mismatch_rate(converted, packed, [x])
     with pytest.raises(ValueError, match="mismatch_rate needs a model from emulate, got a plain nn.GRU 'first'"):
-        mismatch_rate(compress(model, plan), pack(model, plan), [x])
+        mismatch_rate(compress(model, plan), packed, [x])
+    with pytest.raises(ValueError, match="mismatch_rate needs a model and its PackedModel, got a Plan as the second"):
+        mismatch_rate(emulated, plan, [x])
+    for without in (emulated, attach(model, packed), attach_emulated(model, packed)):
+        with pytest.raises(ValueError, match=r"a recurrent layer needs at least 1 time step, got an input of shape \("):
+            without(x[:, :0])
     wide = {name: signals | {"pre": QFormat(21, 12)} for name, signals in plan.signals.items()}
     with pytest.raises(ValueError, match=r"every code of pre and needs at most 20 bits, got QFormat\(bits=21"):
         emulate(model, plan.with_signals(wide))

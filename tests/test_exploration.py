@@ -98,6 +98,12 @@ def test_what_a_question_refuses(lstm, asked, message, monkeypatch):
         explore(*lstm, question)
 
 
+def test_what_is_no_question_is_refused(lstm):
+    for ask in (explore, wb.explorer):
+        with pytest.raises(ValueError, match=f"{ask.__name__} needs a Question, got 3"):
+            ask(*lstm, 3)
+
+
 def test_an_array_that_no_such_device_holds(lstm):
     assert "Only a model" not in explore(*lstm, Question(target_cr_disk=6.0, array="k26")).sentence()
     text = explore(*lstm, Question(target_cr_disk=6.0, array="k26", rows=48, cols=48)).sentence()

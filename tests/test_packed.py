@@ -704,6 +704,9 @@ def test_a_failed_save_leaves_the_old_file(model, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match="PackedModel.save needs an existing directory, got .*nowhere"):
         model.save(tmp_path / "nowhere" / "model")
+    with pytest.raises(ValueError, match="PackedModel.save needs the path of a file, got .*, a directory"):
+        model.save(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # Messages.

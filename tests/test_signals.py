@@ -215,6 +215,15 @@ def test_states_that_are_given_and_modules_apart(kind):
     assert row["largest"] == pytest.approx(np.abs(first).max()) and row["sqnr_db"] > 20
 
 
+def test_packed_models_of_other_models_are_refused():
+    x = torch.randn(2, 3, 3, dtype=torch.float64)
+    lstm, gru = rnn_of("LSTM"), rnn_of("GRU")
+    with pytest.raises(ValueError, match=r"signal_errors needs cell, .* \('LSTM', 3, 4, 4\) for l0, got \('GRU', 3, 4, 4\)"):
+        signal_errors(lstm, packed_of(gru, [x]), [x])
+    with pytest.raises(ValueError, match="signal_errors needs a model and its PackedModel, got a GRU as the second"):
+        signal_errors(lstm, gru, [x])
+
+
 # --- what a calibration saw
 
 

@@ -15,7 +15,7 @@ from workbench.methods import TopK
 from workbench.models import build_classifier
 from workbench.plan import uniform
 from workbench.quantise import calibrate
-from workbench.sensitivity import calibration_batches
+from workbench.sensitivity import Loop, calibration_batches
 from workbench.sparsity import delta_study, layer_sequences, operation_study
 from workbench.train import evaluate, fit
 
@@ -173,8 +173,15 @@ def test_the_verdict_in_words(study):
 
 def test_bad_input_is_refused(trained, tiny_task, tiny_language_task):
     model, plan = trained
-    with pytest.raises(ValueError, match="layer_sequences needs a task of sequences, got LanguageTask tiny_language"):
+    with pytest.raises(ValueError, match="layer_sequences needs a task of sequences, got a LanguageTask"):
         layer_sequences(model, pack(model, plan), tiny_language_task, "valid", 2)
+    loop = Loop(lambda model: pytest.fail("measured before it was refused"), [])
+    for study in (lambda: delta_study(model, plan, loop, SPEC, [0.1], [1], 2, 1.0),
+                  lambda: operation_study(model, pack(model, plan), loop, SPEC, [1], 2)):
+        with pytest.raises(ValueError, match="layer_sequences needs a task of sequences, got a Loop"):
+            study()
+    with pytest.raises(ValueError, match="layer_sequences needs a model and its PackedModel, got a Plan as the second"):
+        operation_study(model, plan, tiny_task, SPEC, [1], 2)
     with pytest.raises(ValueError, match="layer_sequences needs at least 1 sequence, got 0"):
         layer_sequences(model, pack(model, plan), tiny_task, "valid", 0)
     with pytest.raises(ValueError, match="Plan needs a delta threshold of at least 0 for input of lstm.l0, got -1"):

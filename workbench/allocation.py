@@ -25,9 +25,9 @@ from workbench.budget import (
     uniform_plan,
 )
 from workbench.gates import blocks, check_gates, dense_weights, weights
-from workbench.methods import METHODS, Dense, Method, check_family, method_from_label
+from workbench.methods import METHODS, Method, check_family, method_from_label
 from workbench.packed import PackedModel
-from workbench.plan import Plan, plan_block, uniform
+from workbench.plan import Plan, plan_block
 from workbench.quantise import calibrate
 from workbench.sensitivity import Loop, batches_of, check_epochs, check_measured, outcome, retraining_curve
 from workbench.tasks import LanguageTask, Task
@@ -141,7 +141,7 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
     ((name, value),) = asked.items()
     cost, budget = _budget(name, value, known, array)
     check_gates("allocate", model, sensitive or ())
-    uniform(model, Dense(), 8, signals).check_fit(model)  # the signals, which every plan here has
+    Plan({}, signals).check_signals(model)
     ws = weights(model)
     choices = _choices(ws, table, array)
     usable = choices[np.isfinite(choices["predicted_loss"])]

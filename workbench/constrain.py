@@ -260,27 +260,33 @@ def _packed_block(model, plan, name):
         raise ValueError(f"block {name}: {error}") from error
 
 
+def check_packed(who: str, model: nn.Module, packed: PackedModel) -> None:
+    """Refuse what is no packed model, or has not the layers, cells and sizes of the model."""
+    if not isinstance(packed, PackedModel):
+        raise ValueError(f"{who} needs a model and its PackedModel, got a {type(packed).__name__} as the second")
+    if sorted(packed.layers) != sorted(layers(model)):
+        raise ValueError(f"{who} needs a packed model with the layers {', '.join(layers(model))}, "
+                         f"got {', '.join(packed.layers)}")
+    for path, rnn in rnns(model).items():
+        for layer in layers_of(rnn, path):
+            found, w_ih = packed.layers[layer.name], getattr(rnn, f"weight_ih_{layer.suffix}")
+            expected = cell_name(rnn), w_ih.shape[1], rnn.hidden_size, rnn.proj_size or rnn.hidden_size
+            if expected != (sizes := (found.cell, found.input_size, found.hidden_size, found.output_size)):
+                raise ValueError(f"{who} needs cell, input, hidden and output sizes {expected} for {layer.name}, got {sizes}")
+
+
 def attach(model: nn.Module, packed: PackedModel, layers_as: type["IntegerRNN"] | None = None) -> nn.Module:
     """A copy of the model whose recurrent layers run the integer engine: float tensors in and out, integers within.
 
     Takes what nn.LSTM and nn.GRU take: batch_first or not, a single unbatched sequence, initial states, packed sequences. No
     gradient. layers_as: what stands for a recurrent module, IntegerRNN by default.
     """
-    if not isinstance(packed, PackedModel):
-        raise ValueError(f"attach needs a model and its PackedModel, got a {type(packed).__name__} as the second")
+    check_packed("attach", model, packed)
     model = bake(model)
-    if sorted(packed.layers) != sorted(layers(model)):
-        raise ValueError(f"attach needs a packed model with the layers {', '.join(layers(model))}, "
-                         f"got {', '.join(packed.layers)}")
     for path, rnn in rnns(model).items():
         if rnn._forward_hooks or rnn._forward_pre_hooks:
             raise ValueError(f"attach replaces {path!r}, which has forward hooks: remove them, and register them on what "
                              "stands in its place")
-        for layer in layers_of(rnn, path):
-            found, w_ih = packed.layers[layer.name], getattr(rnn, f"weight_ih_{layer.suffix}")
-            expected = cell_name(rnn), w_ih.shape[1], rnn.hidden_size, rnn.proj_size or rnn.hidden_size
-            if expected != (sizes := (found.cell, found.input_size, found.hidden_size, found.output_size)):
-                raise ValueError(f"attach needs cell, input, hidden and output sizes {expected} for {layer.name}, got {sizes}")
         integer = (layers_as or IntegerRNN)(packed.stack(path), rnn, path)
         if not path:
             return integer

@@ -19,6 +19,8 @@ def write_tensors(path, tensors: dict[str, np.ndarray], *, who: str, what: str, 
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{who} needs an existing directory, got {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{who} needs the path of a file, got {path}, a directory")
     text = json.dumps({"format": what, "version": version, "about": about})
     header = {ENTRY: json.dumps({"text": text, "sha256": _digest(text, tensors)})}
     temporary = path.with_name(f"{path.name}.tmp{uuid.uuid4().hex}")  # processes of several machines may share the folder

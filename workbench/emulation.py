@@ -19,7 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from workbench.constrain import IntegerRNN, attach, bake, constrain_weights, pack
+from workbench.constrain import IntegerRNN, attach, bake, check_packed, constrain_weights, pack
 from workbench.engine import StackEngine
 from workbench.fixedpoint import FUNCTIONS, HardTable, QFormat
 from workbench.gates import cell_name, layers, layers_of, merged_bias, parts_of, rnns
@@ -451,6 +451,7 @@ def mismatch_rate(model: nn.Module, packed: PackedModel, batches) -> list[dict]:
     packed: `pack` of the model. batches: as `calibrate` takes them. Each recurrent module is compared on the inputs that it
     gets inside the model; its own layers feed one another, so that a mismatch goes on.
     """
+    check_packed("mismatch_rate", model, packed)
     _check_dtype("mismatch_rate", dtype := next(model.parameters()).dtype)
     counts = {name: [0, 0, 0] for name in layers(model)}  # outputs, mismatches, largest difference
     for path, (x, state, lengths) in recurrent_calls(model, (cast(batch, dtype) for batch in batches)):

@@ -152,8 +152,14 @@ def untrained(cell: str, input_size: int, hidden_size: int, seed: int) -> tuple[
 def explore(model: torch.nn.Module, signals, question: Question) -> Answer:
     """Size of the plan that is asked for, of a model as it is, and its schedule. signals: as calibrate gives them. ValueError
     for what no plan reaches and what the array does not take."""
-    question = question.of(model)
+    question = _asked("explore", model, question)
     return _explore(model, signals, question, _dense(model, signals))
+
+
+def _asked(who, model, question) -> Question:
+    if not isinstance(question, Question):
+        raise ValueError(f"{who} needs a Question, got {question!r}")
+    return question.of(model)
 
 
 def _dense(model, signals) -> PackedModel:
@@ -188,7 +194,7 @@ def explorer(model: torch.nn.Module, signals, question: Question | None = None):
     import ipywidgets
     from IPython.display import Markdown, display
 
-    question = (Question() if question is None else question).of(model)
+    question = _asked("explorer", model, Question() if question is None else question)
     gates = gate_names(model)
     wide, late = {"description_width": "initial"}, {"continuous_update": False}
     most = max(10_000, question.target_cr_disk)

@@ -70,20 +70,12 @@ class Plan:
 
     def check_fit(self, model: torch.nn.Module) -> None:
         """Refuse a plan that misses a block or layer of the model, names one it does not have, or does not fit a shape."""
-        for what, planned, known in (("block", self.blocks, blocks(model)),
-                                     ("layer", self.signals, layers(model)), ("layer", self.delta, layers(model))):
-            if unknown := [name for name in planned if name not in known]:
-                raise ValueError(f"the plan names the {what}s {', '.join(unknown)}, the model has {', '.join(known)}")
-            if planned is self.delta:  # it may leave out layers
-                continue
-            if missing := [name for name in known if name not in planned]:
-                raise ValueError(f"the plan misses the {what}s {', '.join(missing)}")
-        for name, layer in layers(model).items():
-            rnn, signals = rnns(model)[layer.rnn], self.signals[name]
-            if set(signals) != set(expected := signals_of(cell_name(rnn), bool(rnn.proj_size))):
-                raise ValueError(f"Plan needs the signals {', '.join(expected)} of {name}, got {', '.join(signals) or 'none'}")
-            multiplied = [signal for signal in PARTS.values() if signal in signals]
-            if unknown := set(self.delta.get(name, ())) - set(multiplied):
+        _check_names("block", self.blocks, blocks(model))
+        self.check_signals(model)
+        _check_names("layer", self.delta, layers(model), all_of_them=False)
+        for name, thresholds in self.delta.items():
+            multiplied = [signal for signal in PARTS.values() if signal in self.signals[name]]
+            if unknown := set(thresholds) - set(multiplied):
                 raise ValueError(f"Plan takes delta thresholds of {', '.join(multiplied)} of {name}, got "
                                  f"{', '.join(sorted(unknown))}")
         for name, w in weights(model).items():
@@ -91,6 +83,14 @@ class Plan:
                 self.blocks[name].method.constrain(w, self.blocks[name].format)
             except ValueError as error:
                 raise ValueError(f"block {name}: {error}") from error
+
+    def check_signals(self, model: torch.nn.Module) -> None:
+        """Refuse a plan that misses a layer of the model or a signal of one, or has formats of what the model has not."""
+        _check_names("layer", self.signals, layers(model))
+        for name, layer in layers(model).items():
+            rnn, signals = rnns(model)[layer.rnn], self.signals[name]
+            if set(signals) != set(expected := signals_of(cell_name(rnn), bool(rnn.proj_size))):
+                raise ValueError(f"Plan needs the signals {', '.join(expected)} of {name}, got {', '.join(signals) or 'none'}")
 
     def _check_formats(self, model):
         # Packs a model that is all zero: what is refused then no training makes packable.
@@ -173,6 +173,13 @@ class Plan:
         return [{"block": name, "shape": rows[name].pop("shape"), "method": method_label(entry.method)}
                 | {key: value for key, value in rows[name].items() if key != "stored as"}
                 for name, entry in self.blocks.items()]
+
+
+def _check_names(what, planned, known, all_of_them=True):
+    if unknown := [name for name in planned if name not in known]:
+        raise ValueError(f"the plan names the {what}s {', '.join(unknown)}, the model has {', '.join(known)}")
+    if all_of_them and (missing := [name for name in known if name not in planned]):
+        raise ValueError(f"the plan misses the {what}s {', '.join(missing)}")
 
 
 def _keys(source):

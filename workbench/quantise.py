@@ -307,12 +307,16 @@ def _check_arguments(model, arguments, error):
 
 
 def time_first(rnn: nn.RNNBase, x, state):
-    """Arguments of a recurrent module in any of torch's forms -> (x (T, B, input_size), state, lengths (B,) or None)."""
+    """Arguments of a recurrent module in any of torch's forms -> (x (T, B, input_size), state, lengths (B,) or None).
+    ValueError where it is given no time step."""
     state = tuple(state) if isinstance(state, list) else state  # torch takes h and c in either
     if isinstance(x, PackedSequence):
         x, lengths = pad_packed_sequence(x)  # sorted back to the caller's order
         return x, state, lengths
-    if x.ndim == 2:
+    single = x.ndim == 2
+    if not x.shape[not single and rnn.batch_first]:
+        raise ValueError(f"a recurrent layer needs at least 1 time step, got an input of shape {tuple(x.shape)}")
+    if single:
         if state is not None:
             state = tuple(s.unsqueeze(1) for s in state) if isinstance(state, tuple) else state.unsqueeze(1)
         return x.unsqueeze(1), state, None

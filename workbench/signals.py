@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from workbench.constrain import check_packed
 from workbench.engine import StackEngine
 from workbench.gates import layers_of, rnns
 from workbench.packed import PackedModel
@@ -24,6 +25,7 @@ def signal_errors(model: torch.nn.Module, packed: PackedModel, batches) -> pd.Da
     of the float signal over that of the difference (inf without a difference); largest, the largest float magnitude; format;
     low, high: the range of the format; saturated: share of the integers that lie at an end of the range.
     """
+    check_packed("signal_errors", model, packed)
     sums = {}
     engines = {path: StackEngine(packed.stack(path)) for path in packed.paths}
     for path, (x, state, lengths) in recurrent_calls(model, batches):

@@ -9,7 +9,7 @@ import torch
 
 from workbench.array import ArraySpec, Choice, compare_operations, map_layer, multiplied, schedule_layer
 from workbench.array.schedule import schedule_mapping
-from workbench.constrain import attach, pack
+from workbench.constrain import attach, check_packed, pack
 from workbench.engine import LayerEngine, reversed_steps
 from workbench.packed import PackedModel
 from workbench.plan import Plan
@@ -22,8 +22,9 @@ def layer_sequences(model: torch.nn.Module, packed: PackedModel, task: Task, spl
                     count: int) -> dict[str, list[np.ndarray]]:
     """Layer name -> the integers (T, 1, input_size) that it takes, one array for each of the first `count` sequences of a
     split, as long as it is; those of a reverse direction last step first."""
+    check_packed("layer_sequences", model, packed)
     if not isinstance(task, Task):
-        raise ValueError(f"layer_sequences needs a task of sequences, got {type(task).__name__} {task.name}")
+        raise ValueError(f"layer_sequences needs a task of sequences, got a {type(task).__name__}")
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"layer_sequences needs at least 1 sequence, got {count!r}")
     data = task.splits[split]
@@ -72,8 +73,8 @@ def delta_study(model: torch.nn.Module, plan: Plan, task: Task, spec: ArraySpec,
     rows, validation, layouts, base = [], {}, {}, {}
     for threshold in (None, *sorted(thresholds)):
         packed = pack(model, plan.with_delta() if threshold is None else plan.with_delta(input=threshold, hidden=threshold))
-        validation[threshold] = evaluate(attach(model, packed), task, "valid")
         found = layer_sequences(model, packed, task, "valid", sequences)
+        validation[threshold] = evaluate(attach(model, packed), task, "valid")
         for name, layer in packed.layers.items():
             engine = LayerEngine(layer)
             inputs = [multiplied(layer, x, engine) for x in found[name]]
