@@ -230,6 +230,25 @@ def test_the_rule_of_two_classes_is_the_best_of_its_pairs(model, signals):
     assert everything.chosen["method"].str.startswith("TopK").all()
 
 
+@pytest.mark.parametrize("losses", [{3: 0.9, 4: 0.1}, {3: 0.1, 4: 0.9}])
+def test_of_choices_of_the_same_bytes_the_better_whatever_the_order_of_the_rows(losses):
+    """Two weights are kept of 8, of 3 or of 4 bits with indices of 2: 2 bytes either way; the larger choice of 8 bits is worse
+    than one of both, so that this one gets its loss, and better than the other, which keeps its own."""
+    model = nn.Sequential(nn.GRU(2, 4))
+    signals = calibrate(model, [torch.randn(5, 2, 2)])
+    rows = pd.DataFrame([{"block": name, "method": "TopK 0.25", "bits": bits, "excess_loss": (losses | {8: 0.5})[bits]}
+                         for name in blocks(model) if "ih" in name for bits in (3, 4, 8)])
+    rest = pd.DataFrame([{"block": name, "method": "Dense", "bits": 4, "excess_loss": 0.0}
+                         for name in blocks(model) if "hh" in name])
+    for order in (rows, rows.iloc[::-1], rows.sample(frac=1, random_state=0)):
+        found = allocate(model, pd.concat([order, rest], ignore_index=True), signals=signals, target_bytes=10**6)
+        shown = found.table[found.table["method"] == "TopK 0.25"].set_index("bits")
+        sizes = shown["bytes"].groupby("bits").first()
+        assert sizes[3] == sizes[4] < sizes[8], sizes
+        assert shown["predicted_loss"].groupby("bits").first().to_dict() == {
+            bits: max(loss, 0.5) for bits, loss in (losses | {8: 0.5}).items()}
+
+
 def test_a_choice_is_explained_by_hand(model, signals):
     """Each block at 2, 4 and 8 bits: losses 1, 0.25 and 0. W_ih takes 12, 24, 48 bytes, W_hh 16, 32, 64."""
     table = measured(model, lambda name, method, bits: {2: 1.0, 4: 0.25, 8: 0.0}[bits], methods=["Dense"])
@@ -386,8 +405,15 @@ def test_messages(model, signals):
         ({"target_cr_disk": 4, "signals": None}, "needs the signals of the plan"),
         ({"target_cr_disk": 4, "table": None}, "needs a table, as sensitivity_table gives it, got a NoneType"),
         ({"target_cr_disk": 4, "array": "group4x4"}, "needs an ArraySpec as array, as array.preset gives it, got 'group4x4'"),
-        ({"target_cr_disk": 4, "sensitive": "rz"}, "needs a list of gates as sensitive, got 'rz'"),
-        ({"target_cr_disk": 4, "sensitive": 3}, "needs a list of gates as sensitive, got 3"),
+        ({"target_cr_disk": 4, "sensitive": "rz"}, "allocate needs a list of gates, got 'rz'"),
+        ({"target_cr_disk": 4, "sensitive": 3}, "allocate needs a list of gates, got 3"),
+        ({"target_cr_disk": 4, "table": table.assign(method=[None, *table["method"][1:]])},
+         "needs the label of a method in every row of its table, got nan"),
+        ({"target_cr_disk": 4, "table": table.assign(excess_loss=pd.array([None, *[0.0] * 35], dtype="Float64"))},
+         "an excess_loss that is a number .*, got None of Dense in 2 bits for 0.weight_ih_l0.r"),
+        ({"target_cr_disk": 4, "table": table.assign(block=[3, *table["block"][1:]])}, "of the model, these differ: 3"),
+        ({"target_cr_disk": 4, "table": table.iloc[:0]}, "allocate needs a table with a row at least, got none"),
+        ({"target_cr_disk": 4, "signals": {"0.l0": None}}, "Plan needs the formats of every layer's signals"),
         ({"target_cr_disk": 4, "signals": {"0.l0": {}}}, r"Plan needs the signals input, .* of 0\.l0, got none"),
         ({"target_cr_disk": 4, "signals": {}}, "the plan misses the layers 0.l0"),
         ({"target_cr_disk": 4, "table": table.assign(bits="8")}, r"needs numbers in the column bits of its table, got \['8'\]"),

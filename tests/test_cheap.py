@@ -146,6 +146,21 @@ def test_agreement_by_hand():
     assert flat["seeds"] == 0 and math.isnan(flat["spearman"])
 
 
+def test_infinite_values_have_a_rank_and_what_is_no_number_is_refused():
+    infinite = wb.cheap_agreement(*frames(2, [[1, 2, math.inf]] * 2, [[1, 2, 3], [3, 2, math.inf]])).iloc[0]
+    assert (infinite["spearman"], infinite["kendall"]) == (0.75, pytest.approx(2 / 3)) and infinite["seeds"] == 2
+    cheap, measured = frames(2, [[1, 2, 3]] * 2, [[1, 2, 3]] * 2)
+    for one, other, message in (
+        (cheap.assign(fisher=math.nan), measured, "needs numbers to rank, got NaN in the column fisher"),
+        (cheap, measured.assign(loss_before=math.nan), "needs numbers to rank, got NaN in the column loss_before"),
+        (pd.concat([cheap] * 2), pd.concat([measured] * 2), "needs every seed, block and compression once, got one more often"),
+        (measured, cheap, "cheap_agreement needs a table with the columns block, compression, magnitude, .*, got none named"),
+        (cheap, None, "cheap_agreement needs a table, as sensitivity_table gives it, got a NoneType"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wb.cheap_agreement(one, other)
+
+
 def test_scores_are_ranked_against_a_measurement(tiny_task):
     dense = {seed: wb.build_classifier(tiny_task, 8, seed=seed) for seed in (0, 1)}
     cheap = wb.cheap_over_seeds(tiny_task, dense, METHODS, bits=[4, 8])
@@ -168,6 +183,12 @@ def test_scores_are_ranked_against_a_measurement(tiny_task):
      "needs losses that depend on every recurrent weight, got one that does not depend on weight_ih_l0 of '0'"),
     ({"task": wb.Loop(None, [torch.ones(2, 1, 3)], losses=lambda model: [model[0].bias_ih_l0.sum()])},
      "needs losses that depend on every recurrent weight, got one that does not depend on weight_ih_l0 of '0'"),
+    *(({"task": wb.Loop(None, [torch.ones(2, 1, 3)], losses=losses)}, f"needs {message}") for losses, message in (
+        (lambda model: [model[0].weight_ih_l0.sum() * math.nan], "finite losses, got nan"),
+        (lambda model: [model[0].weight_ih_l0], r"losses of one real number each, got one of torch.float32 and .* \(12, 3\)"),
+        (lambda model: [0.5], "losses of one real number each, got 0.5"),
+        (lambda model: model[0].weight_ih_l0.sum(), "several losses from the Loop's losses, got a Tensor"),
+        (lambda model: None, "several losses from the Loop's losses, got a NoneType"))),
 ])  # fmt: skip
 def test_messages(change, message):
     model = nn.Sequential(nn.GRU(3, 4))

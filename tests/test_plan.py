@@ -269,7 +269,15 @@ def test_table_adds_up(model, plan):
     ("TopK 0.5", {}, r"a plan needs methods, such as TopK\(0.5\), got 'TopK 0.5'"),
     (TopK, {}, r"a plan needs methods, such as TopK\(0.5\), got <class"),
     (TopK(0.5), None, "Plan needs the formats of every layer's signals, as calibrate gives them, got None"),
+    (TopK(0.5), {"l0": None}, "Plan needs the formats of every layer's signals, as calibrate gives them, got {'l0': None}"),
+    (TopK(0.5), {"l0": {"input": "8"}}, "Plan needs the formats of every layer's signals, as calibrate gives them, got "),
 ], ids=str)
 def test_what_is_no_method_or_no_signals_is_refused(method, signals, message):
     with pytest.raises(ValueError, match=message):
         uniform(torch.nn.LSTM(4, 4), method, 8, signals)
+
+
+@pytest.mark.parametrize("planned", [None, {"w.i": TopK(0.5)}, {"w.i": (TopK(0.5), QFormat(8, 4))}], ids=str)
+def test_what_is_no_plan_of_a_block_is_refused(planned):
+    with pytest.raises(ValueError, match="Plan needs a BlockPlan for every block, got "):
+        Plan(planned, {})

@@ -623,6 +623,8 @@ def test_calibrate_refuses(lstm):
         calibrate(lstm, [])
     with pytest.raises(ValueError, match="needs several batches, each the model's arguments, got one Tensor"):
         calibrate(lstm, torch.zeros(2, 2, 3).double())
+    with pytest.raises(ValueError, match="calibrate needs batches, each the model's arguments, got 3"):
+        calibrate(lstm, 3)
     dropping, x = nn.Sequential(lstm), torch.zeros(2, 2, 3).double()
     dropping.register_forward_pre_hook(lambda module, arguments: arguments[:1])
     assert calibrate(dropping, [(x, torch.zeros(2))]) == {f"0.{name}": s for name, s in calibrate(lstm, [x]).items()}

@@ -471,6 +471,29 @@ def test_a_stage_is_not_entered_inside_cached(model):
     assert schedule.step(0.3)
 
 
+def test_a_stage_that_cannot_be_entered_leaves_the_model_as_it_is(model):
+    schedule = wb.gradual(model, hybrid(model), stages=4, until=0.5)
+    before = {name: p.clone() for name, p in schedule.model.state_dict().items()}
+    with torch.inference_mode(), pytest.raises(ValueError, match="call step outside of torch.inference_mode"):
+        schedule.step(0.3)
+    stored = next(schedule.model.rnn.parametrizations.weight_ih_l0.parameters())
+    kept = stored.detach().clone()
+    with torch.no_grad():
+        stored.view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="needs finite weights to enter a stage, got others in rnn.weight_ih_l0.r"):
+        schedule.step(0.3)
+    with torch.no_grad():
+        stored.copy_(kept)
+    assert schedule.entered == 0 and all(torch.equal(p, before[name]) for name, p in schedule.model.state_dict().items())
+    assert schedule.step(0.3)
+
+
+def test_frozen_recurrent_weights_need_no_optimizer_that_holds_them(model):
+    model.rnn.requires_grad_(False)
+    schedule = wb.gradual(model, hybrid(model), stages=4, until=0.5)
+    assert schedule.step(0.3, torch.optim.SGD(schedule.model.head.parameters(), 0.1))
+
+
 def test_a_step_without_gradients_leaves_every_weight_trainable(model):
     schedule = wb.gradual(model, hybrid(model), stages=4, until=0.5)
     names = [name for name, _ in schedule.model.named_parameters()]
@@ -505,6 +528,9 @@ def test_a_step_without_gradients_leaves_every_weight_trainable(model):
     (lambda m, p: wb.one_shot(m, p).step(True), r"needs a progress in \[0, 1\], got True"),
     (lambda m, p: wb.gradual(m, p).step(0.5, torch.optim.SGD(m.parameters(), 1)),
      "needs an optimizer of its model's parameters, got one that holds none of the recurrent weights"),
+    (lambda m, p: wb.one_shot(m, p).step(0, torch.optim.SGD(m.parameters(), 1)),
+     "needs an optimizer of its model's parameters, got one that holds none of the recurrent weights"),
+    (lambda m, p: wb.iterative(m, p, [["r", None], ["z", "n"]]), "every gate of r, z, n in one of at least two groups, got"),
     (lambda m, p: (late := wb.gradual(m, p)).step(0, torch.optim.LBFGS(late.model.parameters())),
      "cannot exchange parameters inside LBFGS, which keeps lists of its own: call step without it, and make it anew"),
 ])  # fmt: skip

@@ -66,6 +66,19 @@ def test_seeds_are_averaged():
     assert classify(table).set_index("gate")["score"].to_dict() == pytest.approx({"i": 0, "f": 0, "g": 0.5, "o": 0.25})
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda table: pd.concat([table, table[table["gate"] == "i"]]), "equally often, .* got 1 to 2 rows a block, 0 without"),
+    (lambda table: table.assign(excess_loss=np.nan), "got 1 to 1 rows a block, 8 without a number"),
+    (lambda table: table.drop(columns="gate"), "with the columns block, gate, excess_loss, got none named gate"),
+    (lambda table: table.iloc[:0], "classify needs a table with a row at least, got none"),
+    (lambda table: None, "classify needs a table, as sensitivity_table gives it, got a NoneType"),
+])
+def test_classes_need_every_block_measured_alike(change, message):
+    table = rows({"i": 0.1, "f": 0.2, "g": 1.0, "o": 0.3})
+    with pytest.raises(ValueError, match=message):
+        classify(change(table[table["method"] == table["method"].iloc[0]]))
+
+
 @pytest.mark.parametrize("scores", [
     {"i": 0.3, "f": 0.3, "g": 0.3, "o": 0.3},
     {"i": -0.3, "f": -0.1, "g": -0.2, "o": -0.3},
@@ -560,6 +573,22 @@ def test_gates_that_the_model_does_not_have_are_refused(model, signals, tiny_tas
                  lambda: search_hybrid(model, tiny_task, ["f", "r"], 10, [Strength(8, 5, 6)], epochs=0, seed=0)):
         with pytest.raises(ValueError, match="hybrid_plan knows the gates i, f, g, o, got r"):
             verb()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"sensitive": (gate for gate in "g")}, "hybrid_plan needs a list of gates, got <generator"),
+    ({"sensitive": "ig"}, "hybrid_plan needs a list of gates, got 'ig'"),
+    ({"strengths": []}, r"search_hybrid needs a list of at least one Strength, got \[\]"),
+    ({"strengths": [(8, 5, 6)]}, r"search_hybrid needs a list of at least one Strength, got \[\(8, 5, 6\)\]"),
+    ({"strengths": None}, "search_hybrid needs a list of at least one Strength, got None"),
+    ({"seed": None}, "a measurement needs a whole seed of at least 0, got None"),
+    ({"keep_start": "no"}, "search_hybrid needs keep_start to be True or False, got 'no'"),
+])
+def test_a_search_is_checked_before_it_starts(model, tiny_task, monkeypatch, change, message):
+    monkeypatch.setattr(sensitivity, "retraining_curve", lambda *_: pytest.fail("it has started"))
+    arguments = {"sensitive": ["g"], "target_cr_disk": 10, "strengths": [Strength(8, 5, 6)], "epochs": 0, "seed": 0} | change
+    with pytest.raises(ValueError, match=message):
+        search_hybrid(model, tiny_task, **arguments)
 
 
 def test_a_strength_that_does_not_fit_is_refused_before_any_retraining(model, tiny_task, monkeypatch):

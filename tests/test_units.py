@@ -215,6 +215,12 @@ def same():
     return model
 
 
+def unknown():
+    model = head()
+    model.rnn.weight_ih_l0.data[0, 0] = float("nan")
+    return model
+
+
 @pytest.mark.parametrize(("model", "keep", "consumers", "message"), [
     (head(), 3, None, r"to know what takes the output of 'rnn': give consumers=\{'rnn': \[...\]\}; nn.Linear of 6 features are "
                       "head, gate"),
@@ -238,6 +244,10 @@ def same():
     (head(), 0.5, HEADS, "needs a whole number of units to keep of at least 1, got 0.5"),
     (head(), 7, HEADS, "cannot keep 7 units of rnn.l0, which has 6"),
     (head(), {"rnn.l1": [0]}, HEADS, "knows the layers rnn.l0, got rnn.l1"),
+    (head(), {1: [0]}, HEADS, "knows the layers rnn.l0, got 1"),
+    (head(), 3, {1: ["head"]}, "needs consumers of the recurrent modules rnn, got those of 1"),
+    (head(), {"rnn.l0": torch.tensor([[0, 1]])}, HEADS, r"needs different units of rnn.l0 from 0 to 5, .* got \[tensor"),
+    (unknown(), 3, HEADS, "needs finite weights to choose units by, got others in rnn.l0"),
     (head(), {"rnn.l0": [0, 0]}, HEADS, r"needs different units of rnn.l0 from 0 to 5, at least one, got \[0, 0\]"),
     (head(), {"rnn.l0": [1, 6, -1]}, HEADS, r"from 0 to 5, at least one, got \[6, -1\]"),
     (head(), {"rnn.l0": []}, HEADS, r"at least one, got \[\]"),
@@ -250,6 +260,66 @@ def same():
 def test_what_cannot_be_done_is_refused_by_name(model, keep, consumers, message):
     with pytest.raises(ValueError, match=message):
         wb.remove_units(model, keep, consumers)
+
+
+class Reader(nn.Module):
+    """A head over what `read` makes of the output and the last states."""
+
+    def __init__(self, read, kind=nn.LSTM, width=6, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.norm, self.head = kind(3, 6, **options), nn.LayerNorm(6), nn.Linear(width, 2)
+        self.read = read
+
+    def forward(self, x):
+        return self.head(self.read(self, *self.rnn(x)))
+
+
+class Pair(nn.Module):
+    """The state of one module is the first of another."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder, self.head = kind(3, 6), kind(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return {"out": [self.head(self.decoder(x, self.encoder(x)[1])[0])]}
+
+
+PAIR, READ = {"encoder": [], "decoder": ["head"]}, {"rnn": ["head"]}
+DEPENDS = "in which nothing but the consumers depends on the units that go: without them an output of magnitude .* changes by"
+
+
+@pytest.mark.parametrize(("model", "keep", "consumers", "message"), [
+    (Reader(lambda self, o, h: o), 4, READ, None),
+    (Reader(lambda self, o, h: o, bias=False, num_layers=2), 4, READ, None),
+    (Reader(lambda self, o, h: o, nn.GRU, num_layers=2, dropout=0.5), 4, READ, None),
+    (Reader(lambda self, o, h: torch.cat([*h], -1), nn.GRU, 12, bidirectional=True), 4, READ, None),
+    (Reader(lambda self, o, h: h[1][-1]), 4, READ, None),  # the last c
+    (Reader(lambda self, o, h: o * torch.rand(())), 4, READ, None),  # drawn alike for both
+    (Reader(lambda self, o, h: o, width=2, proj_size=2), 4, None, None),
+    (Pair(nn.LSTM), {"encoder.l0": [1, 2, 5], "decoder.l0": [1, 2, 5]}, PAIR, None),
+    (Pair(nn.LSTM), {"encoder.l0": [1, 2, 5], "decoder.l0": [1, 2, 4]}, PAIR, DEPENDS),
+    (Pair(nn.GRU), 3, PAIR, DEPENDS),
+    (Reader(lambda self, o, h: h[0], nn.GRU, num_layers=2), 4, READ, DEPENDS),  # of the lower layer
+    (Reader(lambda self, o, h: torch.cat([h[1], h[0]], -1), nn.GRU, 12, bidirectional=True), 4, READ, DEPENDS),
+    (Reader(lambda self, o, h: torch.cat([o[-1, :, :6], o[0, :, 6:]], -1), nn.GRU, 12, bidirectional=True), 3, READ, DEPENDS),
+    (Reader(lambda self, o, h: o.sigmoid()), 4, READ, DEPENDS),
+    (Reader(lambda self, o, h: o - o.mean(-1, keepdim=True)), 4, READ, DEPENDS),
+    (Reader(lambda self, o, h: self.norm(o)), 4, READ, r"runs with fewer units, and it does not .* expected input with shape"),
+    (nn.LSTM(3, 6), 4, None, "needs batches whose outputs do not have the size of the units, got none to compare"),
+], ids=str)
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_batches_show_what_else_depends_on_the_units(model, keep, consumers, message):
+    batches, modes = [torch.randn(5, 2, 3), (torch.randn(1, 4, 3),)], [module.training for module in model.modules()]
+    if message is None:
+        assert rnns(wb.remove_units(model, keep, consumers, batches))
+    else:
+        with pytest.raises(ValueError, match=message):
+            wb.remove_units(model, keep, consumers, batches)
+        assert rnns(wb.remove_units(model, keep, consumers))  # without them it is not seen
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_a_head_that_shares_its_weights_is_refused():

@@ -29,7 +29,16 @@ from workbench.methods import METHODS, Method, check_family, method_from_label
 from workbench.packed import PackedModel
 from workbench.plan import Plan, plan_block
 from workbench.quantise import calibrate
-from workbench.sensitivity import Loop, batches_of, check_epochs, check_measured, outcome, retraining_curve
+from workbench.sensitivity import (
+    Loop,
+    batches_of,
+    check_epochs,
+    check_keep_start,
+    check_measured,
+    check_table,
+    outcome,
+    retraining_curve,
+)
 from workbench.tasks import LanguageTask, Task
 
 MOST_UNITS = 1_000_000  # of a budget that are told apart
@@ -110,9 +119,9 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
     The budget is one of: target_cr_disk; target_bytes, of all blocks; most_cycles, of a time step on the `array`
     (cycles_in_turn); or most_loss, predicted: then the bytes are what is least. table: as sensitivity_table gives it, over any
     methods and widths; several seeds count by their mean. Blocks are taken to add up, in loss and bytes. Within a block and a
-    method a larger choice is never predicted worse than a smaller one (what would be is measurement noise): it gets the
-    largest loss measured at its size or above. The best sum is found by a dynamic programme, exact up to a millionth of the
-    budget. Of equal ones the cheaper is taken. signals: of the plan.
+    method a larger choice is never predicted worse than a smaller one (what would be is measurement noise): it gets its
+    own loss or the largest that was measured at a larger size. The best sum is found by a dynamic programme, exact up to a
+    millionth of the budget. Of equal ones the cheaper is taken. signals: of the plan.
 
     Cycles do not add up, as blocks overlap, wait for each other and may be streamed. So the programme gives the plans of least
     loss for every sum of the blocks' own cycles (cycles_alone; once of those that multiply, once of those that load), and the
@@ -135,12 +144,10 @@ def allocate(model: torch.nn.Module, table: pd.DataFrame, target_cr_disk: float 
         raise ValueError("allocate needs the signals of the plan, as calibrate gives them")
     if array is not None and not isinstance(array, ArraySpec):
         raise ValueError(f"allocate needs an ArraySpec as array, as array.preset gives it, got {array!r}")
-    if sensitive is not None and not isinstance(sensitive, list | tuple | set):
-        raise ValueError(f"allocate needs a list of gates as sensitive, got {sensitive!r}")
     _check_table(table, known)
     ((name, value),) = asked.items()
     cost, budget = _budget(name, value, known, array)
-    check_gates("allocate", model, sensitive or ())
+    check_gates("allocate", model, () if sensitive is None else sensitive)
     Plan({}, signals).check_signals(model)
     ws = weights(model)
     choices = _choices(ws, table, array)
@@ -198,8 +205,10 @@ def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     """
     check_target(target_cr_disk)
     check_bits(bits)
-    check_measured(task, device)
+    check_measured(task, device, seed)
     check_epochs("search_allocation", epochs)
+    check_keep_start("search_allocation", keep_start)
+    _check_table(table, blocks(model))
     signals = calibrate(model, batches_of(model, task, epochs))
     tables = dict(list(table.groupby(family(table["method"]), sort=False)))
     planners = {f"allocation of {name}": lambda rows=rows: allocate(model, rows, target_cr_disk, signals).plan
@@ -223,16 +232,17 @@ def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
 
 
 def _check_table(table, known):
-    if not isinstance(table, pd.DataFrame):
-        raise ValueError(f"allocate needs a table, as sensitivity_table gives it, got a {type(table).__name__}")
-    if missing := [column for column in MEASURED if column not in table]:
-        raise ValueError(f"allocate needs a table with the columns {', '.join(MEASURED)}, got none named {', '.join(missing)}")
+    check_table("allocate", table, MEASURED)
     if texts := [column for column in ("bits", "excess_loss") if not pd.api.types.is_numeric_dtype(table[column])]:
         got = table[texts[0]].iloc[:1].tolist()
         raise ValueError(f"allocate needs numbers in the column {texts[0]} of its table, got {got}")
     if unknown := set(table["block"]) ^ set(known):
-        raise ValueError(f"allocate needs a table of every block of the model, these differ: {', '.join(sorted(unknown))}")
-    bad = table[~(table["excess_loss"] > -math.inf) | (table["bits"] % 1 != 0)]
+        raise ValueError("allocate needs a table of every block of the model, these differ: "
+                         f"{', '.join(sorted(map(str, unknown)))}")
+    if odd := [method for method in table["method"].unique() if not isinstance(method, str)]:
+        raise ValueError(f"allocate needs the label of a method in every row of its table, got {odd[0]!r}")
+    losses, bits = (table[column].to_numpy(dtype=float, na_value=math.nan) for column in ("excess_loss", "bits"))
+    bad = table[~(losses > -math.inf) | (bits % 1 != 0)]  # NaN is no whole number
     for row in bad.head(1).to_dict("records"):
         raise ValueError("allocate needs whole bits and an excess_loss that is a number (inf for a choice that is none), got "
                          f"{row['excess_loss']} of {row['method']} in {row['bits']} bits for {row['block']}")
@@ -263,11 +273,13 @@ def _choices(ws, table, array):
     choices["bytes"] = [packed.storage_bits // 8 for packed in full]
     if array is not None:
         choices[["cycles", "load_cycles"]] = [cycles_alone(packed, array) for packed in full]
-    choices = choices.sort_values("bytes", ascending=False, kind="stable")
     kept = choices["excess_loss"].where(choices["excess_loss"] < math.inf, -math.inf)
-    largest = kept.groupby([choices["block"], choices["method"]]).cummax()
-    choices["predicted_loss"] = largest.where(kept > -math.inf, math.inf)
-    return choices.sort_index()
+    size = ["block", "method", "bytes"]
+    largest = kept.groupby([choices[name] for name in size]).max().sort_index(level="bytes", ascending=False)
+    above = largest.groupby(level=size[:2]).transform(lambda losses: losses.cummax().shift(fill_value=-math.inf))
+    above = choices.join(above.rename("above"), on=size)["above"]
+    choices["predicted_loss"] = kept.clip(lower=above).where(kept > -math.inf, math.inf)
+    return choices
 
 
 def cycles_alone(packed, array: ArraySpec) -> tuple[int, int]:

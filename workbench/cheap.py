@@ -7,7 +7,7 @@ says how well they rank what was measured, so that one knows when to trust them.
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ from workbench.models import seeded
 from workbench.packed import PARTS
 from workbench.plan import pack_block, plan_block
 from workbench.quantise import float_signals, recurrent_calls
-from workbench.sensitivity import Loop, asked_widths, batches_of, check_sensitivity, with_seed
+from workbench.sensitivity import Loop, asked_widths, batches_of, check_sensitivity, check_table, with_seed
 from workbench.tasks import LanguageTask, Task
 from workbench.train import batch_losses, device_of, no_cudnn, t_interval
 
@@ -71,6 +71,7 @@ def _gradients(model, task, count, seed):
     sums, squares, seen = dict.fromkeys(wanted, 0.0), dict.fromkeys(wanted, 0.0), 0
     with torch.enable_grad():
         for loss in itertools.islice(_losses(model, task, count, seed), count):
+            _check_loss(loss)
             found = (torch.autograd.grad(loss, list(wanted.values()), allow_unused=True) if loss.requires_grad
                      else [None] * len(wanted))
             for (path, name), gradient in zip(wanted, found, strict=True):
@@ -86,6 +87,14 @@ def _gradients(model, task, count, seed):
             for totals in (sums, squares))
 
 
+def _check_loss(loss):
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        got = f"one of {loss.dtype} and shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+        raise ValueError(f"cheap_sensitivity needs losses of one real number each, got {got}")
+    if not loss.isfinite():
+        raise ValueError(f"cheap_sensitivity needs finite losses, got {loss.item()}")
+
+
 def _losses(model, task, count, seed) -> Iterator[torch.Tensor]:
     if not isinstance(task, Loop):
         return batch_losses(model, task, count, seed)
@@ -96,7 +105,10 @@ def _losses(model, task, count, seed) -> Iterator[torch.Tensor]:
 
 def _own_losses(model, loop, seed):
     with seeded(seed, device_of(model)), evaluating(model), no_cudnn():
-        yield from loop.losses(model)
+        losses = loop.losses(model)
+        if isinstance(losses, torch.Tensor) or not isinstance(losses, Iterable):
+            raise ValueError(f"cheap_sensitivity needs several losses from the Loop's losses, got a {type(losses).__name__}")
+        yield from losses
 
 
 def _sizes(model, task, count) -> dict[tuple[str, str], torch.Tensor]:
@@ -130,8 +142,15 @@ def cheap_agreement(cheap: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame
     kendall (tau-b): mean over the seeds with the ends of its 95 % interval (Student's t; none from one seed) as _low and _high.
     A ranking without any difference is left out.
     """
-    cheap, measured, keys = with_seed(cheap), with_seed(measured), ["seed", "block", "compression"]
-    both = cheap.merge(measured[[*keys, "loss_before", "loss_after", "loss_dense"]], on=keys, validate="one_to_one")
+    keys, losses = ["seed", "block", "compression"], ["loss_before", "loss_after"]
+    for table, columns in ((cheap, SCORES), (measured, losses)):
+        check_table("cheap_agreement", table, (*keys[1:], *columns))
+        if (empty := table[list(columns)].isna().any()).any():
+            raise ValueError(f"cheap_agreement needs numbers to rank, got NaN in the column {empty.idxmax()}")
+    cheap, measured = with_seed(cheap), with_seed(measured)
+    if any(table.duplicated(keys).any() for table in (cheap, measured)):
+        raise ValueError("cheap_agreement needs every seed, block and compression once, got one more often")
+    both = cheap.merge(measured[keys + losses], on=keys)
     if not len(cheap) == len(measured) == len(both):
         raise ValueError(f"cheap_agreement needs the same seeds, blocks and compressions in both tables, got {len(cheap)} and "
                          f"{len(measured)} rows, {len(both)} of them in both")
@@ -159,8 +178,9 @@ def _interval(values) -> tuple[float, float, float]:
 
 def _correlations(a, b) -> dict[str, float]:
     """Spearman's rho and Kendall's tau-b; NaN where one of both has no difference."""
+    a, b = a.rank(), b.rank()  # of infinite values too
     signs = [np.sign(np.subtract.outer(values.to_numpy(), values.to_numpy())) for values in (a, b)]
     pairs = math.sqrt(math.prod(np.abs(sign).sum() for sign in signs))
     if not pairs:
         return {"spearman": math.nan, "kendall": math.nan}
-    return {"spearman": a.rank().corr(b.rank()), "kendall": (signs[0] * signs[1]).sum() / pairs}
+    return {"spearman": a.corr(b), "kendall": (signs[0] * signs[1]).sum() / pairs}

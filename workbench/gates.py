@@ -184,7 +184,9 @@ def gate_names(model: nn.Module) -> list[str]:
 
 
 def check_gates(who: str, model: nn.Module, names) -> None:
-    """Refuse names that are no gates of the model's recurrent modules."""
+    """Refuse what is no list of gates of the model's recurrent modules."""
+    if not isinstance(names, list | tuple | set):
+        raise ValueError(f"{who} needs a list of gates, got {names!r}")
     known = gate_names(model)
     if unknown := [gate for gate in names if gate not in known]:
         raise ValueError(f"{who} knows the gates {', '.join(known)}, got {', '.join(map(str, unknown))}")

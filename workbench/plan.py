@@ -53,7 +53,10 @@ class Plan:
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"Plan knows the activations {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        if not isinstance(self.signals, dict):
+        if not isinstance(self.blocks, dict) or not all(isinstance(entry, BlockPlan) for entry in self.blocks.values()):
+            raise ValueError(f"Plan needs a BlockPlan for every block, got {self.blocks!r}")
+        signals = self.signals.values() if isinstance(self.signals, dict) else [None]
+        if not all(isinstance(mine, dict) and all(isinstance(f, QFormat) for f in mine.values()) for mine in signals):
             raise ValueError(f"Plan needs the formats of every layer's signals, as calibrate gives them, got {self.signals!r}")
         if not isinstance(self.delta, dict) or not all(isinstance(mine, dict) for mine in self.delta.values()):
             raise ValueError(f"Plan needs delta thresholds by layer and signal, got {self.delta!r}")

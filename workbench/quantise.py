@@ -267,6 +267,10 @@ def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
     if isinstance(batches, (torch.Tensor, PackedSequence)):  # it would be read step by step
         raise ValueError("calibrate needs several batches, each the model's arguments, got one "
                          f"{type(batches).__name__}: give it in a list")
+    try:
+        batches = iter(batches)
+    except TypeError as error:
+        raise ValueError(f"calibrate needs batches, each the model's arguments, got {batches!r}") from error
     calls = []
 
     def hook(rnn, args, kwargs, path):

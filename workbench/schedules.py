@@ -76,7 +76,8 @@ class RetrainingSchedule:
     def step(self, progress: float, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Be where the schedule is at `progress`, from 0 at the start of the training to 1 at its end. True where the
         recurrent weights have new parameters: without an optimizer here the caller must make his anew. Of several optimizers
-        each is handed over in a call of its own. Not inside torch.nn.utils.parametrize.cached().
+        each is handed over in a call of its own. Not inside torch.nn.utils.parametrize.cached(), and not between backward
+        passes whose gradients add up: those of parameters that are replaced are lost.
 
         Where it comes too seldom a stage is passed over, with a warning (of the first call it is no sign of that); a loop whose
         last step comes before `until` ends with step(1.0)."""
@@ -88,16 +89,21 @@ class RetrainingSchedule:
         if isinstance(optimizer, torch.optim.LBFGS) and len(self.stages) > 1:
             raise ValueError("a retraining schedule cannot exchange parameters inside LBFGS, which keeps lists of its own: "
                              "call step without it, and make it anew where that gives True")
-        self._warn_untrained(progress)
+        if torch.is_inference_mode_enabled():
+            raise ValueError("a retraining schedule makes parameters that are trained: call step outside of "
+                             "torch.inference_mode()")
         starts = [start for start, _ in self.stages]
         stage = bisect_right(starts, progress) - 1
         entering, passed_over = stage > self.entered, self.begun and stage > self.entered + 1
+        old = _parameters(self.model)
+        former = [*self.former, [weakref.ref(p) for p in old]]
+        if optimizer is not None and any(p.requires_grad for p in old) and not _held(optimizer, former):
+            raise ValueError("a retraining schedule needs an optimizer of its model's parameters, got one that holds none "
+                             "of the recurrent weights: make it from schedule.model.parameters()")
+        if entering and (odd := [name for name, w in weights(self.model).items() if not w.isfinite().all()]):
+            raise ValueError(f"a retraining schedule needs finite weights to enter a stage, got others in {', '.join(odd)}")
+        self._warn_untrained(progress)
         if entering:
-            old = _parameters(self.model)
-            former = [*self.former, [weakref.ref(p) for p in old]]
-            if optimizer is not None and not _held(optimizer, former):
-                raise ValueError("a retraining schedule needs an optimizer of its model's parameters, got one that holds none "
-                                 "of the recurrent weights: make it from schedule.model.parameters()")
             make_plain(self.model)
             constrain_weights(self.model, self.stages[stage][1])
             self.entered, self.former = stage, former
@@ -217,7 +223,7 @@ def iterative(model: nn.Module, plan, groups: list[list[str]], *, until: float =
         raise ValueError(f"iterative needs a list of groups, each a list of gates, got {groups!r}")
     known = {name: block.gate for name, block in blocks(model).items()}
     named = [gate for group in groups for gate in group]
-    if len(groups) < 2 or not all(groups) or sorted(named) != sorted(set(known.values())):
+    if len(groups) < 2 or not all(groups) or sorted(map(str, named)) != sorted(set(known.values())):
         gates = ", ".join(dict.fromkeys(known.values()))
         raise ValueError(f"iterative needs every gate of {gates} in one of at least two groups, got {groups}")
     waiting = {name: plan_block(w, Dense(), WAITING_BITS) for name, w in weights(model).items()}

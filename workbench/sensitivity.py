@@ -19,6 +19,7 @@ from workbench.constrain import compress
 from workbench.gates import blocks, check_gates, dense_weights, evaluating, weight, weights
 from workbench.methods import BlockCirculant, Dense, Method, TopK, check_method, method_from_label, method_label
 from workbench.models import seeded
+from workbench.packed import check_whole
 from workbench.plan import Plan, pack_block, plan_block, uniform
 from workbench.quantise import calibrate
 from workbench.tasks import LanguageTask, Task
@@ -125,8 +126,20 @@ def check_epochs(who: str, epochs: int, name: str = "epochs") -> None:
         raise ValueError(f"{who} needs whole {name} of at least 0, got {epochs!r}")
 
 
-def check_measured(task: Task | LanguageTask | Loop, device: str | None) -> None:
-    """Refuse a Loop without a metric, a device that is none, and one for a Loop, whose functions bring their own batches."""
+def check_table(who: str, table: pd.DataFrame, columns) -> None:
+    """Refuse what is no table with these columns and a row at least."""
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(f"{who} needs a table, as sensitivity_table gives it, got a {type(table).__name__}")
+    if missing := [column for column in columns if column not in table]:
+        raise ValueError(f"{who} needs a table with the columns {', '.join(columns)}, got none named {', '.join(missing)}")
+    if table.empty:
+        raise ValueError(f"{who} needs a table with a row at least, got none")
+
+
+def check_measured(task: Task | LanguageTask | Loop, device: str | None, seed: int) -> None:
+    """Refuse a Loop without a metric, a device that is none, one for a Loop, whose functions bring their own batches, and a
+    seed that is none."""
+    check_whole("a measurement", "seed", seed, 0)
     if isinstance(task, Loop) and task.evaluate is None:
         raise ValueError("a measurement needs a Loop with the function evaluate, got one without")
     if device is not None:
@@ -154,7 +167,7 @@ def sensitivity_table(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     check_sensitivity, and for a loss that is not finite.
     """
     check_sensitivity(model, methods, bits, epochs)
-    check_measured(task, device)
+    check_measured(task, device, seed)
     signals = calibrate(model, batches_of(model, task, epochs))
     reference = uniform(model, Dense(), LOSSLESS_BITS, signals)
     dense = retraining_curve(model, reference, task, epochs, seed, f"all blocks at {LOSSLESS_BITS} bits", device)
@@ -202,6 +215,11 @@ def retraining_curve(model, plan, task, epochs, seed, what, device=None) -> pd.D
     return pd.DataFrame(rows, columns=["loss", "accuracy"])
 
 
+def check_keep_start(who: str, keep_start: bool) -> None:
+    if not isinstance(keep_start, bool):
+        raise ValueError(f"{who} needs keep_start to be True or False, got {keep_start!r}")
+
+
 def outcome(curve: pd.DataFrame, keep_start: bool) -> pd.Series:
     """What a search judges a candidate by: the last row of its retraining_curve, or with keep_start the first, where that has
     no more loss."""
@@ -237,8 +255,12 @@ def classify(table: pd.DataFrame) -> pd.DataFrame:
     Rule: a gate's score is its excess validation loss, summed over its blocks and averaged over the methods (and seeds,
     where the table has several). A gate is sensitive when its score is positive and above the mean score of the gates.
     """
-    repetitions = table.groupby("block").size().iloc[0]
-    scores = table.groupby("gate", sort=False)["excess_loss"].sum() / repetitions
+    check_table("classify", table, ("block", "gate", "excess_loss"))
+    rows = table.groupby("block").size()
+    if rows.nunique() > 1 or table["excess_loss"].isna().any():
+        raise ValueError("classify needs every block measured equally often, each time with a loss that is a number, got "
+                         f"{rows.min()} to {rows.max()} rows a block, {table['excess_loss'].isna().sum()} without a number")
+    scores = table.groupby("gate", sort=False)["excess_loss"].sum() / rows.iloc[0]
     threshold = scores.mean()
     rows = []
     for gate, score in scores.items():
@@ -288,7 +310,9 @@ def rank_blocks(table: pd.DataFrame) -> pd.DataFrame:
     their ranks. Columns: method, bits, compression, seed, block, gate, excess_loss, rank, top_quarter (bool; where less
     than four blocks are ranked it holds the first one).
     """
-    ranks = with_seed(table)[["method", "bits", "compression", "seed", "block", "gate", "excess_loss"]].copy()
+    columns = ["method", "bits", "compression", "seed", "block", "gate", "excess_loss"]
+    check_table("rank_blocks", table, [name for name in columns if name != "seed"])
+    ranks = with_seed(table)[columns].copy()
     ranks["rank"] = ranks.groupby(["compression", "seed"])["excess_loss"].rank(ascending=False)
     ranks["top_quarter"] = ranks["rank"] <= max(1, ranks["block"].nunique() / 4)
     return ranks
@@ -382,8 +406,11 @@ def search_hybrid(model: torch.nn.Module, task: Task | LanguageTask | Loop, sens
     when none meets it.
     """
     check_target(target_cr_disk)
-    check_measured(task, device)
+    check_measured(task, device, seed)
     check_epochs("search_hybrid", epochs)
+    check_keep_start("search_hybrid", keep_start)
+    if not isinstance(strengths, list | tuple) or not strengths or not all(isinstance(s, Strength) for s in strengths):
+        raise ValueError(f"search_hybrid needs a list of at least one Strength, got {strengths!r}")
     signals = calibrate(model, batches_of(model, task, epochs))
     plans, refused = [], []  # every plan before any retraining: a strength that fits no block is refused here
     for strength in strengths:

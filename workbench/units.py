@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence
 
 from workbench.constrain import bake
-from workbench.gates import layers, layers_of, rnns
+from workbench.gates import evaluating, layers, layers_of, rnns
 from workbench.packed import check_whole
 
 Consumers = dict[str, list[str]]
+SAME = 1000  # units in the last place that outputs of one network, added up in another order, may differ by
 
 
 class _Taker(NamedTuple):
@@ -35,18 +37,23 @@ def unit_scores(model: nn.Module, consumers: Consumers | None = None) -> dict[st
     return _scores(model, _takers(model, consumers, rnns(model)))
 
 
-def remove_units(model: nn.Module, keep: int | dict[str, Iterable[int]], consumers: Consumers | None = None) -> nn.Module:
-    """A smaller copy of the model that computes what the full one would if the h of the removed units were zero.
+def remove_units(model: nn.Module, keep: int | dict[str, Iterable[int]], consumers: Consumers | None = None,
+                 batches: Iterable | None = None) -> nn.Module:
+    """A smaller copy of the model that computes what the full one would if the removed units were silent, h and c zero.
 
     keep: how many units of every layer and direction stay, those of the largest unit_scores; or layer name -> the units that
     stay, for every layer of the recurrent modules that are to shrink. All layers of one module must keep equally many.
     consumers: path of a recurrent module -> paths of the modules that take its output (or last state, directions side by side
     as torch gives them): nn.Linear, nn.LSTM or nn.GRU. A module that bears an attribute `consumers` of that form, as
-    SequenceClassifier does, need not name them; with a projection nothing outside changes, so none is needed. Code that looks
-    at the output in another way, or makes initial states of a size of its own, cannot be seen here. A compressed model is
-    baked first. Ratios of the smaller model count against the full one with pack(..., original=model).
+    SequenceClassifier does, need not name them; with a projection nothing outside changes, so none is needed. A compressed
+    model is baked first. Ratios of the smaller model count against the full one with pack(..., original=model).
+
+    Code between h and a consumer is not seen here: a norm over the units, another order or another layer's state, a slice at
+    the former size, a state that is handed to a module which keeps other units. batches, each the model's arguments as
+    calibrate takes them, show it: ValueError where the outputs of the smaller model are not those of the full one with silent
+    units.
     """
-    model = bake(model)
+    original, model = model, bake(model)
     known = layers(model)
     shrinking = {known[name].rnn for name in keep if name in known} if isinstance(keep, dict) else rnns(model)
     takers = _takers(model, consumers, shrinking)
@@ -75,7 +82,60 @@ def remove_units(model: nn.Module, keep: int | dict[str, Iterable[int]], consume
     for module, parameter in columns:
         if isinstance(module, nn.Linear):
             module.in_features = getattr(module, parameter).shape[1]
+    if batches is not None:
+        _check_same(_silenced(bake(original), kept), model, batches)
     return model
+
+
+def _silenced(model, kept):
+    """The model, changed: units that do not stay have h and c of zero, as the gate is that makes what they hold."""
+    for name, units in kept.items():
+        layer = layers(model)[name]
+        rnn = rnns(model)[layer.rnn]
+        silent = torch.ones(rnn.hidden_size, dtype=torch.bool)
+        silent[units] = False
+        for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if rnn.bias else 2]:
+            # In torch's order of gates g of an LSTM and n of a GRU are the third.
+            getattr(rnn, f"{part}_{layer.suffix}").detach()[2 * rnn.hidden_size : 3 * rnn.hidden_size][silent] = 0
+    return model
+
+
+def _check_same(silenced, smaller, batches):
+    """Refuse a smaller model whose outputs differ; states, which are smaller, do not count."""
+
+    def outputs(model, arguments):
+        with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
+            torch.manual_seed(0)  # for code that draws
+            return list(_tensors(model(*arguments)))
+
+    compared = 0
+    for batch in batches:
+        arguments = batch if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence) else (batch,)
+        expected = outputs(silenced, arguments)
+        try:
+            found = outputs(smaller, arguments)
+        except Exception as error:  # whatever the user's code raises where it meets another size
+            raise ValueError("remove_units needs a model that runs with fewer units, and it does not once they are removed: "
+                             f"{error}") from error
+        for one, other in zip(expected, found, strict=True):
+            if one.shape == other.shape and one.is_floating_point() and one.numel():
+                off, largest = (one - other).abs().max().item(), one.abs().max().item()
+                if not off <= SAME * torch.finfo(one.dtype).eps * largest:
+                    raise ValueError("remove_units needs a model in which nothing but the consumers depends on the units that "
+                                     f"go: without them an output of magnitude {largest:.3g} changes by {off:.3g}")
+                compared += 1
+    if not compared:
+        raise ValueError("remove_units needs batches whose outputs do not have the size of the units, got none to compare")
+
+
+def _tensors(found):
+    if isinstance(found, PackedSequence):
+        yield found.data
+    elif isinstance(found, torch.Tensor):
+        yield found
+    elif isinstance(found, dict | list | tuple):
+        for value in found.values() if isinstance(found, dict) else found:
+            yield from _tensors(value)
 
 
 def _takers(model, consumers, shrinking) -> dict[str, list[_Taker]]:
@@ -106,7 +166,7 @@ def _consumers(model, named, shrinking) -> dict[str, list[tuple[nn.Module, str]]
         raise ValueError(f"remove_units needs consumers as {{module path: [module paths]}}, got {named!r}")
     if unknown := [path for path in named if path not in known]:
         raise ValueError(f"remove_units needs consumers of the recurrent modules {', '.join(known)}, got those of "
-                         f"{', '.join(unknown)}")
+                         f"{', '.join(map(str, unknown))}")
     first = {}  # module -> the path by which it is named first
     for path in (path for paths in named.values() for path in paths):
         if (module := modules.get(path)) is None:  # refused below
@@ -176,12 +236,14 @@ def _kept(model, keep, takers) -> dict[str, torch.Tensor]:
     known = layers(model)
     if isinstance(keep, dict):
         if unknown := [name for name in keep if name not in known]:
-            raise ValueError(f"remove_units knows the layers {', '.join(known)}, got {', '.join(unknown)}")
+            raise ValueError(f"remove_units knows the layers {', '.join(known)}, got {', '.join(map(str, unknown))}")
         kept = {name: _units(name, rnns(model)[known[name].rnn].hidden_size, units) for name, units in keep.items()}
     else:
         check_whole("remove_units", "number of units to keep", keep, 1)
         kept = {}
         for name, score in _scores(model, takers).items():
+            if not score.isfinite().all():
+                raise ValueError(f"remove_units needs finite weights to choose units by, got others in {name}")
             if keep > len(score):
                 raise ValueError(f"remove_units cannot keep {keep} units of {name}, which has {len(score)}")
             kept[name] = score.topk(keep).indices.sort().values
@@ -199,7 +261,7 @@ def _kept(model, keep, takers) -> dict[str, torch.Tensor]:
 def _units(name, hidden_size, units):
     if not isinstance(units, Iterable):
         raise ValueError(f"remove_units needs a list of the units of {name} that stay, got {units!r}")
-    units = [u.item() if isinstance(u, np.integer | torch.Tensor) else u for u in units]
+    units = [u.item() if isinstance(u, np.integer) or (isinstance(u, torch.Tensor) and u.ndim == 0) else u for u in units]
     wrong = [u for u in units if isinstance(u, bool) or not isinstance(u, int) or not 0 <= u < hidden_size]
     if wrong or not units or len(set(units)) != len(units):
         raise ValueError(f"remove_units needs different units of {name} from 0 to {hidden_size - 1}, at least one, got "
