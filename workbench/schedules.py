@@ -95,11 +95,13 @@ class RetrainingSchedule:
         starts = [start for start, _ in self.stages]
         stage = bisect_right(starts, progress) - 1
         entering, passed_over = stage > self.entered, self.begun and stage > self.entered + 1
-        old = _parameters(self.model)
-        former = [*self.former, [weakref.ref(p) for p in old]]
-        if optimizer is not None and any(p.requires_grad for p in old) and not _held(optimizer, former):
-            raise ValueError("a retraining schedule needs an optimizer of its model's parameters, got one that holds none "
-                             "of the recurrent weights: make it from schedule.model.parameters()")
+        handing = optimizer is not None and (entering or id(optimizer) not in self.handed)
+        if entering or handing:
+            old = _parameters(self.model)
+            former = [*self.former, [weakref.ref(p) for p in old]]
+            if handing and any(p.requires_grad for p in old) and not _held(optimizer, former):
+                raise ValueError("a retraining schedule needs an optimizer of its model's parameters, got one that holds none "
+                                 "of the recurrent weights: make it from schedule.model.parameters()")
         if entering and (odd := [name for name, w in weights(self.model).items() if not w.isfinite().all()]):
             raise ValueError(f"a retraining schedule needs finite weights to enter a stage, got others in {', '.join(odd)}")
         self._warn_untrained(progress)
@@ -109,7 +111,7 @@ class RetrainingSchedule:
             self.entered, self.former = stage, former
             self.handed, self.held = set(), set()
             self._begin(progress)
-        if optimizer is not None and id(optimizer) not in self.handed:
+        if handing:
             new = _parameters(self.model)
             _exchange(optimizer, _held(optimizer, self.former), new)
             self.handed.add(id(optimizer))

@@ -83,7 +83,7 @@ def remove_units(model: nn.Module, keep: int | dict[str, Iterable[int]], consume
         if isinstance(module, nn.Linear):
             module.in_features = getattr(module, parameter).shape[1]
     if batches is not None:
-        _check_same(_silenced(bake(original), kept), model, batches)
+        _check_same(_silenced(bake(original), kept), bake(model), batches)  # a copy, for models that keep a state
     return model
 
 
