@@ -254,6 +254,15 @@ def test_pack_block_projects_then_quantises():
     assert pack_block(w, BlockPlan(BlockCirculant(2), fmt)).dense().tolist() == [[0, -1, 2], [-1, 0, -4]]
 
 
+def test_a_table_of_another_model_is_refused(model, plan):
+    with pytest.raises(ValueError, match="Plan.table needs the model packed by this plan, with the blocks .*, got None"):
+        plan.table(None)
+    other = nn.LSTM(4, 4)
+    packed = pack(other, uniform(other, Dense(), 8, calibrate(other, [torch.randn(3, 2, 4)])))
+    with pytest.raises(ValueError, match="Plan.table needs the model packed by this plan, .*, got weight_ih_l0.i, "):
+        plan.table(packed)
+
+
 def test_table_adds_up(model, plan):
     packed = pack(model, plan)
     rows = plan.table(packed)

@@ -66,6 +66,15 @@ def test_seeds_are_averaged():
     assert classify(table).set_index("gate")["score"].to_dict() == pytest.approx({"i": 0, "f": 0, "g": 0.5, "o": 0.25})
 
 
+def test_what_are_no_classes_has_no_sensitive_gates():
+    table = rows({"i": 0.1, "f": 0.2, "g": 1.0, "o": 0.3})
+    assert sensitivity.sensitive_gates(classify(table)) == ["g"]
+    with pytest.raises(ValueError, match=r"sensitive_gates needs the classes, as classify gives them, got \['block', "):
+        sensitivity.sensitive_gates(table)
+    with pytest.raises(ValueError, match="as classify gives them, got None"):
+        sensitivity.sensitive_gates(None)
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (lambda table: pd.concat([table, table[table["gate"] == "i"]]), "equally often, .* got 1 to 2 rows a block, 0 without"),
     (lambda table: table.assign(excess_loss=np.nan), "got 1 to 1 rows a block, 8 without a number"),

@@ -172,6 +172,10 @@ class Plan:
 
     def table(self, packed: PackedModel) -> list[dict]:
         """The rows of packed.table(), with the method of each block for how it is stored."""
+        if not isinstance(packed, PackedModel) or set(packed.blocks) != set(self.blocks):
+            got = ", ".join(packed.blocks) if isinstance(packed, PackedModel) else repr(packed)
+            raise ValueError("Plan.table needs the model packed by this plan, with the blocks "
+                             f"{', '.join(self.blocks)}, got {got}")
         rows = {row.pop("block"): row for row in packed.table()}
         return [{"block": name, "shape": rows[name].pop("shape"), "method": method_label(entry.method)}
                 | {key: value for key, value in rows[name].items() if key != "stored as"}

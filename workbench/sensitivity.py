@@ -275,6 +275,10 @@ def classify(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def sensitive_gates(classes: pd.DataFrame) -> list[str]:
+    """The gates that `classify` calls sensitive."""
+    if not isinstance(classes, pd.DataFrame) or not {"gate", "class"} <= set(classes):
+        raise ValueError("sensitive_gates needs the classes, as classify gives them, got "
+                         f"{list(classes) if isinstance(classes, pd.DataFrame) else classes!r}")
     return classes.loc[classes["class"] == "sensitive", "gate"].tolist()
 
 
