@@ -427,6 +427,8 @@ def test_the_mismatch_of_float32_is_measured():
     off = (emulated(x)[0].double() - attach(rnn, packed)(x.double())[0]) * 2.0 ** packed.layers["l1"].signals["hidden"].frac
     assert rows[1]["mismatches %"] == 100 * off.count_nonzero() / off.numel() and rows[1]["largest ulp"] == off.abs().max()
     assert all(row["mismatches %"] == 0 for row in mismatch_rate(emulated.double(), packed, [x]))
+    with pytest.raises(ValueError, match="mismatch_rate needs several batches, each the model's arguments, got one Tensor"):
+        mismatch_rate(emulated, packed, x)
     other = pack(nn.LSTM(64, 64, num_layers=2), plan)
     assert all(row["mismatches %"] > 50 for row in mismatch_rate(emulated, other, [x]))
 

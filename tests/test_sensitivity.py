@@ -69,9 +69,9 @@ def test_seeds_are_averaged():
 def test_what_are_no_classes_has_no_sensitive_gates():
     table = rows({"i": 0.1, "f": 0.2, "g": 1.0, "o": 0.3})
     assert sensitivity.sensitive_gates(classify(table)) == ["g"]
-    with pytest.raises(ValueError, match=r"sensitive_gates needs the classes, as classify gives them, got \['block', "):
+    with pytest.raises(ValueError, match="sensitive_gates needs a table with the columns gate, class, got none named class"):
         sensitivity.sensitive_gates(table)
-    with pytest.raises(ValueError, match="as classify gives them, got None"):
+    with pytest.raises(ValueError, match="sensitive_gates needs a table, as classify gives it, got a NoneType"):
         sensitivity.sensitive_gates(None)
 
 

@@ -322,6 +322,16 @@ def test_batches_show_what_else_depends_on_the_units(model, keep, consumers, mes
     assert [module.training for module in model.modules()] == modes
 
 
+@pytest.mark.parametrize(("batches", "message"), [
+    (torch.zeros(5, 2, 3), "remove_units needs several batches, each the model's arguments, got one Tensor"),
+    (3, "remove_units needs batches, each the model's arguments, got 3"),
+    ([], "remove_units needs at least one batch, got none"),
+], ids=str)
+def test_batches_that_are_none_are_refused(batches, message):
+    with pytest.raises(ValueError, match=message):
+        wb.remove_units(head(), 3, HEADS, batches)
+
+
 def test_a_head_that_shares_its_weights_is_refused():
     model = head(words=nn.Embedding(3, 6))
     model.head.weight = model.words.weight

@@ -115,7 +115,7 @@ def _sizes(model, task, count) -> dict[tuple[str, str], torch.Tensor]:
     """(layer, part) -> (in,) root mean square of every value that its matrix takes, over the steps of `count` batches."""
     batches = batches_of(model, task, epochs=0)
     squares, steps = defaultdict(float), defaultdict(int)
-    for path, call in recurrent_calls(model, itertools.islice(batches, count)):
+    for path, call in recurrent_calls("cheap_sensitivity", model, itertools.islice(batches, count)):
         for layer, signals, alive, _ in float_signals(rnns(model)[path], *call, path=path):
             for part, signal in PARTS.items():
                 if signal in signals:

@@ -26,7 +26,7 @@ from workbench.gates import cell_name, layers, layers_of, merged_bias, parts_of,
 from workbench.methods.base import fake_quantise
 from workbench.packed import PARTS, PROJECTION, PackedLayer, PackedModel
 from workbench.plan import Plan
-from workbench.quantise import as_given, cast, quantised_states, recurrent_calls, time_first
+from workbench.quantise import as_given, batches_of_arguments, cast, quantised_states, recurrent_calls, time_first
 
 MAX_TABLE_BITS = 20  # of a table's input: the emulation holds one entry for every code
 # What a sum takes with it, in units of the last place of what it is rounded to, so that its floor rounds half up. Sums have at
@@ -454,7 +454,8 @@ def mismatch_rate(model: nn.Module, packed: PackedModel, batches) -> list[dict]:
     check_packed("mismatch_rate", model, packed)
     _check_dtype("mismatch_rate", dtype := next(model.parameters()).dtype)
     counts = {name: [0, 0, 0] for name in layers(model)}  # outputs, mismatches, largest difference
-    for path, (x, state, lengths) in recurrent_calls(model, (cast(batch, dtype) for batch in batches)):
+    batches = (cast(arguments, dtype) for arguments in batches_of_arguments("mismatch_rate", batches))
+    for path, (x, state, lengths) in recurrent_calls("mismatch_rate", model, batches):
         rnn, stack = rnns(model)[path], packed.stack(path)
         if not isinstance(rnn, _Quantised):
             raise ValueError(f"mismatch_rate needs a model from emulate, got a plain nn.{cell_name(rnn)} {path!r}")

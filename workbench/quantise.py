@@ -149,7 +149,7 @@ def observe(model: nn.Module, batches) -> "Observation":
 
 def _observe(model, batches, binned):
     seen, given, modules = defaultdict(_Magnitudes), Counter(), rnns(model)  # given: numbers of input values
-    for path, call in recurrent_calls(model, batches):
+    for path, call in recurrent_calls("calibrate", model, batches):
         given[path] += call[0].numel()
         for layer, signals, alive, first in float_signals(modules[path], *call, path=path):
             if not alive.all():  # a selection copies all that it leaves
@@ -261,16 +261,9 @@ def format_of(name: str) -> str:
     return "tanh" if name in ("g", "tanh c") else name
 
 
-def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
+def recurrent_calls(who: str, model, batches) -> Iterator[tuple[str, tuple]]:
     """(module path, (x (T, B, input_size), state or None, lengths or None)) of every call of a recurrent module while the
     model, in evaluation mode, runs over the batches. ValueError where one is called that is none of the model's modules."""
-    if isinstance(batches, (torch.Tensor, PackedSequence)):  # it would be read step by step
-        raise ValueError("calibrate needs several batches, each the model's arguments, got one "
-                         f"{type(batches).__name__}: give it in a list")
-    try:
-        batches = iter(batches)
-    except TypeError as error:
-        raise ValueError(f"calibrate needs batches, each the model's arguments, got {batches!r}") from error
     calls = []
 
     def hook(rnn, args, kwargs, path):
@@ -279,34 +272,45 @@ def recurrent_calls(model, batches) -> Iterator[tuple[str, tuple]]:
 
     hooks = [rnn.register_forward_pre_hook(lambda rnn, args, kwargs, path=path: hook(rnn, args, kwargs, path), with_kwargs=True)
              for path, rnn in rnns(model).items()]
-    seen = 0
     try:
         with torch.no_grad(), evaluating(model):
-            for batch in batches:
-                several = isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence)
-                arguments = batch if several else (batch,)
+            for arguments in batches_of_arguments(who, batches):
                 try:
                     with own_calls_only(model):
                         model(*arguments)
                 except TypeError as error:
-                    _check_arguments(model, arguments, error)
+                    _check_arguments(who, model, arguments, error)
                     raise
-                seen += 1
                 yield from calls
                 calls.clear()
     finally:
         for handle in hooks:
             handle.remove()
+
+
+def batches_of_arguments(who: str, batches) -> Iterator[tuple | list]:
+    """The model's arguments of every batch, of which one argument may stand for itself. ValueError where there is no batch."""
+    if isinstance(batches, (torch.Tensor, PackedSequence)):  # it would be read step by step
+        raise ValueError(f"{who} needs several batches, each the model's arguments, got one {type(batches).__name__}: give it "
+                         "in a list")
+    try:
+        batches = iter(batches)
+    except TypeError as error:
+        raise ValueError(f"{who} needs batches, each the model's arguments, got {batches!r}") from error
+    seen = 0
+    for batch in batches:
+        yield batch if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence) else (batch,)
+        seen += 1
     if not seen:
-        raise ValueError("calibrate needs at least one batch, got none: empty, or a generator used before")
+        raise ValueError(f"{who} needs at least one batch, got none: empty, or a generator used before")
 
 
-def _check_arguments(model, arguments, error):
+def _check_arguments(who, model, arguments, error):
     """Say so where the arguments do not fit, rather than something within the model."""
     try:
         inspect.signature(model.forward).bind(*arguments)
     except TypeError:
-        raise ValueError(f"calibrate needs batches of the model's arguments, without targets, got one of {len(arguments)} for "
+        raise ValueError(f"{who} needs batches of the model's arguments, without targets, got one of {len(arguments)} for "
                          f"{type(model).__name__}.forward{inspect.signature(model.forward)}: {error}") from error
 
 

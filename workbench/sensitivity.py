@@ -126,10 +126,10 @@ def check_epochs(who: str, epochs: int, name: str = "epochs") -> None:
         raise ValueError(f"{who} needs whole {name} of at least 0, got {epochs!r}")
 
 
-def check_table(who: str, table: pd.DataFrame, columns) -> None:
-    """Refuse what is no table with these columns and a row at least."""
+def check_table(who: str, table: pd.DataFrame, columns, source: str = "sensitivity_table") -> None:
+    """Refuse what is no table with these columns and a row at least. source: the function that gives such a table."""
     if not isinstance(table, pd.DataFrame):
-        raise ValueError(f"{who} needs a table, as sensitivity_table gives it, got a {type(table).__name__}")
+        raise ValueError(f"{who} needs a table, as {source} gives it, got a {type(table).__name__}")
     if missing := [column for column in columns if column not in table]:
         raise ValueError(f"{who} needs a table with the columns {', '.join(columns)}, got none named {', '.join(missing)}")
     if table.empty:
@@ -276,9 +276,7 @@ def classify(table: pd.DataFrame) -> pd.DataFrame:
 
 def sensitive_gates(classes: pd.DataFrame) -> list[str]:
     """The gates that `classify` calls sensitive."""
-    if not isinstance(classes, pd.DataFrame) or not {"gate", "class"} <= set(classes):
-        raise ValueError("sensitive_gates needs the classes, as classify gives them, got "
-                         f"{list(classes) if isinstance(classes, pd.DataFrame) else classes!r}")
+    check_table("sensitive_gates", classes, ("gate", "class"), source="classify")
     return classes.loc[classes["class"] == "sensitive", "gate"].tolist()
 
 

@@ -28,7 +28,7 @@ def signal_errors(model: torch.nn.Module, packed: PackedModel, batches) -> pd.Da
     check_packed("signal_errors", model, packed)
     sums = {}
     engines = {path: StackEngine(packed.stack(path)) for path in packed.paths}
-    for path, (x, state, lengths) in recurrent_calls(model, batches):
+    for path, (x, state, lengths) in recurrent_calls("signal_errors", model, batches):
         rnn, found = rnns(model)[path], {}
         flat = [packed.layers[layer.name] for layer in layers_of(rnn, path)]
         inputs, ends = flat[0].signals["input"].quantise(x.cpu()), None if lengths is None else lengths.numpy()

@@ -31,7 +31,7 @@ def layer_sequences(model: torch.nn.Module, packed: PackedModel, task: Task, spl
     batches = ((torch.from_numpy(data.x[n : n + 1, : data.lengths[n]]), torch.from_numpy(data.lengths[n : n + 1]))
                for n in range(min(count, len(data.lengths))))
     found, engines = {name: [] for name in packed.layers}, {name: LayerEngine(layer) for name, layer in packed.layers.items()}
-    for path, (x, state, _) in recurrent_calls(model, batches):
+    for path, (x, state, _) in recurrent_calls("layer_sequences", model, batches):
         stack = packed.stack(path)
         states = quantised_states([layer for directions in stack for layer in directions], state)
         names = {id(layer): name for name, layer in packed.layers.items()}

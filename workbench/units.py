@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from workbench.constrain import bake
 from workbench.gates import evaluating, layers, layers_of, rnns
 from workbench.packed import check_whole
+from workbench.quantise import batches_of_arguments
 
 Consumers = dict[str, list[str]]
 SAME = 1000  # units in the last place that outputs of one network, added up in another order, may differ by
@@ -108,8 +109,7 @@ def _check_same(silenced, smaller, batches):
             return list(_tensors(model(*arguments)))
 
     compared = 0
-    for batch in batches:
-        arguments = batch if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence) else (batch,)
+    for arguments in batches_of_arguments("remove_units", batches):
         expected = outputs(silenced, arguments)
         try:
             found = outputs(smaller, arguments)
