@@ -110,8 +110,8 @@ def test_arithmetic_refuses(changes, message):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"seeds": []}, "needs different seeds of at least 0, got \\[\\]"),
-    ({"seeds": [1, 1]}, "needs different seeds of at least 0, got \\[1, 1\\]"),
+    ({"seeds": []}, "needs a list of different seeds, got \\[\\]"),
+    ({"seeds": [1, 1]}, "needs a list of different seeds, got \\[1, 1\\]"),
     ({"cells": []}, "needs different cells of LSTM, GRU, got \\[\\]"),
     ({"cells": ["GRU", "GRU"]}, "needs different cells of LSTM, GRU"),
     ({"cells": ["RNN"]}, "needs different cells of LSTM, GRU, got \\['RNN'\\]"),

@@ -166,8 +166,9 @@ def test_bad_input_is_refused_before_any_training(tiny_task, dense):
         compare(target=0.5)
     with pytest.raises(ValueError, match="at least 1 worker, got 0"):
         compare(workers=0)
-    for seeds in ([], [0, 0], [-1]):
-        with pytest.raises(ValueError, match="different seeds of at least 0"):
+    for seeds, message in (([], "list of different"), ([0, 0], "list of different"), (3, "list of different"),
+                           ([0, -1], "whole seed of at least 0, got -1"), ([0.5], "whole seed of at least 0, got 0.5")):
+        with pytest.raises(ValueError, match=f"a study needs a {message}"):
             study.train_dense(tiny_task, 8, seeds, epochs=1, workers=1)
     with pytest.raises(ValueError, match="hidden_size of at least 1, got -8"):
         study.train_dense(tiny_task, -8, [0], epochs=1, workers=1)
@@ -1002,7 +1003,7 @@ def test_a_model_whose_units_cannot_be_removed_is_refused_before_any_work(tiny_t
 
 
 @pytest.mark.parametrize("bad, message", [
-    ({"dense": {}}, r"a study needs different seeds of at least 0, got \[\]"),
+    ({"dense": {}}, r"a study needs a list of different seeds, got \[\]"),
     ({"epochs": 0}, "Recipe needs epochs of at least 1, got 0"),
     ({"dense_epochs": 0}, "Recipe needs epochs of at least 1, got 0"),
     ({"distillation_weight": 2.0}, r"a study needs a distillation_weight in \[0, 1\], got 2.0"),

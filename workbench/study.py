@@ -32,7 +32,7 @@ from workbench.constrain import attach, bake, constrained_code, pack
 from workbench.emulation import attach_emulated
 from workbench.gates import blocks, cell_name, dense_weights, rnns, weight
 from workbench.methods import METHODS, BlockCirculant, Dense, Method, TopK, method_label
-from workbench.packed import GATES, PackedLayer, PackedModel
+from workbench.packed import GATES, PackedLayer, PackedModel, check_whole
 from workbench.pareto import pareto_front
 from workbench.plan import Plan, plan_block, uniform
 from workbench.quantise import calibrate
@@ -111,8 +111,10 @@ def parallel(function, jobs: list[tuple], workers: int, description: str) -> lis
 
 
 def check_seeds(seeds: list[int]) -> None:
-    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise ValueError(f"a study needs different seeds of at least 0, got {seeds}")
+    if not isinstance(seeds, (list, tuple)) or not seeds or any(seed in seeds[:place] for place, seed in enumerate(seeds)):
+        raise ValueError(f"a study needs a list of different seeds, got {seeds!r}")
+    for seed in seeds:
+        check_whole("a study", "seed", seed, 0)
 
 
 def check_study(task: Task, *, hidden_size: int, target_cr_disk: float, seeds: list[int], epochs: int, retrain_epochs: int,
