@@ -51,7 +51,7 @@ def test_adamw_learns_too(task):
 def test_evaluation_reads_every_token_once(task, count, monkeypatch):
     """Against each stream on its own, in one piece; 203 tokens make streams of 21 and 20, of which pieces of 8 leave a rest."""
     monkeypatch.setattr(train, "EVALUATION_TOKENS", 8)
-    task = replace(task, splits={"valid": task.splits["train"][:count]})
+    task = replace(task, splits=task.splits | {"valid": task.splits["train"][:count]})
     model = build_language_model(task, 5, seed=0)
     result = evaluate(model, task, "valid")
     model.eval()
@@ -250,7 +250,7 @@ def test_resumed_training_ends_with_the_very_same_weights(kind, teaches, request
     whole = constrained(build(task, 5, seed=1))
     expected = fit(whole, task, **settings)
 
-    assert (expected.best_epoch < 5) == (kind == "adamw, features")  # there the best comes before a stop
+    assert expected.best_epoch < 5 or kind != "adamw, features"  # there the best comes before a stop
 
     path = tmp_path / "training.safetensors"
     for share in (0.1, 0.4, 0.75):  # within the first, the third and the fifth epoch
