@@ -691,6 +691,11 @@ def test_spec_refuses(changes, message):
     assert message in str(error.value)
 
 
+def test_a_field_that_is_none_is_refused_with_those_that_are():
+    with pytest.raises(TypeError, match="ArraySpec has the fields rows, cols, clock_mhz, .*, lookahead, got row"):
+        SMALL.with_(row=8)
+
+
 @pytest.mark.parametrize("value", [4.0, True, "4"])
 def test_spec_refuses_types(value):
     with pytest.raises(TypeError, match="ArraySpec needs a whole number for act_units"):

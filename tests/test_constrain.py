@@ -777,9 +777,32 @@ def test_attach_inside_a_module_leaves_the_rest(model, x):
     assert isinstance(attached.body["rnn"], IntegerRNN) and isinstance(model.body["rnn"], nn.RNNBase)
     assert torch.equal(attached.head.weight, model.head.weight)
     torch.testing.assert_close(attached(x), model(x), rtol=0, atol=2.0**-8)
-    for size in ("input_size", "hidden_size", "proj_size", "num_layers", "bidirectional", "batch_first"):
+    for size in ("input_size", "hidden_size", "proj_size", "num_layers", "bidirectional", "batch_first", "bias", "dropout",
+                 "mode"):
         assert getattr(attached.body["rnn"], size) == getattr(model.body["rnn"], size)
     torch.testing.assert_close(attached.double()(x.double()), attached.float()(x).double())
+
+
+@pytest.mark.parametrize("as_integers", [attach, attach_emulated])
+@pytest.mark.parametrize("kind", KINDS)
+def test_code_that_asks_for_the_cell_goes_the_same_way_in_integers(kind, as_integers):
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = rnn_of(kind)
+
+        def forward(self, x):
+            _, state = self.rnn(x)
+            state = state[0] if isinstance(self.rnn, nn.LSTM) else state
+            return state if isinstance(self.rnn, (nn.LSTM, nn.GRU)) else None
+
+    model, x = Asking(), torch.randn(5, 3, 6)
+    attached = as_integers(model, fine(model, x))
+    for same in (attached, copy.deepcopy(attached)):
+        check_close(same(x), model(x))
+    assert "LSTM" not in (shown := repr(attached.rnn).split("(")[0]) and shown == type(attached.rnn).__name__
+    with pytest.raises(ValueError, match="'rnn' runs in integers, as attach makes it: the workbench takes the float model"):
+        pack(attached, Plan({}, {}))
 
 
 def test_attached_outputs_lie_on_the_grid_of_the_hidden_state(model, plan, x):

@@ -103,3 +103,20 @@ def test_the_recorded_pairs_are_of_the_recorded_tables(path):
         losses = table[table["method"] != other].set_index(["method", "target_cr_disk"])[[mean, low, high]]
         found = -pairs.loc[other].loc[losses.index, ["better", "better_high", "better_low"]]
         np.testing.assert_allclose(found, losses, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "docs/measured/networks").glob("*.csv")), ids=lambda path: path.stem)
+def test_recorded_networks_give_the_recorded_figures(path):
+    """Table and pairs of a ratio follow from its networks, one by one, and from their controls."""
+    setting, target = re.fullmatch(r"(.*)_(\d+)", path.stem).groups()
+    rows, controls = pd.read_csv(path), pd.read_csv(path.parent / "controls" / path.name)
+    unit, recorded = ["method", "target_cr_disk"], path.parent.parent
+    table = pd.read_csv(recorded / f"{setting}.csv").query(f"target_cr_disk == {target}").set_index(unit)
+    pd.testing.assert_frame_equal(study.over_folds(rows).set_index(unit).loc[table.index, table.columns], table,
+                                  check_dtype=False, rtol=1e-4, atol=1e-4)
+    pairs = pd.read_csv(recorded / "pairs" / f"{setting}.csv").query(f"target_cr_disk == {target}").set_index([*unit, "other"])
+    found = study.pairs_over_folds(study.with_chosen(rows), controls).set_index([*unit, "other"])
+    pd.testing.assert_frame_equal(found.loc[pairs.index, pairs.columns], pairs, check_dtype=False, rtol=1e-4, atol=1e-4)
+    reference = controls[controls["m_variant"] == study.DENSE].set_index(["p_split", "m_seed"])["m_test_accuracy"]
+    lost = reference.loc[pd.MultiIndex.from_frame(rows[["p_split", "m_seed"]])].to_numpy() - rows["m_test_accuracy"]
+    np.testing.assert_allclose(rows["m_loss_points"], lost, atol=1e-4)

@@ -138,6 +138,7 @@ def test_the_excess_by_hand():
 
     def train(model):
         model.epochs += 1
+        model[0].bias_ih_l0.data += 1
 
     loop = Loop(evaluate, [torch.ones(3, 1, 2)], train)
     table = sensitivity_table(model, loop, [TopK(0.25)], epochs=2)
@@ -183,6 +184,29 @@ def test_a_loop_needs_functions(name, value):
 def test_a_loop_without_a_metric_measures_nothing(model):
     with pytest.raises(ValueError, match="a measurement needs a Loop with the function evaluate, got one without"):
         sensitivity_table(model, Loop(None, [torch.zeros(3, 1, 4)]), [TopK(0.5)])
+
+
+def test_a_loop_that_trains_another_model_is_refused():
+    model = torch.nn.LSTM(4, 4)
+
+    def train(_):
+        with torch.no_grad():
+            model.weight_ih_l0.add_(1)
+
+    loop = Loop(lambda model: 0.0, [torch.zeros(3, 1, 4)], train)
+    with pytest.raises(ValueError, match="a measurement needs a Loop whose train changes the model that it is given, and no "):
+        sensitivity_table(model, loop, [TopK(0.5)], epochs=1)
+
+
+def test_a_metric_of_several_numbers_is_refused_without_them():
+    loop = Loop(lambda model: torch.zeros(3, 2), [torch.zeros(3, 1, 4)])
+    with pytest.raises(TypeError, match=r"needs one number from the Loop's evaluate, got a tensor of shape \(3, 2\)$"):
+        sensitivity_table(torch.nn.LSTM(4, 4), loop, [TopK(0.5)])
+
+
+def test_a_hybrid_plan_needs_a_strength(model, signals):
+    with pytest.raises(ValueError, match=r"hybrid_plan needs a Strength, got BlockCirculant\(block=8"):
+        hybrid_plan(model, ["g"], BlockCirculant(8), 8, signals)
 
 
 def test_unreachable_targets_are_refused_with_the_numbers(model, signals, tiny_task):

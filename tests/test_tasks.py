@@ -15,7 +15,7 @@ import pytest
 
 from workbench import tasks
 from workbench.tasks import LanguageTask, Recipe, Split, Task, fsdd, imdb, japanese_vowels, ptb
-from workbench.tasks.task import data_folders, pad, standardise
+from workbench.tasks.task import PARTS, data_folders, pad, standardise
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +316,7 @@ REST = ("", "", "", "")
     ],
 )
 def test_task_refuses(sequence, vocabulary, recipe, message):
-    splits = {"train": pad([np.array(sequence)], [0], ["a"])}
+    splits = dict.fromkeys(PARTS, pad([np.array(sequence)], [0], ["a"]))
     with pytest.raises(ValueError, match=message):
         Task(*WORDS_TASK, ("no", "yes"), splits, *REST, Recipe(**({"feature_noise": 0.0} | recipe)), vocabulary)
 
@@ -333,7 +333,22 @@ def test_task_refuses(sequence, vocabulary, recipe, message):
 )
 def test_language_task_refuses(tokens, recipe, message):
     with pytest.raises(ValueError, match=message):
-        LanguageTask(*WORDS_TASK, ("a", "b"), {"train": tokens}, *REST, Recipe(**({"feature_noise": 0.0} | recipe)))
+        LanguageTask(*WORDS_TASK, ("a", "b"), dict.fromkeys(PARTS, tokens), *REST, Recipe(**({"feature_noise": 0.0} | recipe)))
+
+
+@pytest.mark.parametrize("label", [2, -100])
+def test_labels_of_no_class_are_refused(label):
+    good, odd = (pad([np.ones((1, 1))], [number], ["a"]) for number in (1, label))
+    with pytest.raises(ValueError, match=f"Task toy needs labels from 0 to 1, .* got {label} to {label} in valid"):
+        Task(*WORDS_TASK, ("no", "yes"), {"train": good, "valid": odd, "test": good}, *REST, Recipe())
+
+
+def test_tasks_with_other_splits_are_refused():
+    one = pad([np.ones((1, 1))], [0], ["a"])
+    with pytest.raises(ValueError, match="Task toy needs the splits train, valid, test, got train, valid, tests"):
+        Task(*WORDS_TASK, ("no", "yes"), {"train": one, "valid": one, "tests": one}, *REST, Recipe())
+    with pytest.raises(ValueError, match="LanguageTask toy needs the splits train, valid, test, got train"):
+        LanguageTask(*WORDS_TASK, ("a", "b"), {"train": np.array([0, 1])}, *REST, Recipe(feature_noise=0.0))
 
 
 def sha256(data):

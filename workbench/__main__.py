@@ -208,7 +208,7 @@ def _write_index(directory, with_report, again=False):
 @click.option("--cell", type=click.Choice(["LSTM", "GRU"]), default="LSTM", show_default=True)
 @click.option("--hidden-size", type=int, help="Units of each layer [the task's].")
 @click.option("--num-layers", type=int, default=1, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--epochs", type=int, help="Passes over the training split [the task's].")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--checkpoints", type=click.Path(file_okay=False, path_type=Path), default="results/checkpoints",

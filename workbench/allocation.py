@@ -367,7 +367,8 @@ def _classes(choices, known, sensitive):
         rows = choices[choices["block"].isin(mine) & (family(choices["method"]) == kind)]
         same = [list(group.index) for _, group in rows.groupby(["method", "bits"], sort=False) if len(group) == len(mine)]
         if mine and not same:
-            raise ValueError(f"allocate needs a choice of {kind} that is measured on all of {', '.join(mine)}")
+            raise ValueError(f"allocate needs a choice of {kind} that is measured on all of {', '.join(mine)}, got a table of "
+                             f"{', '.join(choices['method'].unique())}")
         options += [same] if mine else []
     return options
 

@@ -306,16 +306,28 @@ def _replaced(path, *args, **kwargs):
 class IntegerRNN(nn.Module):
     """Stands where an nn.LSTM or nn.GRU stood and computes it with the integer engine.
 
-    It has the sizes that the module around it may ask for, for example to make an initial state.
+    To the code around it isinstance(...) says what the replaced module was, and it has that one's sizes, for example to make an
+    initial state; float weights it has none.
     """
+
+    in_integers = True  # what gates.rnns refuses it by
 
     def __init__(self, stack, rnn: nn.RNNBase, path: str = ""):
         super().__init__()
         self.path = path
         self.stack = stack
-        self.cell, self.batch_first = cell_name(rnn), rnn.batch_first
+        self.mode = self.cell = cell_name(rnn)
+        self.batch_first, self.bias, self.dropout = rnn.batch_first, rnn.bias, rnn.dropout
         self.input_size, self.hidden_size, self.proj_size = rnn.input_size, rnn.hidden_size, rnn.proj_size
         self.num_layers, self.bidirectional = rnn.num_layers, rnn.bidirectional
+
+    @property
+    def __class__(self):
+        # A model that asks which cell it has must go the way that it went in float.
+        return nn.LSTM if self.cell == "LSTM" else nn.GRU
+
+    def _get_name(self):
+        return type(self).__name__
 
     @functools.cached_property
     def engine(self) -> StackEngine:

@@ -75,6 +75,8 @@ def rnns(model: nn.Module) -> dict[str, nn.RNNBase]:
     found, owners = {}, {}  # owners: id of a parameter -> (whether of an nn.LSTM or nn.GRU, its name)
     for path, module in model.named_modules():
         recurrent = isinstance(module, (nn.LSTM, nn.GRU))
+        if recurrent and getattr(module, "in_integers", False):
+            raise ValueError(f"{path!r} runs in integers, as attach makes it: the workbench takes the float model")
         if recurrent:
             _check_rnn(path, module)
             found[path] = module

@@ -207,7 +207,18 @@ def plan_block(w: torch.Tensor, method: Method, bits: int) -> BlockPlan:
     return BlockPlan(method, weight_format(stored, bits, getattr(method, "factors", 1)))
 
 
+def plan_blocks(known: dict[str, torch.Tensor], method: Method, bits: int) -> dict[str, BlockPlan]:
+    """plan_block of every block, name -> weights; ValueError names the block that the method does not fit."""
+    found = {}
+    for name, w in known.items():
+        try:
+            found[name] = plan_block(w, method, bits)
+        except ValueError as error:
+            raise ValueError(f"block {name}: {error}") from error
+    return found
+
+
 def uniform(model: torch.nn.Module, method: Method, bits: int, signals) -> Plan:
     """The same method and weight width for every block."""
-    return Plan({name: plan_block(w, method, bits) for name, w in weights(model).items()}, signals)
+    return Plan(plan_blocks(weights(model), method, bits), signals)
 

@@ -20,7 +20,7 @@ from workbench.gates import blocks, check_gates, dense_weights, evaluating, weig
 from workbench.methods import BlockCirculant, Dense, Method, TopK, check_method, method_from_label, method_label
 from workbench.models import seeded
 from workbench.packed import check_whole
-from workbench.plan import Plan, pack_block, plan_block, uniform
+from workbench.plan import Plan, pack_block, plan_block, plan_blocks, uniform
 from workbench.quantise import calibrate
 from workbench.tasks import LanguageTask, Task
 from workbench.train import check_device, device_of, evaluate, fit, move
@@ -239,13 +239,18 @@ def _own_curve(model, loop, epochs, _):
     for epoch in range(epochs + 1):
         if epoch:
             model.train()
+            before = [parameter.detach().clone() for parameter in model.parameters()] if epoch == 1 else []
             loop.train(model)
+            if epoch == 1 and all(map(torch.equal, before, model.parameters())):
+                raise ValueError("a measurement needs a Loop whose train changes the model that it is given, and no parameter "
+                                 "of it moved: make the optimizer and the loss of that model")
         with torch.no_grad(), evaluating(model), parametrize.cached():
             found = loop.evaluate(model)
         try:
             loss = float(found)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"a measurement needs one number from the Loop's evaluate, got {found!r}") from error
+            what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else repr(found)
+            raise TypeError(f"a measurement needs one number from the Loop's evaluate, got {what}") from error
         yield loss, math.nan
 
 
@@ -380,8 +385,10 @@ def hybrid_plan(model: torch.nn.Module, sensitive: list[str], strength: Strength
     check_gates("hybrid_plan", model, sensitive)
     known = blocks(model)
     dense_bits = 32 * dense_weights(known)
-    circulant = {name: plan_block(weight(model, name), BlockCirculant(strength.block), strength.circulant_bits)
-                 for name, b in known.items() if b.gate not in sensitive}
+    if not isinstance(strength, Strength):
+        raise ValueError(f"hybrid_plan needs a Strength, got {strength!r}")
+    circulant = plan_blocks({name: weight(model, name) for name, b in known.items() if b.gate not in sensitive},
+                            BlockCirculant(strength.block), strength.circulant_bits)
     fixed_bits = sum(pack_block(weight(model, name), entry).storage_bits for name, entry in circulant.items())
     kept = {name: weight(model, name) for name, b in known.items() if b.gate in sensitive}
     budget_bits = dense_bits / target_cr_disk - fixed_bits
@@ -392,9 +399,10 @@ def hybrid_plan(model: torch.nn.Module, sensitive: list[str], strength: Strength
         except OutOfReach as error:
             raise OutOfReach(f"hybrid_plan cannot reach cr_disk {target_cr_disk} with {strength}: the circulant gates take "
                              f"{fixed_bits} of {dense_bits / target_cr_disk:.0f} bits") from error
-        sparse = {name: plan_block(w, topk, strength.topk_bits) for name, w in kept.items()}
+        sparse = plan_blocks(kept, topk, strength.topk_bits)
     elif budget_bits < 0:
-        raise OutOfReach(f"hybrid_plan cannot reach cr_disk {target_cr_disk} with {strength} and no sensitive gate")
+        raise OutOfReach(f"hybrid_plan cannot reach cr_disk {target_cr_disk} with {strength} and no sensitive gate: they reach "
+                         f"{dense_bits / fixed_bits:.1f}")
     return Plan({name: (circulant | sparse)[name] for name in known}, signals)
 
 

@@ -315,6 +315,7 @@ def omission_table() -> pd.DataFrame:
 
 def hardware_table(schedules: dict[str, Schedule]) -> pd.DataFrame:
     """One row a figure, one column a plan: cycles, accelerations, memory, modelled energy and resources."""
+    baseline_of("hardware_table", schedules)
     return pd.DataFrame(compare(schedules)).set_index("label").drop(columns=list(SPLIT)).T.rename_axis(columns=None)
 
 

@@ -73,6 +73,8 @@ class ArraySpec:
 
     def with_(self, **changes: int) -> "ArraySpec":
         """A copy with some fields changed; an unknown field raises TypeError."""
+        if unknown := changes.keys() - (known := [f.name for f in fields(self)]):
+            raise TypeError(f"ArraySpec has the fields {', '.join(known)}, got {', '.join(sorted(unknown))}")
         return replace(self, **changes)
 
 

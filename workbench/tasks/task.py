@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 OPTIMIZERS = ("adamw", "sgd")
+PARTS = ("train", "valid", "test")
 AUGMENTATIONS = ("feature_noise", "time_mask", "feature_mask")
 
 
@@ -104,7 +105,11 @@ class Task:
     vocabulary: tuple[str, ...] | None = None  # the words of the tokens; None where the sequences are features
 
     def __post_init__(self):
+        _check_parts("Task", self)
         for part, split in self.splits.items():
+            if split.labels.min() < 0 or split.labels.max() >= self.num_classes:
+                raise ValueError(f"Task {self.name} needs labels from 0 to {self.num_classes - 1}, one for each of its "
+                                 f"class_names, got {split.labels.min()} to {split.labels.max()} in {part}")
             if split.tokens != (self.vocabulary is not None):
                 raise ValueError(f"Task {self.name} needs a vocabulary exactly where its sequences are tokens; "
                                  f"{part} holds x {split.x.shape} {split.x.dtype}")
@@ -138,12 +143,18 @@ class LanguageTask:
     recipe: Recipe
 
     def __post_init__(self):
+        _check_parts("LanguageTask", self)
         for part, tokens in self.splits.items():
             if tokens.ndim != 1 or tokens.dtype != np.int64 or len(tokens) < 2:
                 raise ValueError(f"LanguageTask {self.name} needs {part} as (tokens,) int64 of at least 2 tokens, "
                                  f"got {tokens.shape} {tokens.dtype}")
             _check_tokens(self.name, part, tokens, self.vocabulary)
         self.recipe.check_tokens(self.name)
+
+
+def _check_parts(kind, task):
+    if set(task.splits) != set(PARTS):
+        raise ValueError(f"{kind} {task.name} needs the splits {', '.join(PARTS)}, got {', '.join(task.splits)}")
 
 
 def _check_tokens(name, part, tokens, vocabulary):
