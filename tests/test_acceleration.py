@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from workbench import acceleration, study, tables
 from workbench.acceleration import (
@@ -373,6 +374,20 @@ def test_structured_pruning_is_ideal_where_it_divides(curves):
     assert rows["efficiency_matvec"].tolist() == [1, 1] and (rows[["padding", "imbalance"]] == 0).all(axis=None)
     top = curves[curves["form"] == "TopK"].set_index("kept")
     assert (top["efficiency_matvec"] < 1).all() and (top["imbalance"] > 0).all()
+
+
+def test_what_is_ideal_counts_the_weights_of_the_dense_model_beside():
+    """A circulant block of 8 makes 24 units of 20: 8 * 20 * 20 dense weights against 8 * 24 * 24 / 8 stored ones."""
+    table = speed_up(20, SPEC.with_(weight_words=4096), [0.125], 8, 1).set_index("form").loc["BlockCirculant"]
+    assert table["units"] == 24 and table["ideal"] == pytest.approx(3200 / 576)
+    assert table["efficiency_matvec"] == pytest.approx(table["speedup_matvec"] * 576 / 3200)
+
+
+def test_a_second_layer_takes_what_a_projection_gives():
+    model = torch.nn.LSTM(8, 12, proj_size=8)
+    packed = pack(model, uniform(model, Dense(), 8, calibrate(model, [torch.randn(5, 2, 8)])))
+    table = acceleration.overlap_study({BASELINE: schedule_layer(packed.layers["l0"], SPEC, 4)}, [], [])
+    assert table["refused"].isna().all() and set(table["layers"]) == {2}
 
 
 def test_time_domain_circulant_saves_no_multiplication(curves):

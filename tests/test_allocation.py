@@ -105,6 +105,18 @@ def test_bytes_are_a_ratio_and_a_loss_is_its_inverse(model, signals):
     assert less.chosen["predicted_loss"].sum() > loss  # nothing smaller does
 
 
+def test_what_an_allocation_reaches_is_within_reach(model, signals):
+    """Its own ratio and its own predicted loss, whatever their computation rounded."""
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        table = measured(model, lambda *_: random.random())
+        found = allocate(model, table, random.uniform(4, 12), signals)
+        size = found.chosen["bytes"].sum()
+        assert allocate(model, table, 4 * 336 / size, signals).chosen["bytes"].sum() == size
+        again = allocate(model, table, signals=signals, most_loss=float(found.chosen["predicted_loss"].sum()))
+        assert again.chosen["bytes"].sum() <= size
+
+
 def test_cycles_of_a_block_by_hand():
     """4 x 4 PEs. Dense 8 x 6: two rows a PE row, at most two columns a PE column: 4 multiply-accumulates. Circulant 2 of 8 x 8:
     4 tiles of rows over 4 PE rows, 4 of columns over 4: one tile of 4 products; of 8 x 8 in one tile of 8 split, each PE has 4
@@ -370,6 +382,13 @@ def test_a_compressed_model_is_planned_anew(model, signals):
     assert pack(bake(compressed), uniform_plan(compressed, BlockCirculant, 6, 8, signals)).cr_disk >= 8
     loop = Loop(evaluate=lambda model: model(torch.ones(5, 1, 6))[0].square().mean(), batches=[torch.randn(5, 4, 6)])
     assert search_allocation(compressed, loop, table, 5.0, bits=6, epochs=0, seed=0)["cr_disk"].min() >= 5
+    whole = table["method"] == "TopK 0.25"
+    table.loc[~whole & (table["block"] == table["block"].iloc[0]), "excess_loss"] = np.inf
+    found = search_allocation(compressed, loop, table, 5.0, bits=6, epochs=0, seed=0)
+    assert {"allocation of TopK", "allocation of every method"} <= set(found["candidate"])
+    assert "allocation of BlockCirculant" not in set(found["candidate"])
+    found = search_allocation(compressed, loop, table[whole], 5.0, bits=6, epochs=0, seed=0)
+    assert sorted(found["candidate"]) == ["allocation of TopK", "uniform TopK"]
     strength = Strength(2, circulant_bits=4, topk_bits=4)
     assert search_hybrid(compressed, loop, ["n"], 8.0, [strength], epochs=0, seed=0)["cr_disk"].min() >= 8
     assert emulate(compressed, uniform(compressed, TopK(0.25), 8, signals))(torch.ones(5, 1, 6))[0].isfinite().all()

@@ -25,6 +25,15 @@ def signals(model):
     return calibrate(model, [torch.randn(4, 5, 4, generator=torch.Generator().manual_seed(1))])
 
 
+@pytest.mark.parametrize("bits", [2, 5, 6, 7])
+@pytest.mark.parametrize("size", [4, 6, 10, 13])
+def test_a_plan_reaches_the_ratio_that_it_has(size, bits):
+    lstm = torch.nn.LSTM(size, size)
+    signals = calibrate(lstm, [torch.randn(5, 2, size)])
+    ratio = pack(lstm, uniform(lstm, Dense(), bits, signals)).cr_disk
+    assert chosen(uniform_plan(lstm, Dense, bits, ratio, signals))[1] == bits
+
+
 def chosen(plan):
     (entry,) = {(entry.method, entry.format.bits) for entry in plan.blocks.values()}
     return entry

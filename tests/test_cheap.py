@@ -198,6 +198,22 @@ def test_messages(change, message):
         wb.cheap_sensitivity(model, arguments.pop("task"), arguments.pop("methods"), **arguments)
 
 
+def test_batches_that_leave_out_a_module_are_refused():
+    class Alternating(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.GRU(3, 4), torch.nn.GRU(3, 4)
+
+        def forward(self, x):
+            return (self.a if x.shape[0] == 2 else self.b)(x)[0].square().mean()
+
+    batches = [torch.randn(2, 1, 3), torch.randn(3, 1, 3)]
+    loop = wb.Loop(None, batches, losses=lambda model: [sum(map(model, batches))] * 2)
+    assert set(wb.cheap_sensitivity(Alternating(), loop, [wb.TopK(0.5)], batches=2)["block"]) == set(blocks(Alternating()))
+    with pytest.raises(ValueError, match="on which the model calls every recurrent module, got 1 without a call of b.l0"):
+        wb.cheap_sensitivity(Alternating(), loop, [wb.TopK(0.5)], batches=1)
+
+
 def test_frozen_layers_and_callers_without_gradients_are_measured_alike():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.GRU(3, 4)), torch.randn(2, 1, 3)

@@ -3,6 +3,7 @@
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from IPython.display import Markdown
@@ -58,6 +59,21 @@ def test_the_baseline_is_the_network_of_the_file_in_dense_16_bit(kind, method):
         assert base.counts() == true.counts()
         for block, expected in dense.layers[name].blocks.items():
             assert (base.mapping.layer.blocks[block].dense() == expected.dense()).all()
+
+
+def test_a_bias_that_is_large_beside_the_weights_is_deployed():
+    """Sums of 16-bit weights of 14 fraction bits and a hidden state of 15 leave a bias of 32 bits a range of 4."""
+    model = torch.nn.LSTM(8, 8)
+    model.bias_ih_l0.data[8:16] = 6
+    packed = wb.pack(model, wb.uniform(model, wb.TopK(0.5), 8, wb.calibrate(model, [torch.randn(5, 2, 8)])))
+    (layer,) = packed.layers.values()
+    base = dense_baseline(layer)
+    step = 2.0 ** -base.blocks["weight_ih_l0.f"].frac
+    assert np.abs(base.blocks["weight_ih_l0.f"].dense() * step
+                  - layer.blocks["weight_ih_l0.f"].dense() * 2.0 ** -layer.blocks["weight_ih_l0.f"].frac).max() <= step / 2
+    bias = model.bias_ih_l0.detach()[8:16] + model.bias_hh_l0.detach()[8:16]
+    np.testing.assert_allclose(np.ldexp(base.bias["f"], -base.bias_fracs["f"]), bias, atol=1e-4)
+    assert deploy(packed, SPEC, steps=6).figures()["modules"][0]["label"] == BASELINE
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -77,7 +77,9 @@ def test_what_are_no_classes_has_no_sensitive_gates():
 
 @pytest.mark.parametrize(("change", "message"), [
     (lambda table: pd.concat([table, table[table["gate"] == "i"]]), "equally often, .* got 1 to 2 rows a block, 0 without"),
-    (lambda table: table.assign(excess_loss=np.nan), "got 1 to 1 rows a block, 8 without a number"),
+    (lambda table: table.assign(excess_loss=np.nan), "got 1 to 1 rows a block, 8 without such a loss"),
+    (lambda table: table.assign(excess_loss=table["excess_loss"].replace(0.1, np.inf)), "finite loss, .*, 2 without such"),
+    (lambda table: table.assign(excess_loss="much"), "got 1 to 1 rows a block, 8 without such a loss"),
     (lambda table: table.drop(columns="gate"), "with the columns block, gate, excess_loss, got none named gate"),
     (lambda table: table.iloc[:0], "classify needs a table with a row at least, got none"),
     (lambda table: None, "classify needs a table, as sensitivity_table gives it, got a NoneType"),

@@ -84,6 +84,14 @@ def test_the_outputs_are_those_of_the_full_model_with_the_units_at_zero(form):
     assert {type(p) for p in smaller.parameters()} == {nn.Parameter} and str(4) in repr(smaller.rnn)
 
 
+@pytest.mark.parametrize("form", ["bidirectional", "two bidirectional layers"])
+def test_the_order_in_which_layers_are_named_does_not_matter(form):
+    model = tagger(form)
+    kept = {name: [n % 3, 3, 4 + n % 2] for n, name in enumerate(layers(model))}
+    one, other = wb.remove_units(model, kept, HEADS), wb.remove_units(model, dict(reversed(kept.items())), HEADS)
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
 def test_zero_means_the_h_of_every_step(cell):
     """The reference above by the letter: after each step the h of the removed units is set to zero."""

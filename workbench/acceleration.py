@@ -322,13 +322,14 @@ def overlap_study(schedules: dict[str, Schedule], batches: list[int], windows: l
 
     Several sequences side by side (batches); the input products hoisted ahead of the recurrence, for so many steps together
     (windows; 0: for all, which needs the whole sequence at hand); and two layers, the second a random dense one of 8 bits and
-    as many units, in turn or pipelined over the time steps. cycles: of the whole sequence of every item; per_step: that
-    divided by steps and items; first_step: latency until the first h. What the array refuses has the reason instead.
+    as many units as the first has outputs, in turn or pipelined over the time steps. cycles: of the whole sequence of every
+    item; per_step: that divided by steps and items; first_step: latency until the first h. What the array refuses has the
+    reason instead.
     """
     rows = []
     for plan, schedule in schedules.items():
         layer, spec, steps = schedule.mapping.layer, schedule.mapping.spec, schedule.steps
-        stack = [(layer,), (random_layer(Dense(), layer.hidden_size, 8),)]
+        stack = [(layer,), (random_layer(Dense(), layer.output_size, 8),)]
         kinds = {f"batch of {batch}": (1, batch, partial(schedule_layer, layer, spec, steps, batch=batch))
                  for batch in batches}
         kinds |= {f"hoisted, {f'{window} steps at a time' if window else 'whole sequence'}": (
@@ -397,7 +398,7 @@ def speed_up(units: int, spec: ArraySpec, fractions: list[float], bits: int, wor
     dense one, all of `bits` bits: a row each.
 
     matvec_cycles: those for which the PEs of the busier region multiply in a step, the fullest PE of every operation;
-    step_cycles: of the whole step in the steady state; speedup_: against the dense model's; ideal: dense weights / stored
+    step_cycles: of the whole step in the steady state; speedup_: against the dense model's; ideal: its weights / stored
     ones; efficiency_: the speed-up as a share of it; and the parts of stalls. What the array refuses has the reason instead.
     units: rounded up where a circulant block does not divide them.
     """
@@ -442,11 +443,11 @@ def _check_curve(units, spec, fractions, bits):
 def _speed_up(units, spec, bits, form, fraction) -> dict:
     method = Dense() if form == "Dense" else FORMS[form](fraction, units)
     block = getattr(method, "block", 1) if isinstance(method, BlockCirculant) else 1
-    units = ceil_div(units, block) * block
+    dense, units = 8 * units**2, ceil_div(units, block) * block
     row = {"form": form, "kept": fraction, "strength": method_label(method), "units": units}
     try:
         layer = random_layer(method, units, bits)
-        row["ideal"] = 8 * units**2 / sum(block.stored_values for block in layer.blocks.values())
+        row["ideal"] = dense / sum(block.stored_values for block in layer.blocks.values())
         schedule = schedule_layer(layer, spec, 4)
     except ValueError as error:
         return row | {"refused": str(error)}

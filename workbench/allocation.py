@@ -15,7 +15,9 @@ from workbench.array.mapping import Region, map_block, stored_forms, tile_unit
 from workbench.array.schedule import schedule_layers
 from workbench.array.spec import ArraySpec, ceil_div
 from workbench.budget import (
+    ROUNDING,
     OutOfReach,
+    bits_within,
     check_bits,
     check_target,
     full_block,
@@ -198,7 +200,8 @@ def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
 
     Losses of single blocks before any retraining compare strengths of one method well and methods badly, and blocks do not add
     up where little is left. So the candidates are the allocation over each method family of the table alone, that over all
-    together, and beside them each family's uniform plan of about `bits` bits; what decides is the model as a whole. table: as
+    together, and beside them each family's uniform plan of about `bits` bits; what decides is the model as a whole. A family
+    without a finite loss for every block has no allocation of its own. table: as
     sensitivity_table gives it, for example over choices_to_measure. Columns: candidate, plan, cr_disk, valid_loss,
     valid_accuracy. device: as of sensitivity_table. keep_start: a candidate that retraining makes worse counts as it was
     before. OutOfReach when none meets it.
@@ -211,8 +214,10 @@ def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     _check_table(table, blocks(model))
     signals = calibrate(model, batches_of(model, task, epochs))
     tables = dict(list(table.groupby(family(table["method"]), sort=False)))
+    whole = {name: rows for name, rows in tables.items() if not _without_choice(rows, blocks(model))}
+    every = {"every method": table} if len(tables) > 1 else {}
     planners = {f"allocation of {name}": lambda rows=rows: allocate(model, rows, target_cr_disk, signals).plan
-                for name, rows in {**tables, "every method": table}.items()}
+                for name, rows in (whole | every).items()}
     planners |= {f"uniform {name}": lambda name=name: uniform_plan(model, METHODS[name], bits, target_cr_disk, signals)
                  for name in tables}
     rows, refused = [], []
@@ -246,22 +251,29 @@ def _check_table(table, known):
     for row in bad.head(1).to_dict("records"):
         raise ValueError("allocate needs whole bits and an excess_loss that is a number (inf for a choice that is none), got "
                          f"{row['excess_loss']} of {row['method']} in {row['bits']} bits for {row['block']}")
-    means = table.groupby(["block", "method", "bits"])["excess_loss"].mean()  # over the seeds: what _choices chooses from
-    if hopeless := set(known) - set(means[means < math.inf].index.get_level_values("block")):
+    if hopeless := _without_choice(table, known):
         raise ValueError(f"allocate needs a choice of finite loss for every block, got none for {', '.join(sorted(hopeless))}")
+
+
+def _without_choice(table, known) -> set[str]:
+    """The blocks for which a table has no finite loss."""
+    means = table.groupby(["block", "method", "bits"])["excess_loss"].mean()  # over the seeds: what _choices chooses from
+    return set(known) - set(means[means < math.inf].index.get_level_values("block"))
 
 
 def _budget(name, value, known, array) -> tuple[str, float]:
     """(column that is limited, its limit)"""
     if name == "target_cr_disk":
         check_target(value)
-        return "bytes", int(4 * dense_weights(known) / value)
+        return "bytes", int(bits_within(value, known) / 8)
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"allocate needs a number as {name}, got {value!r}")
     if name != "most_loss" and value <= 0:
         raise ValueError(f"allocate needs {name} above 0, got {value!r}")
     if name == "most_cycles" and array is None:
         raise ValueError("allocate needs the array whose most_cycles are given")
+    if name == "most_loss":
+        value += abs(value) * ROUNDING  # of losses that add up to it in another order
     return {"target_bytes": "bytes", "most_cycles": "cycles", "most_loss": "predicted_loss"}[name], value
 
 

@@ -1,5 +1,6 @@
 """Plans that fill a budget of bits: of a family of methods the member that stores the most within a compression ratio."""
 
+import math
 import numbers
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from workbench.packed import PackedModel
 from workbench.plan import Plan, Unpackable, uniform
 
 WIDTHS = range(2, 9)  # bits of a weight that a uniform plan may take
+ROUNDING = 1e-12  # share by which a limit that was computed from a result may miss it
 FILLED = 0.95  # a width serves when its plan takes this share of the budget
 
 
@@ -105,13 +107,22 @@ def uniform_plan(model: torch.nn.Module, family: type[Method], bits: int, target
     return first_uniform(model, family, bits, target_cr_disk, signals, packed)
 
 
+def bits_within(target_cr_disk: float, known: dict) -> float:
+    """Bits that blocks (name -> Block) may take at the ratio.
+
+    A ratio that was computed from a size leads back to that size, whatever the two divisions rounded.
+    """
+    bits = 32 * dense_weights(known) / target_cr_disk
+    return round(bits) if math.isclose(bits, round(bits), rel_tol=ROUNDING) else bits
+
+
 def first_uniform(model: torch.nn.Module, family: type[Method], bits: int, target_cr_disk: float, signals, make: Callable):
     """make(plan) of the first width, in the order of uniform_plan, for whose plan that is not OutOfReach."""
     check_family("a uniform plan", family)
     check_target(target_cr_disk)
     check_bits(bits)
     ws = list(weights(model).values())
-    budget_bits = 32 * dense_weights(blocks(model)) / target_cr_disk
+    budget_bits = bits_within(target_cr_disk, blocks(model))
     ladder(ws, family)  # if it is empty that is the reason, whatever the width
     refusals = []
     for method, width in _by_preference(ws, family, bits, budget_bits):

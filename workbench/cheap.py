@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from workbench.constrain import bake
-from workbench.gates import blocks, evaluating, rnns, weights
+from workbench.gates import blocks, evaluating, layers, rnns, weights
 from workbench.methods import Method, method_label
 from workbench.models import seeded
 from workbench.packed import PARTS
@@ -121,6 +121,9 @@ def _sizes(model, task, count) -> dict[tuple[str, str], torch.Tensor]:
                 if signal in signals:
                     squares[layer.name, part] += signals[signal][alive].double().square().sum(0)
                     steps[layer.name, part] += int(alive.sum())
+    if missing := [name for name in layers(model) if not any(key[0] == name for key in squares)]:
+        raise ValueError("cheap_sensitivity needs batches on which the model calls every recurrent module, got "
+                         f"{count} without a call of {', '.join(missing)}")
     return {key: (total / steps[key]).sqrt() for key, total in squares.items()}
 
 
@@ -140,7 +143,7 @@ def cheap_agreement(cheap: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame
     allocation chooses from. truth: the validation loss "one-shot" and, where the measurement retrained, "retrained". Columns:
     compression, score, truth, seeds, ranked (how many of each seed; the interval says nothing of others), and spearman and
     kendall (tau-b): mean over the seeds with the ends of its 95 % interval (Student's t; none from one seed) as _low and _high.
-    A ranking without any difference is left out.
+    The seeds count those whose rankings have a difference.
     """
     keys, losses = ["seed", "block", "compression"], ["loss_before", "loss_after"]
     for table, columns in ((cheap, SCORES), (measured, losses)):

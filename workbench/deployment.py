@@ -120,12 +120,17 @@ def packed_from(path: str | Path | None) -> PackedModel:
 
 def dense_baseline(layer: PackedLayer) -> PackedLayer:
     """The layer with its matrices written out dense in 16 bits and without delta thresholds: what accelerations are against."""
-    blocks = {}
-    for name, block in layer.blocks.items():
-        w = torch.from_numpy(np.ldexp(block.dense(), -block.frac))
-        blocks[name] = pack_block(w, plan_block(w, Dense(), LOSSLESS_BITS))
+    ws = {name: torch.from_numpy(np.ldexp(block.dense(), -block.frac)) for name, block in layer.blocks.items()}
     bias = {gate: np.ldexp(integers, -layer.bias_fracs[gate]) for gate, integers in layer.bias.items()}
-    return PackedLayer.from_float_bias(layer.cell, blocks, bias, layer.signals, layer.tables, layer.acc_bits)
+    planned, refused = {name: plan_block(w, Dense(), LOSSLESS_BITS) for name, w in ws.items()}, []
+    for fewer in range(LOSSLESS_BITS):  # fraction bits, which a bias shares with the products that are added to it
+        blocks = {name: pack_block(ws[name], replace(entry, format=replace(entry.format, frac=entry.format.frac - fewer)))
+                  for name, entry in planned.items()}
+        try:
+            return PackedLayer.from_float_bias(layer.cell, blocks, bias, layer.signals, layer.tables, layer.acc_bits)
+        except ValueError as error:
+            refused.append(error)
+    raise refused[0]
 
 
 def deploy(packed: PackedModel, spec: ArraySpec, steps: int = 20, batch: int = 1) -> Deployment:

@@ -35,6 +35,11 @@ class BlockPlan:
     method: Method
     format: QFormat
 
+    def __post_init__(self):
+        check_method("BlockPlan", self.method)
+        if not isinstance(self.format, QFormat):
+            raise ValueError(f"BlockPlan needs the QFormat of its weights, got {self.format!r}")
+
 
 @dataclass(frozen=True)
 class Plan:

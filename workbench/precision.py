@@ -20,7 +20,7 @@ import torch
 
 from workbench import emulation
 from workbench.allocation import Allocation, allocate
-from workbench.budget import WIDTHS, OutOfReach, check_target, full_bits
+from workbench.budget import WIDTHS, OutOfReach, bits_within, check_target, full_bits
 from workbench.constrain import attach, constrained_code, pack
 from workbench.emulation import emulate, mismatch_rate
 from workbench.fixedpoint import MAX_EXACT_BITS, TABLES, QFormat
@@ -414,7 +414,7 @@ def _mixed_points(task, cell, seed, model, observation, target_cr_disks, activat
 
 def _widest(model, method, target_cr_disk) -> int:
     """The widest uniform width of the method that meets the ratio."""
-    budget_bits = 32 * dense_weights(blocks(model)) / target_cr_disk
+    budget_bits = bits_within(target_cr_disk, blocks(model))
     fitting = [bits for bits in WIDTHS if sum(full_bits(w, method, bits) for w in weights(model).values()) <= budget_bits]
     if not fitting:
         raise OutOfReach(f"no width of {method_label(method)} meets cr_disk {target_cr_disk}")

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch.nn.utils import parametrize
 
-from workbench.budget import OutOfReach, check_target, largest_member, pack_anew
+from workbench.budget import OutOfReach, bits_within, check_target, largest_member, pack_anew
 from workbench.constrain import compress
 from workbench.gates import blocks, check_gates, dense_weights, evaluating, weight, weights
 from workbench.methods import BlockCirculant, Dense, Method, TopK, check_method, method_from_label, method_label
@@ -262,9 +262,10 @@ def classify(table: pd.DataFrame) -> pd.DataFrame:
     """
     check_table("classify", table, ("block", "gate", "excess_loss"))
     rows = table.groupby("block").size()
-    if rows.nunique() > 1 or table["excess_loss"].isna().any():
-        raise ValueError("classify needs every block measured equally often, each time with a loss that is a number, got "
-                         f"{rows.min()} to {rows.max()} rows a block, {table['excess_loss'].isna().sum()} without a number")
+    finite = np.isfinite(pd.to_numeric(table["excess_loss"], errors="coerce"))
+    if rows.nunique() > 1 or not finite.all():
+        raise ValueError("classify needs every block measured equally often, each time with a finite loss, got "
+                         f"{rows.min()} to {rows.max()} rows a block, {(~finite).sum()} without such a loss")
     scores = table.groupby("gate", sort=False)["excess_loss"].sum() / rows.iloc[0]
     threshold = scores.mean()
     rows = []
@@ -315,7 +316,7 @@ def rank_blocks(table: pd.DataFrame) -> pd.DataFrame:
 
     A ranking is one compression on one seed's model; rank 1 has the largest excess loss, equal ones share the mean of
     their ranks. Columns: method, bits, compression, seed, block, gate, excess_loss, rank, top_quarter (bool; where less
-    than four blocks are ranked it holds the first one).
+    than four blocks are ranked it holds the first one; blocks that share a rank below it are outside all together).
     """
     columns = ["method", "bits", "compression", "seed", "block", "gate", "excess_loss"]
     check_table("rank_blocks", table, [name for name in columns if name != "seed"])
@@ -391,7 +392,7 @@ def hybrid_plan(model: torch.nn.Module, sensitive: list[str], strength: Strength
                             BlockCirculant(strength.block), strength.circulant_bits)
     fixed_bits = sum(pack_block(weight(model, name), entry).storage_bits for name, entry in circulant.items())
     kept = {name: weight(model, name) for name, b in known.items() if b.gate in sensitive}
-    budget_bits = dense_bits / target_cr_disk - fixed_bits
+    budget_bits = bits_within(target_cr_disk, known) - fixed_bits
     sparse = {}
     if kept:
         try:

@@ -27,7 +27,7 @@ from workbench import budget, models, schedules, train
 from workbench.allocation import choices_to_measure, search_allocation
 from workbench.array import ArraySpec, schedule_layer
 from workbench.array.cost import BASELINE
-from workbench.budget import OutOfReach, check_bits, check_target, first_uniform, uniform_plan
+from workbench.budget import OutOfReach, bits_within, check_bits, check_target, first_uniform, uniform_plan
 from workbench.constrain import attach, bake, constrained_code, pack
 from workbench.emulation import attach_emulated
 from workbench.gates import blocks, cell_name, dense_weights, rnns, weight
@@ -660,7 +660,7 @@ def made_point(task: Task, model, method: str, target_cr_disk: float, bits: int,
 
 def _units_within(dense, target_cr_disk) -> int:
     """As many units of every layer as the target's bytes hold at CONTROL_BITS bits a weight, at most all of them."""
-    payload_bits, rnn = 32 * dense_weights(blocks(dense)) / target_cr_disk, rnns(dense).values()
+    payload_bits, rnn = bits_within(target_cr_disk, blocks(dense)), rnns(dense).values()
     fewest = max(module.proj_size for module in rnn) + 1  # torch wants more units than are projected to
     sizes = range(fewest, min(module.hidden_size for module in rnn) + 1)
     within = bisect.bisect_right(sizes, payload_bits,

@@ -231,7 +231,7 @@ def _scores(model, takers):
 
 
 def _kept(model, keep, takers) -> dict[str, torch.Tensor]:
-    """Layer name -> sorted units that stay, for the layers that shrink."""
+    """Layer name, in torch's order -> sorted units that stay, for the layers that shrink."""
     known = layers(model)
     if isinstance(keep, dict):
         if unknown := [name for name in keep if name not in known]:
@@ -254,7 +254,7 @@ def _kept(model, keep, takers) -> dict[str, torch.Tensor]:
         if rnn.proj_size and 0 < min(counts.values()) <= rnn.proj_size:
             raise ValueError(f"remove_units needs to keep more units of {path!r} than its proj_size {rnn.proj_size}, got "
                              f"{min(counts.values())}")
-    return kept
+    return {name: kept[name] for name in known if name in kept}  # in torch's order, in which consumers take the directions
 
 
 def _units(name, hidden_size, units):
