@@ -186,7 +186,7 @@ def test_a_hybrid_plan_is_searched_with_a_loop():
     (float("nan"), ValueError, r"needs finite losses, got nan before any retraining \(all blocks at 16 bits\)"),
     (float("inf"), ValueError, "needs finite losses, got inf"),
     (None, TypeError, "needs one number from the Loop's evaluate, got None"),
-    (torch.zeros(2), TypeError, r"needs one number from the Loop's evaluate, got tensor\(\[0., 0.\]\)"),
+    (torch.zeros(2), TypeError, r"needs one number from the Loop's evaluate, got a tensor of shape \(2,\)"),
 ])
 def test_a_metric_that_gives_no_number(model, loss, kind, message):
     with pytest.raises(kind, match=message):
@@ -194,9 +194,12 @@ def test_a_metric_that_gives_no_number(model, loss, kind, message):
 
 
 def test_a_training_that_diverges_is_named(model):
+    def train(model):
+        next(model.parameters()).data.add_(0.001)
+
     losses = iter([1.0, 0.9, 0.8, 2.0, float("nan")])
     with pytest.raises(ValueError, match=r"got nan after epoch 1 of retraining \(1.weight_ih_l0.r, TopK 0.5 at 4 bits\)"):
-        measured(model, wb.Loop(lambda _: next(losses), INPUTS, lambda _: None), epochs=2)
+        measured(model, wb.Loop(lambda _: next(losses), INPUTS, train), epochs=2)
 
 
 def test_batches_that_are_not_there(model):

@@ -11,7 +11,8 @@ from workbench.tasks.task import pad
 def task():
     split = pad([np.ones((3, 2)), np.zeros((1, 2))], [0, 1], ["a", "b"])
     recipe = Recipe(dropout=0.25, pooling="last")
-    return Task("toy", "official", ("no", "yes", "maybe"), {"train": split}, "", "", "", "", recipe)
+    return Task("toy", "official", ("no", "yes", "maybe"), dict.fromkeys(("train", "valid", "test"), split), "", "", "", "",
+                recipe)
 
 
 SHAPES = [
