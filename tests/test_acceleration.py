@@ -383,6 +383,7 @@ def test_what_is_ideal_counts_the_weights_of_the_dense_model_beside():
     assert table["efficiency_matvec"] == pytest.approx(table["speedup_matvec"] * 576 / 3200)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 def test_a_second_layer_takes_what_a_projection_gives():
     model = torch.nn.LSTM(8, 12, proj_size=8)
     packed = pack(model, uniform(model, Dense(), 8, calibrate(model, [torch.randn(5, 2, 8)])))
