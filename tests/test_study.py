@@ -695,8 +695,8 @@ def test_every_retraining_of_a_tradeoff_has_the_rate_that_was_asked_for(tiny_tas
     assert tiny_task.recipe.lr not in (1e-3, 2e-3)
     # The small network from scratch, once for both; then it in 8 bits, both plans and the dense control.
     assert rates["here"] == [tiny_task.recipe.lr] + 4 * [1e-3] + 4 * [2e-3]
-    # The hybrid's strength; the allocation's three candidates: of Top-k, of every method, the uniform plan of Top-k.
-    assert rates["in a search"] == 4 * [1e-3] + 4 * [2e-3]
+    # The hybrid's strength; the allocation's two candidates: that of Top-k, the one family, and its uniform plan.
+    assert rates["in a search"] == 3 * [1e-3] + 3 * [2e-3]
 
 
 @pytest.mark.filterwarnings("ignore:a retraining schedule passed over")  # of an epoch of few steps
