@@ -121,7 +121,7 @@ def _sizes(model, task, count) -> dict[tuple[str, str], torch.Tensor]:
                 if signal in signals:
                     squares[layer.name, part] += signals[signal][alive].double().square().sum(0)
                     steps[layer.name, part] += int(alive.sum())
-    if missing := [name for name in layers(model) if not any(key[0] == name for key in squares)]:
+    if missing := [name for name in layers(model) if (name, "ih") not in squares]:
         raise ValueError("cheap_sensitivity needs batches on which the model calls every recurrent module, got "
                          f"{count} without a call of {', '.join(missing)}")
     return {key: (total / steps[key]).sqrt() for key, total in squares.items()}

@@ -75,8 +75,6 @@ def rnns(model: nn.Module) -> dict[str, nn.RNNBase]:
     found, owners = {}, {}  # owners: id of a parameter -> (whether of an nn.LSTM or nn.GRU, its name)
     for path, module in model.named_modules():
         recurrent = isinstance(module, (nn.LSTM, nn.GRU))
-        if recurrent and getattr(module, "in_integers", False):
-            raise ValueError(f"{path!r} runs in integers, as attach makes it: the workbench takes the float model")
         if recurrent:
             _check_rnn(path, module)
             found[path] = module
@@ -130,6 +128,8 @@ def _check_other(path, module):
 
 
 def _check_rnn(path, rnn):
+    if getattr(rnn, "in_integers", False):
+        raise ValueError(f"{path!r} runs in integers, as attach makes it: the workbench takes the float model")
     plain = dict(rnn.named_parameters(recurse=False, remove_duplicate=False))
     biases = [f"bias_{part}_{layer.suffix}" for layer in layers_of(rnn) for part in ("ih", "hh") if rnn.bias]
     expected = parameters_of(rnn) + biases

@@ -436,7 +436,7 @@ def dense_control(task, dense, variant, seed, retraining) -> dict:
 
 def small_control(task, dense, target_cr_disk, seed, retraining) -> dict:
     """An LSTM with as many units as fill the target's bytes at 8 bits, trained from scratch and then in 8 bits."""
-    payload_bits = math.ceil(32 * dense_weights(blocks(dense)) / target_cr_disk)
+    payload_bits = math.ceil(bits_within(target_cr_disk, blocks(dense)))
     hidden_size = small_hidden_size(task.num_features, payload_bits)
     small = _train_dense(task, hidden_size, seed, retraining.dense_epochs, retraining.checkpoints, retraining.device)
     plan = uniform(small, Dense(), CONTROL_BITS, calibrate(small, calibration_batches(task)))
