@@ -134,6 +134,12 @@ def test_check_names_the_block_that_a_method_does_not_fit(model, plan):
 @pytest.mark.parametrize("kind", STACKS)
 @pytest.mark.parametrize("change", [
     lambda plan, layer, block: replace(plan, blocks=plan.blocks | {block: BlockPlan(LowRank(2), QFormat(28, 14))}),
+    lambda plan, layer, block: replace(plan, blocks=plan.blocks | {block: BlockPlan(BlockCirculant(4, "fft"), QFormat(19, 9))}),
+    lambda plan, layer, block: replace(plan, delta={layer: {"hidden": 0.1}}, blocks=plan.blocks | {
+        block: BlockPlan(BlockCirculant(4, "fft"), QFormat(8, 6))}),
+    lambda plan, layer, block: replace(plan, signals=plan.signals | {layer: plan.signals[layer] | {"input": QFormat(25, 12)}},
+                                       blocks=plan.blocks | {block.replace("hh", "ih"): BlockPlan(
+                                           BlockCirculant(8, "fft"), QFormat(8, 6))}),
     lambda plan, layer, block: replace(plan, signals=plan.signals | {layer: plan.signals[layer] | {"input": QFormat(28, 12)}}),
     lambda plan, layer, block: replace(plan, signals={
         name: signals | {"pre": QFormat(17, 12)} for name, signals in plan.signals.items()}, activation="exact"),

@@ -11,8 +11,8 @@ import torch
 
 from workbench.fixedpoint import TABLES, QFormat
 from workbench.gates import blocks, cell_name, layers, merged_bias, rnns, weights
-from workbench.methods import Method, check_method, method_from_json, method_label, method_to_json
-from workbench.packed import PARTS, PackedDense, PackedLayer, PackedModel, signals_of, table_uses
+from workbench.methods import BlockCirculant, Method, check_method, method_from_json, method_label, method_to_json
+from workbench.packed import PARTS, PackedCirculant, PackedDense, PackedLayer, PackedModel, signals_of, table_uses
 from workbench.quantise import weight_format
 
 ACTIVATIONS = tuple(TABLES)  # the kinds of activation table
@@ -22,12 +22,32 @@ class Unpackable(ValueError):
     """A layer with sums, operands or biases that the arithmetic does not take."""
 
 
-class _Zeros(PackedDense):
-    """Stands for a block in whatever form. The fraction bits of sums of transforms follow from the values: here they are so few
-    that no sum is moved up for their sake."""
+class _Zeros:
+    """Of a block that stands for one of whatever values. The fraction bits of its sums may follow from those: here they are so
+    few that no sum is moved up for their sake."""
 
     def sum_frac(self, signal):
         return -64  # the least of a QFormat
+
+
+class _DenseZeros(_Zeros, PackedDense):
+    pass
+
+
+class _SpectralZeros(_Zeros, PackedCirculant):
+    pass
+
+
+def _zeros(name, shape, entry):
+    """Stands for the block in the form in which the plan stores it, where the form has rules of its own for formats."""
+    if not (isinstance(entry.method, BlockCirculant) and entry.method.datapath == "fft"):
+        return _DenseZeros(np.zeros(shape, dtype=np.int64), entry.format)
+    k = entry.method.block
+    vectors = np.zeros((shape[0] // k, -(-shape[1] // k), k), dtype=np.int64)
+    try:
+        return _SpectralZeros(shape, entry.format, k, vectors, entry.method.datapath)
+    except ValueError as error:
+        raise ValueError(f"block {name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -104,8 +124,7 @@ class Plan:
         # Packs a model that is all zero: what is refused then no training makes packable.
         packed = {}
         for name, layer in layers(model).items():
-            zeros = {b.name: _Zeros(np.zeros(b.shape, dtype=np.int64), self.blocks[b.name].format)
-                     for b in blocks(model).values() if b.layer == layer}
+            zeros = {b.name: _zeros(b.name, b.shape, self.blocks[b.name]) for b in blocks(model).values() if b.layer == layer}
             bias = {gate: np.zeros(len(b)) for gate, b in merged_bias(rnns(model)[layer.rnn], layer.suffix).items()}
             packed[name] = self.pack_layer(model, name, zeros, bias)
         PackedModel(packed, 0, 0)
