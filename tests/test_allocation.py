@@ -457,7 +457,7 @@ def test_a_block_without_a_choice_of_finite_mean_loss_is_refused(model, signals)
 @pytest.mark.parametrize("bad, message", [
     ({"bits": 9}, "a uniform plan needs 2 to 8 bits, got 9"),
     ({"target_cr_disk": 0}, "a target cr_disk must be a number of at least 1, got 0"),
-    ({"epochs": -1}, "search_allocation needs whole epochs of at least 0, got -1"),
+    ({"epochs": -1}, "search_allocation needs a whole number of epochs of at least 0, got -1"),
 ], ids=str)
 def test_bad_values_of_a_search_are_refused_before_any_work(model, monkeypatch, bad, message):
     monkeypatch.setattr(allocation, "calibrate", None)

@@ -19,7 +19,7 @@ PACKAGE = REPOSITORY / "workbench"
 
 # Imports run down this table only. A package stands for all its files.
 LEVELS = (
-    ("container", "fixedpoint", "spectrum", "packed"),
+    ("checks", "container", "fixedpoint", "spectrum", "packed"),
     ("engine", "array"),
     ("gates", "methods"),
     ("plan", "budget", "constrain", "quantise", "emulation", "units"),
@@ -29,7 +29,7 @@ LEVELS = (
      "tables", "exploration", "deployment", "__main__"),
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
-WITHOUT_TORCH = ("container", "fixedpoint", "spectrum", "packed", "engine", "array")
+WITHOUT_TORCH = ("checks", "container", "fixedpoint", "spectrum", "packed", "engine", "array")
 
 MODULES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path

@@ -696,6 +696,11 @@ def test_a_field_that_is_none_is_refused_with_those_that_are():
         SMALL.with_(row=8)
 
 
+def test_numbers_of_numpy_are_python_s():
+    spec = SMALL.with_(rows=np.int64(SMALL.rows), act_units=np.int8(SMALL.act_units))
+    assert spec == SMALL and all(type(value) is int for value in vars(spec).values())
+
+
 @pytest.mark.parametrize("value", [4.0, True, "4"])
 def test_spec_refuses_types(value):
     with pytest.raises(TypeError, match="ArraySpec needs a whole number for act_units"):
@@ -733,7 +738,7 @@ def test_batches_are_checked():
     with pytest.raises(ValueError, match=r"needs 8 data words \(x twice, h once, for each of 2 items\), the array has 7"):
         schedule_layer(dense_layer(), SMALL.with_(data_words=7), 3, batch=2)
     for batch in (0, 2.0, True):
-        with pytest.raises(ValueError, match=r"a whole number of sequences side by side \(batch\), at least 1, got"):
+        with pytest.raises(ValueError, match=r"a whole number of sequences side by side \(batch\) of at least 1, got"):
             schedule_layer(dense_layer(), SMALL, 3, batch=batch)
 
 
@@ -755,7 +760,7 @@ def test_unknown_form_step_count_and_preset_are_refused():
     with pytest.raises(ValueError, match="the array maps PackedDense, PackedSparse, PackedCirculant so far, got list"):
         map_block([], 4, 4)
     for steps in (0, 2.0, True):
-        with pytest.raises(ValueError, match="a whole number of steps, at least 1"):
+        with pytest.raises(ValueError, match="a whole number of steps of at least 1, got"):
             schedule_layer(dense_layer(), SMALL, steps)
     with pytest.raises(TypeError, match="needs a PackedLayer and an ArraySpec, got PackedLayer and str"):
         schedule_layer(dense_layer(), "group4x4", 1)

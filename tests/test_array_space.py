@@ -207,7 +207,7 @@ def test_no_region_is_narrower_than_the_multicast():
 
 def test_a_sweep_needs_steps():
     for steps in (0, 2.0, True):
-        with pytest.raises(ValueError, match=f"sweep_space needs a whole number of steps, at least 1, got {steps}"):
+        with pytest.raises(ValueError, match=f"sweep_space needs a whole number of steps of at least 1, got {steps}"):
             sweep_space(dense_layer(), {"rows": [4]}, steps=steps)
 
 

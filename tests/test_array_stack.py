@@ -426,5 +426,5 @@ def test_what_cannot_be_hoisted_is_refused():
         execute_layer(dense_layer(), SMALL, np.zeros((2, 1, 4), dtype=int), Layout((Region(0, 0, 4, 4),)), hoist=True)
     with pytest.raises(ValueError, match="schedule_stack hoists input products of layers in turn only"):
         schedule_stack(stack_of(), WIDE, 3, form="side by side", hoist=True)
-    with pytest.raises(ValueError, match="hoisting takes a whole number of steps at a time, 0 for all, got -1"):
+    with pytest.raises(ValueError, match="hoisting needs a whole number of steps at a time, 0 for all, of at least 0, got -1"):
         schedule_hoisted(dense_layer(), SMALL, 3, window=-1)

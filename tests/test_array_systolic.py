@@ -126,8 +126,8 @@ def test_table_of_a_projected_layer():
 
 
 @pytest.mark.parametrize(("array", "message"), [
-    ((0, 4, "os"), "SystolicArray needs a whole number of at least 1 for rows, got 0"),
-    ((4, 2.0, "os"), "SystolicArray needs a whole number of at least 1 for cols, got 2.0"),
+    ((0, 4, "os"), "SystolicArray needs a whole number of rows of at least 1, got 0"),
+    ((4, 2.0, "os"), "SystolicArray needs a whole number of columns of at least 1, got 2.0"),
     ((4, 4, "is"), "SystolicArray knows the dataflows os, ws, got 'is'")])
 def test_arrays_are_checked(array, message):
     with pytest.raises(ValueError, match=message):

@@ -174,7 +174,7 @@ def test_scores_are_ranked_against_a_measurement(tiny_task):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"batches": 0}, "cheap_sensitivity needs at least 1 batch, got 0"),
+    ({"batches": 0}, "cheap_sensitivity needs a whole number of batches of at least 1, got 0"),
     ({"bits": []}, "needs different widths in bits, got none"),
     ({"methods": [wb.BlockCirculant(3)]}, "block 0.weight_ih_l0.r at 8 bits: .* needs rows divisible by 3"),
     ({"task": wb.Loop(None, [torch.ones(2, 1, 3)])}, "needs a Loop with the function losses, got one without"),

@@ -86,7 +86,7 @@ def test_circulant_blocks_by_fft_and_a_layer_by_name():
     ({"array": "tpu"}, "preset knows group4x4, .*, got 'tpu'"),
     ({"rows": 6}, "ArraySpec needs rows and cols in multiples of 4"),
     ({"layer": "l1"}, "a question needs a layer of the model, l0, got 'l1'"),
-    ({"batch": 0}, "a question needs a batch of at least 1 sequence, got 0"),
+    ({"batch": 0}, "a question needs a whole batch of at least 1, got 0"),
 ], ids=str)
 def test_what_a_question_refuses(lstm, asked, message, monkeypatch):
     question = Question(**{"target_cr_disk": 6.0} | asked)

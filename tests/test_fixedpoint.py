@@ -1,5 +1,6 @@
 """Fixed point: hand numbers, apytypes and Python's own integers as oracles, exactness of products, messages."""
 
+import json
 import math
 from fractions import Fraction
 
@@ -333,6 +334,12 @@ def test_largest_errors_of_the_default_formats(kind, function, ulp):
     in_fmt, out_fmt = QFormat(16, 12), QFormat(16, 15)
     error = TABLES[kind].build(function, [(in_fmt, out_fmt)]).max_error_ulp(in_fmt, out_fmt)
     assert 0.8 * ulp < error <= 1.02 * ulp
+
+
+def test_numbers_of_numpy_are_python_s():
+    fmt = QFormat(np.int64(8), np.int16(-4), np.bool_(False))
+    assert fmt == QFormat(8, -4, False) and json.dumps(fmt.to_json()) == json.dumps(QFormat(8, -4, False).to_json())
+    assert QFormat(np.int8(32), 0).max == 2**31 - 1  # in NumPy's int8 1 << 31 is 0
 
 
 # Messages.

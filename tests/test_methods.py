@@ -1,4 +1,5 @@
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pytest
@@ -84,6 +85,16 @@ def value_format(method, fmt):
 def test_the_contract_covers_every_method():
     assert {type(method).__name__ for method, _ in CASES} == set(METHODS)
     assert all(cls.__name__ == name for name, cls in METHODS.items())
+
+
+@contract
+def test_numbers_of_numpy_are_python_s(method, shape):
+    """As a loop over np.arange or a column of a table gives them."""
+    numbers = {f.name: np.array(getattr(method, f.name))[()] for f in fields(method)}
+    made = type(method)(**numbers)
+    assert made == method and method_to_json(made) == method_to_json(method)
+    assert json.dumps(method_to_json(made)) == json.dumps(method_to_json(method))
+    assert method_label(made, exact=True) == method_label(method, exact=True)
 
 
 @contract

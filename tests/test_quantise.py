@@ -634,9 +634,11 @@ def test_calibrate_refuses(lstm):
     with pytest.raises(ValueError, match="calibrate needs batches that hold values, got only empty ones for '0'"):
         calibrate(nn.Sequential(lstm), [torch.zeros(2, 0, 3).double()])
     assert calibrate(lstm, [torch.zeros(2, 0, 3).double(), x]) == calibrate(lstm, [x])
-    for bits in ("8", None, [4], 0, 33, True, 2.0, {"input": "8"}):
-        with pytest.raises(ValueError, match="calibrate needs bits from 1 to 32, one width or one for each signal, got"):
+    for bits in ("8", None, [4], 0, 33, True, 2.0):
+        with pytest.raises(ValueError, match="calibrate needs a whole number of bits for every signal from 1 to 32, got "):
             calibrate(lstm, None, bits)
+    with pytest.raises(ValueError, match="calibrate needs a whole number of bits for cell from 1 to 32, got '8'"):
+        calibrate(lstm, None, {"input": 8, "cell": "8"})
     with pytest.raises(ValueError, match="calibrate knows the clipping rules max, percentile, mse, got 'least'"):
         calibrate(lstm, [torch.zeros(2, 2, 3).double()], clip="least")
     for rnn in (nn.RNN(3, 5), nn.Sequential(lstm, nn.GRUCell(5, 5))):

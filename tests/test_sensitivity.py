@@ -218,7 +218,7 @@ def test_unreachable_targets_are_refused_with_the_numbers(model, signals, tiny_t
         hybrid_plan(model, [], Strength(2, 8, 8), 200.0, signals)
     with pytest.raises(ValueError, match="no hybrid plan meets cr_disk 200"):
         search_hybrid(model, tiny_task, ["g"], 200.0, [Strength(2, 8, 8)], epochs=0, seed=0)
-    with pytest.raises(ValueError, match="search_hybrid needs whole epochs of at least 0, got -1"):
+    with pytest.raises(ValueError, match="search_hybrid needs a whole number of epochs of at least 0, got -1"):
         search_hybrid(model, tiny_task, ["g"], 12.0, [Strength(2, 8, 8)], epochs=-1, seed=0)
     for target in (0.5, float("nan"), True, "38"):
         with pytest.raises(ValueError, match="a target cr_disk must be a number of at least 1"):
@@ -355,8 +355,8 @@ def test_the_summary_counts_who_recovered_of_those_that_lost():
     ({"bits": [4, 4]}, "needs different widths in bits, got 4, 4"),
     ({"bits": [0]}, r"block lstm.weight_ih_l0.i at 0 bits: QFormat"),
     ({"methods": [BlockCirculant(5)]}, r"block lstm.weight_ih_l0.i at 8 bits: BlockCirculant.* rows divisible by 5"),
-    ({"epochs": -1}, "needs whole epochs of at least 0, got -1"),
-    ({"epochs": True}, "needs whole epochs of at least 0, got True"),
+    ({"epochs": -1}, "needs a whole number of epochs of at least 0, got -1"),
+    ({"epochs": True}, "needs a whole number of epochs of at least 0, got True"),
 ])
 def test_a_measurement_is_checked_before_it_starts(model, tiny_task, monkeypatch, change, message):
     monkeypatch.setattr(sensitivity, "calibrate", lambda *_: pytest.fail("it has started"))

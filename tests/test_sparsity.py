@@ -182,7 +182,7 @@ def test_bad_input_is_refused(trained, tiny_task, tiny_language_task):
             study()
     with pytest.raises(ValueError, match="layer_sequences needs a model and its PackedModel, got a Plan as the second"):
         operation_study(model, plan, tiny_task, SPEC, [1], 2)
-    with pytest.raises(ValueError, match="layer_sequences needs at least 1 sequence, got 0"):
+    with pytest.raises(ValueError, match="layer_sequences needs a whole number of sequences of at least 1, got 0"):
         layer_sequences(model, pack(model, plan), tiny_task, "valid", 0)
     with pytest.raises(ValueError, match="Plan needs a delta threshold of at least 0 for input of lstm.l0, got -1"):
         delta_study(model, plan, tiny_task, SPEC, [-1], [1], 2, 1.0)

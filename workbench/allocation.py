@@ -26,6 +26,7 @@ from workbench.budget import (
     strongest_member,
     uniform_plan,
 )
+from workbench.checks import check_whole
 from workbench.gates import blocks, check_gates, dense_weights, weights
 from workbench.methods import METHODS, Method, check_family, method_from_label
 from workbench.packed import PackedModel
@@ -34,7 +35,6 @@ from workbench.quantise import calibrate
 from workbench.sensitivity import (
     Loop,
     batches_of,
-    check_epochs,
     check_keep_start,
     check_measured,
     check_table,
@@ -209,7 +209,7 @@ def search_allocation(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     check_target(target_cr_disk)
     check_bits(bits)
     check_measured(task, device, seed)
-    check_epochs("search_allocation", epochs)
+    check_whole("search_allocation", "number of epochs", epochs, 0)
     check_keep_start("search_allocation", keep_start)
     _check_table(table, blocks(model))
     signals = calibrate(model, batches_of(model, task, epochs))

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from workbench.checks import check_whole
 from workbench.constrain import bake
 from workbench.gates import blocks, evaluating, layers, rnns, weights
 from workbench.methods import Method, method_label
@@ -40,8 +41,7 @@ def cheap_sensitivity(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     own `losses`. Columns: block, gate, method, bits, compression, and the scores. ValueError as check_sensitivity.
     """
     check_sensitivity(model, methods, bits, 0)
-    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
-        raise ValueError(f"cheap_sensitivity needs at least 1 batch, got {batches!r}")
+    batches = check_whole("cheap_sensitivity", "number of batches", batches, 1)
     model = bake(model)
     sizes, known, rows = _sizes(model, task, batches), blocks(model), []
     gradients, squares = _gradients(model, task, batches, seed)

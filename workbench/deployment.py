@@ -14,10 +14,11 @@ import torch
 
 from workbench.array import ArraySpec, Schedule, StagedSchedule, schedule_layer, schedule_stack
 from workbench.array.cost import BASELINE, DEVICES, compare
+from workbench.checks import check_whole
 from workbench.constrain import pack
 from workbench.exploration import Question, untrained
 from workbench.methods import Dense
-from workbench.packed import PackedLayer, PackedModel, check_whole, load
+from workbench.packed import PackedLayer, PackedModel, load
 from workbench.plan import pack_block, plan_block
 from workbench.plots import gantt_figure, region_figure
 from workbench.report import show
@@ -140,8 +141,8 @@ def deploy(packed: PackedModel, spec: ArraySpec, steps: int = 20, batch: int = 1
         raise TypeError(f"deploy needs a PackedModel, as pack and load give it, got a {type(packed).__name__}")
     if not isinstance(spec, ArraySpec):
         raise TypeError(f"deploy needs an ArraySpec, as array.preset and array_of give it, got {spec!r}")
-    check_whole("deploy", "number of steps", steps, 1)
-    check_whole("deploy", "batch", batch, 1)
+    steps = check_whole("deploy", "number of steps", steps, 1)
+    batch = check_whole("deploy", "batch", batch, 1)
     dense = replace(packed, layers={name: dense_baseline(layer) for name, layer in packed.layers.items()})
 
     def scheduled(names, schedule):

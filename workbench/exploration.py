@@ -14,6 +14,7 @@ from workbench.array import PRESETS, ArraySpec, Schedule, preset, schedule_layer
 from workbench.array.cost import BASELINE
 from workbench.array.spec import GROUP, ceil_div, in_step
 from workbench.budget import WIDTHS, check_bits, check_target, pack_anew, uniform_plan
+from workbench.checks import check_whole
 from workbench.constrain import pack
 from workbench.gates import check_gates, gate_names, layers
 from workbench.methods import METHODS, BlockCirculant, Dense
@@ -77,8 +78,7 @@ class Question:
         check_bits(self.bits)
         if self.fft and self.method not in (HYBRID, BlockCirculant.__name__):
             raise ValueError(f"fft needs a plan with circulant blocks, got one of {self.method}")
-        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
-            raise ValueError(f"a question needs a batch of at least 1 sequence, got {self.batch!r}")
+        check_whole("a question", "batch", self.batch, 1)
         gates = gate_names(model)
         sensitive = [gate for gate in gates if gate in ("g", "n")] if self.sensitive is None else list(self.sensitive)
         check_gates("a question", model, sensitive)

@@ -9,6 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
+from workbench.checks import plain_numbers
+
 PIECE = 1 << 15  # values that are quantised at a time
 
 
@@ -24,6 +26,7 @@ class QFormat:
     signed: bool = True
 
     def __post_init__(self):
+        plain_numbers(self)
         for name in ("bits", "frac"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from workbench.checks import check_whole
 from workbench.container import read_tensors, write_tensors
 from workbench.fixedpoint import TABLES, ExactMatrix, QFormat
 from workbench.spectrum import OPERAND_BITS, WORD_BITS, SpectralProduct, forward_bounds, weight_spectra, word_bits
@@ -153,12 +154,6 @@ class PackedDense(_Stored):
     def restore(cls, arrays, shape, fmt, about) -> "PackedDense":
         count = shape[0] * shape[1]
         return cls(unpack_bits(arrays["values"], fmt.bits, count, fmt.signed).reshape(shape), fmt)
-
-
-def check_whole(who, name, value, least, most=math.inf):
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise ValueError(f"{who} needs a whole {name} {bounds}, got {value!r}")
 
 
 # Encodings of a sparse block. encode(block) gives its words (values in the order of storage, zero where a place stays

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from workbench.checks import check_whole
 from workbench.fixedpoint import QFormat
 from workbench.gates import Layer, cell_name, evaluating, layers, layers_of, own_calls_only, rnns
 from workbench.packed import SIGNALS, PackedLayer, signals_of
@@ -137,9 +138,8 @@ def _check_clip(clip):
 
 
 def _check_bits(bits):
-    for width in bits.values() if isinstance(bits, dict) else (bits,):
-        if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= 32:
-            raise ValueError(f"calibrate needs bits from 1 to 32, one width or one for each signal, got {bits!r}")
+    for name, width in bits.items() if isinstance(bits, dict) else [("every signal", bits)]:
+        check_whole("calibrate", f"number of bits for {name}", width, 1, 32)
 
 
 def observe(model: nn.Module, batches) -> "Observation":

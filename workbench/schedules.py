@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from workbench.budget import keeps_a_share, kept_share, strongest_member
+from workbench.checks import check_whole
 from workbench.constrain import compress, constrain_weights, make_plain
 from workbench.gates import blocks, parameters_of, rnns, weight, weights
 from workbench.methods import Dense, Method
-from workbench.packed import check_whole
 from workbench.plan import Plan, plan_block
 
 WAITING_BITS = 16  # of a block whose turn has not come
@@ -199,7 +199,7 @@ def gradual(model: nn.Module, plan, *, stages: int = 8, until: float = UNTIL) ->
     weight the block is dense, in the plan's width.
     """
     plan = Plan.read(plan)
-    check_whole("gradual", "number of stages", stages, 1)
+    stages = check_whole("gradual", "number of stages", stages, 1)
     _check_until("gradual", until)
     plan.check(model)
     final = {name: kept_share([w], plan.blocks[name].method) for name, w in weights(model).items()}
@@ -246,7 +246,7 @@ def admm(model: nn.Module, plan, *, rho: float = 1e-2, updates: int = 10, until:
     of the loop. Free blocks are dense in 16 bits.
     """
     plan = Plan.read(plan)
-    check_whole("admm", "number of updates", updates, 1)
+    updates = check_whole("admm", "number of updates", updates, 1)
     _check_until("admm", until)
     if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 < rho < math.inf:
         raise ValueError(f"admm needs a rho above 0, got {rho!r}")

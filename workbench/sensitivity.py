@@ -15,11 +15,11 @@ import torch
 from torch.nn.utils import parametrize
 
 from workbench.budget import OutOfReach, bits_within, check_target, largest_member, pack_anew
+from workbench.checks import check_whole
 from workbench.constrain import compress
 from workbench.gates import blocks, check_gates, dense_weights, evaluating, weight, weights
 from workbench.methods import BlockCirculant, Dense, Method, TopK, check_method, method_from_label, method_label
 from workbench.models import seeded
-from workbench.packed import check_whole
 from workbench.plan import Plan, pack_block, plan_block, plan_blocks, uniform
 from workbench.quantise import calibrate
 from workbench.tasks import LanguageTask, Task
@@ -111,7 +111,7 @@ def check_sensitivity(model: torch.nn.Module, methods: list[Method], bits: int |
     for what, asked in (("methods", labels), ("widths in bits", widths)):
         if not asked or len(set(asked)) != len(asked):
             raise ValueError(f"a sensitivity measurement needs different {what}, got {', '.join(map(str, asked)) or 'none'}")
-    check_epochs("a sensitivity measurement", epochs)
+    check_whole("a sensitivity measurement", "number of epochs", epochs, 0)
     for name, w in weights(model).items():
         for method in methods:
             for width in widths:
@@ -119,11 +119,6 @@ def check_sensitivity(model: torch.nn.Module, methods: list[Method], bits: int |
                     plan_block(w, method, width)
                 except ValueError as error:
                     raise ValueError(f"block {name} at {width} bits: {error}") from error
-
-
-def check_epochs(who: str, epochs: int, name: str = "epochs") -> None:
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
-        raise ValueError(f"{who} needs whole {name} of at least 0, got {epochs!r}")
 
 
 def check_table(who: str, table: pd.DataFrame, columns, source: str = "sensitivity_table") -> None:
@@ -418,7 +413,7 @@ def search_hybrid(model: torch.nn.Module, task: Task | LanguageTask | Loop, sens
     """
     check_target(target_cr_disk)
     check_measured(task, device, seed)
-    check_epochs("search_hybrid", epochs)
+    check_whole("search_hybrid", "number of epochs", epochs, 0)
     check_keep_start("search_hybrid", keep_start)
     if not isinstance(strengths, list | tuple) or not strengths or not all(isinstance(s, Strength) for s in strengths):
         raise ValueError(f"search_hybrid needs a list of at least one Strength, got {strengths!r}")

@@ -9,6 +9,7 @@ import torch
 
 from workbench.array import ArraySpec, Choice, compare_operations, map_layer, multiplied, schedule_layer
 from workbench.array.schedule import schedule_mapping
+from workbench.checks import check_whole
 from workbench.constrain import attach, check_packed, pack
 from workbench.engine import LayerEngine, reversed_steps
 from workbench.packed import PackedModel
@@ -25,8 +26,7 @@ def layer_sequences(model: torch.nn.Module, packed: PackedModel, task: Task, spl
     check_packed("layer_sequences", model, packed)
     if not isinstance(task, Task):
         raise ValueError(f"layer_sequences needs a task of sequences, got a {type(task).__name__}")
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"layer_sequences needs at least 1 sequence, got {count!r}")
+    count = check_whole("layer_sequences", "number of sequences", count, 1)
     data = task.splits[split]
     batches = ((torch.from_numpy(data.x[n : n + 1, : data.lengths[n]]), torch.from_numpy(data.lengths[n : n + 1]))
                for n in range(min(count, len(data.lengths))))

@@ -28,11 +28,12 @@ from workbench.allocation import choices_to_measure, search_allocation
 from workbench.array import ArraySpec, schedule_layer
 from workbench.array.cost import BASELINE
 from workbench.budget import OutOfReach, bits_within, check_bits, check_target, first_uniform, uniform_plan
+from workbench.checks import check_whole
 from workbench.constrain import attach, bake, constrained_code, pack
 from workbench.emulation import attach_emulated
 from workbench.gates import blocks, cell_name, dense_weights, rnns, weight
 from workbench.methods import METHODS, BlockCirculant, Dense, Method, TopK, method_label
-from workbench.packed import GATES, PackedLayer, PackedModel, check_whole
+from workbench.packed import GATES, PackedLayer, PackedModel
 from workbench.pareto import pareto_front
 from workbench.plan import Plan, plan_block, uniform
 from workbench.quantise import calibrate
@@ -41,7 +42,6 @@ from workbench.sensitivity import (
     Loop,
     Strength,
     calibration_batches,
-    check_epochs,
     classify,
     hybrid_plan,
     search_hybrid,
@@ -124,8 +124,8 @@ def check_study(task: Task, *, hidden_size: int, target_cr_disk: float, seeds: l
     does not hold the dense model."""
     _check_training(task, seeds, epochs, retrain_epochs, distillation_weight)
     _check_counts(step=steps, worker=workers)
-    check_epochs("a study", sensitivity_epochs, "sensitivity_epochs")
-    check_epochs("a study", search_epochs, "search_epochs")
+    check_whole("a study", "number of sensitivity_epochs", sensitivity_epochs, 0)
+    check_whole("a study", "number of search_epochs", search_epochs, 0)
     check_hybrid(task, hidden_size, target_cr_disk)
     check_array(task, hidden_size, spec)
 
@@ -185,7 +185,7 @@ def _check_points(task, methods, target_cr_disks, bits, search_epochs, schedule,
         if not values or len(set(values)) != len(values):
             raise ValueError(f"a tradeoff needs different {what}, at least one, got {values}")
     check_bits(bits)
-    check_epochs("a tradeoff", search_epochs, "search_epochs")
+    check_whole("a tradeoff", "number of search_epochs", search_epochs, 0)
     if retrain_lr is not None and not 0 < retrain_lr < math.inf:
         raise ValueError(f"a tradeoff needs a retrain_lr above 0, or none for the task's own, got {retrain_lr}")
 

@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
+from workbench.checks import check_whole
 from workbench.constrain import bake
 from workbench.gates import evaluating, layers, layers_of, rnns
-from workbench.packed import check_whole
 from workbench.quantise import batches_of_arguments
 
 Consumers = dict[str, list[str]]
@@ -238,7 +238,7 @@ def _kept(model, keep, takers) -> dict[str, torch.Tensor]:
             raise ValueError(f"remove_units knows the layers {', '.join(known)}, got {', '.join(map(str, unknown))}")
         kept = {name: _units(name, rnns(model)[known[name].rnn].hidden_size, units) for name, units in keep.items()}
     else:
-        check_whole("remove_units", "number of units to keep", keep, 1)
+        keep = check_whole("remove_units", "number of units to keep", keep, 1)
         kept = {}
         for name, score in _scores(model, takers).items():
             if not score.isfinite().all():

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from workbench.array.spec import DSP_BITS, GROUP, ArraySpec, ceil_div
+from workbench.checks import check_whole
 from workbench.fixedpoint import ExactMatrix, QFormat
 from workbench.packed import PARTS, PackedCirculant, PackedDense, PackedLayer, PackedLowRank, PackedSparse
 from workbench.spectrum import OPERAND_BITS, TWIDDLE_BITS, SpectralProduct, real_operations
@@ -884,8 +885,7 @@ def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, 
     mapping of this layout and these parts, among which the accumulators are then shared out as there, so that the same words
     stay resident. What does not fit raises ValueError."""
     check_layer(layer, spec)
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"the array runs a whole number of sequences side by side (batch), at least 1, got {batch!r}")
+    batch = check_whole("the array", "number of sequences side by side (batch)", batch, 1)
     used = np.zeros((spec.rows, spec.cols), dtype=np.int64)
     for region in layout.regions:
         used[region.window] += 1

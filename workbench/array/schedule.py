@@ -49,6 +49,7 @@ from workbench.array.mapping import (
 )
 from workbench.array.skipping import work_of
 from workbench.array.spec import ArraySpec, ceil_div
+from workbench.checks import check_whole
 from workbench.packed import PackedLayer
 from workbench.spectrum import real_operations
 
@@ -603,8 +604,7 @@ class Schedule(Readings):
 def schedule_mapping(mapping: LayerMapping | SideBySide, steps: int, inputs=None) -> Schedule:
     """The schedule of one mapping over `steps` time steps. inputs: what the weights multiply in them (skipping.multiplied), of
     layers side by side a list, whose zeros an array with a lookahead above 1 skips; without them none is taken to be zero."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"a schedule needs a whole number of steps, at least 1, got {steps!r}")
+    steps = check_whole("a schedule", "number of steps", steps, 1)
     timed, by_row, issued = time_program(mapping), (), None
     if inputs is not None and mapping.spec.lookahead > 1:
         inputs = [inputs] if isinstance(mapping, LayerMapping) else inputs

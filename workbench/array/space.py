@@ -26,6 +26,7 @@ from workbench.array.mapping import (
 )
 from workbench.array.schedule import Schedule, beats, events, run_points, schedule_layer, time_program
 from workbench.array.spec import GROUP, ArraySpec, ceil_div, in_step
+from workbench.checks import check_whole
 from workbench.fixedpoint import QFormat
 from workbench.packed import PackedLayer, PackedSparse
 
@@ -85,8 +86,7 @@ def sweep_space(layer: PackedLayer, points: dict, spec: ArraySpec | None = None,
     step_us: steady-state cycles over the clock). A point at which the layer does not fit has NaN figures and its reason.
     """
     spec, points = ArraySpec() if spec is None else spec, _checked(points)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"sweep_space needs a whole number of steps, at least 1, got {steps!r}")
+    steps = check_whole("sweep_space", "number of steps", steps, 1)
     number = len(next(iter(points.values())))
     found = {name: np.full(number, np.nan) for name in FIGURES}
     found |= {name: np.full(number, "", dtype=object) for name in ("layout", "reason")}

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, fields, replace
 
+from workbench.checks import plain_numbers
+
 GROUP = 4  # PEs come in groups of 4 x 4; regions are whole groups
 DSP_BITS, DSP_ACC_BITS = 18, 48  # of one DSP48E2 (UG579): its narrower operand, its adder
 
@@ -54,6 +56,7 @@ class ArraySpec:
     lookahead: int = 1
 
     def __post_init__(self):
+        plain_numbers(self)
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, bool) or not isinstance(value, int):

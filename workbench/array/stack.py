@@ -27,6 +27,7 @@ from workbench.array.mapping import (
 )
 from workbench.array.schedule import Operation, Readings, Schedule, schedule_layer, schedule_mapping
 from workbench.array.spec import ArraySpec, ceil_div
+from workbench.checks import check_whole
 from workbench.packed import PackedLayer
 
 
@@ -141,8 +142,7 @@ def schedule_hoisted(layer: PackedLayer, spec: ArraySpec, steps: int, batch: int
     chunk, as items of a batch do. Nothing is rounded elsewhere than without hoisting, but the first h needs the x of the whole
     window. inputs: as schedule_layer. A delta threshold of x, too many sums and what the array cannot hold raise ValueError.
     """
-    if isinstance(window, bool) or not isinstance(window, int) or window < 0:
-        raise ValueError(f"hoisting takes a whole number of steps at a time, 0 for all, got {window!r}")
+    window = check_whole("hoisting", "number of steps at a time, 0 for all,", window, 0)
     window = min(window or steps, steps)
     if "input" in layer.delta:
         raise ValueError(f"hoisting takes no delta threshold of x, whose sums move from step to step, got {layer.delta}")

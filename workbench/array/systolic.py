@@ -14,6 +14,7 @@ import numpy as np
 
 from workbench.array.mapping import sums_of
 from workbench.array.spec import ceil_div
+from workbench.checks import check_whole, plain_numbers
 from workbench.packed import PackedLayer
 
 DATAFLOWS = {"os": "output stationary", "ws": "weight stationary"}
@@ -48,9 +49,9 @@ class SystolicArray:
     dataflow: str
 
     def __post_init__(self):
-        for name, size in (("rows", self.rows), ("cols", self.cols)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"SystolicArray needs a whole number of at least 1 for {name}, got {size!r}")
+        plain_numbers(self)
+        check_whole("SystolicArray", "number of rows", self.rows, 1)
+        check_whole("SystolicArray", "number of columns", self.cols, 1)
         if self.dataflow not in DATAFLOWS:
             raise ValueError(f"SystolicArray knows the dataflows {', '.join(DATAFLOWS)}, got {self.dataflow!r}")
 

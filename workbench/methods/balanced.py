@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from workbench.checks import check_whole
 from workbench.methods.pruning import Pruning, check_keep
-from workbench.packed import Banks, check_whole
+from workbench.packed import Banks
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class RowBalanced(Pruning):
     keep: float
 
     def __post_init__(self):
-        check_keep("RowBalanced", self.keep)
+        check_keep(self)
 
     @classmethod
     def ladder(cls, shapes):
@@ -50,7 +51,7 @@ class BankBalanced(Pruning):
     banks: int
 
     def __post_init__(self):
-        check_keep("BankBalanced", self.keep)
+        check_keep(self)
         check_whole("BankBalanced", "number of banks", self.banks, 1)
 
     @classmethod

@@ -47,8 +47,9 @@ class _FakeQuantise(torch.autograd.Function):
 
 
 def fake_quantise(w: torch.Tensor, fmt: QFormat | None) -> torch.Tensor:
-    """Values of w on the grid of fmt (half up, saturating; equal to fmt.quantise bit for bit), gradient straight through
-    inside the range and zero where saturated (Bengio 2013, arXiv 1308.3432). fmt None leaves w as it is."""
+    """Values of w on the grid of fmt (half up, saturating; equal to fmt.quantise bit for bit, of float32 up to 25 bits, more
+    than a float32 holds), gradient straight through inside the range and zero where saturated (Bengio 2013, arXiv 1308.3432).
+    fmt None leaves w as it is."""
     return w if fmt is None else _FakeQuantise.apply(w, fmt)
 
 

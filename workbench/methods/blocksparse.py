@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from workbench.checks import check_whole
 from workbench.methods.base import check_rows
 from workbench.methods.pruning import Pruning, check_keep
-from workbench.packed import check_whole, tile_encodings
+from workbench.packed import tile_encodings
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class BlockSparse(Pruning):
     block: int
 
     def __post_init__(self):
-        check_keep("BlockSparse", self.keep)
+        check_keep(self)
         check_whole("BlockSparse", "block", self.block, 2)
 
     @classmethod

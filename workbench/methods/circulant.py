@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from workbench.checks import check_whole, plain_numbers
 from workbench.methods.base import check_matrix, check_rows, fake_quantise, powers_of_two, to_integers
 from workbench.packed import DATAPATHS, PackedCirculant
 
@@ -26,8 +27,8 @@ class BlockCirculant:
     datapath: str = "time"
 
     def __post_init__(self):
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 2:
-            raise ValueError(f"BlockCirculant needs a whole block of at least 2, got {self.block!r}")
+        plain_numbers(self)
+        check_whole("BlockCirculant", "block", self.block, 2)
         if self.datapath not in DATAPATHS:
             raise ValueError(f"BlockCirculant has the datapaths {', '.join(DATAPATHS)}, got {self.datapath!r}")
         if self.datapath == "fft" and self.block & (self.block - 1):

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from workbench.checks import check_whole, plain_numbers
 from workbench.methods.base import check_matrix, fake_quantise, to_integers
-from workbench.packed import PackedLowRank, check_whole
+from workbench.packed import PackedLowRank
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class LowRank:
     factors = 2  # stored values in a product: its fraction bits are as many times theirs
 
     def __post_init__(self):
+        plain_numbers(self)
         check_whole("LowRank", "rank", self.rank, 1)
 
     @classmethod

@@ -4,6 +4,7 @@ import zlib
 
 from torch import nn
 
+from workbench.checks import plain_numbers
 from workbench.methods.base import check_matrix, fake_quantise, to_integers
 from workbench.packed import PackedSparse
 
@@ -70,6 +71,10 @@ class _SparseWeights(nn.Module):
         return _scatter(fake_quantise(stored, self.fmt), self.support, self.shape)
 
 
-def check_keep(who: str, keep) -> None:
+def check_keep(method: Pruning) -> None:
+    """Refuse a field keep that is no share, and make it a float."""
+    plain_numbers(method)
+    keep = method.keep
     if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
-        raise ValueError(f"{who} needs keep in (0, 1], got {keep!r}")
+        raise ValueError(f"{type(method).__name__} needs keep in (0, 1], got {keep!r}")
+    object.__setattr__(method, "keep", float(keep))

@@ -14,7 +14,7 @@ class TopK(Pruning):
     keep: float
 
     def __post_init__(self):
-        check_keep("TopK", self.keep)
+        check_keep(self)
 
     @classmethod
     def ladder(cls, shapes):

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from workbench.checks import check_whole, plain_numbers
 from workbench.methods.base import check_rows, powers_of_two
 from workbench.methods.pruning import Pruning
-from workbench.packed import Diagonals, check_whole
+from workbench.packed import Diagonals
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Structured(Pruning):
     period: int
 
     def __post_init__(self):
+        plain_numbers(self)
         check_whole("Structured", "period", self.period, 2)
 
     @classmethod
