@@ -210,7 +210,7 @@ def test_batches_that_leave_out_a_module_are_refused():
     batches = [torch.randn(2, 1, 3), torch.randn(3, 1, 3)]
     loop = wb.Loop(None, batches, losses=lambda model: (sum(map(model, batches)) for _ in range(2)))
     assert set(wb.cheap_sensitivity(Alternating(), loop, [wb.TopK(0.5)], batches=2)["block"]) == set(blocks(Alternating()))
-    with pytest.raises(ValueError, match="on which the model calls every recurrent module, got 1 without a call of b.l0"):
+    with pytest.raises(ValueError, match="cheap_sensitivity needs batches .* every recurrent module .*, got no call of 'b'"):
         wb.cheap_sensitivity(Alternating(), loop, [wb.TopK(0.5)], batches=1)
 
 

@@ -15,12 +15,12 @@ import torch
 
 from workbench.checks import check_whole
 from workbench.constrain import bake
-from workbench.gates import blocks, evaluating, layers, rnns, weights
+from workbench.gates import blocks, evaluating, rnns, weights
 from workbench.methods import Method, method_label
 from workbench.models import seeded
 from workbench.packed import PARTS
 from workbench.plan import pack_block, plan_block
-from workbench.quantise import float_signals, recurrent_calls
+from workbench.quantise import check_called, float_signals, recurrent_calls
 from workbench.sensitivity import Loop, asked_widths, batches_of, check_sensitivity, check_table, with_seed
 from workbench.tasks import LanguageTask, Task
 from workbench.train import batch_losses, device_of, no_cudnn, t_interval
@@ -114,16 +114,15 @@ def _own_losses(model, loop, seed):
 def _sizes(model, task, count) -> dict[tuple[str, str], torch.Tensor]:
     """(layer, part) -> (in,) root mean square of every value that its matrix takes, over the steps of `count` batches."""
     batches = batches_of(model, task, epochs=0)
-    squares, steps = defaultdict(float), defaultdict(int)
+    squares, steps, called = defaultdict(float), defaultdict(int), set()
     for path, call in recurrent_calls("cheap_sensitivity", model, itertools.islice(batches, count)):
+        called.add(path)
         for layer, signals, alive, _ in float_signals(rnns(model)[path], *call, path=path):
             for part, signal in PARTS.items():
                 if signal in signals:
                     squares[layer.name, part] += signals[signal][alive].double().square().sum(0)
                     steps[layer.name, part] += int(alive.sum())
-    if missing := [name for name in layers(model) if (name, "ih") not in squares]:
-        raise ValueError("cheap_sensitivity needs batches on which the model calls every recurrent module, got "
-                         f"{count} without a call of {', '.join(missing)}")
+    check_called("cheap_sensitivity", model, called)
     return {key: (total / steps[key]).sqrt() for key, total in squares.items()}
 
 

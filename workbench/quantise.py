@@ -160,9 +160,7 @@ def _observe(model, batches, binned):
                 if magnitudes.largest == math.inf:
                     bad = values[~torch.isfinite(values)]
                     raise ValueError(f"calibrate needs finite values, got {bad[0].item()} in {name} of layer {layer.name}")
-    if silent := [repr(path) for path in modules if path not in given]:
-        raise ValueError("calibrate needs batches on which the model, in evaluation mode, calls every recurrent module (as "
-                         f"module(x), not module.forward(x)), got no call of {', '.join(silent)}")
+    check_called("calibrate", model, given)
     if empty := [repr(path) for path in modules if not given[path]]:
         raise ValueError(f"calibrate needs batches that hold values, got only empty ones for {', '.join(empty)}")
     cells = {layer: (cell_name(modules[layer.rnn]), bool(modules[layer.rnn].proj_size))
@@ -259,6 +257,13 @@ def format_of(name: str) -> str:
     if name == "n":
         return "hidden"
     return "tanh" if name in ("g", "tanh c") else name
+
+
+def check_called(who: str, model: nn.Module, called) -> None:
+    """Refuse batches that left a recurrent module out. called: the paths of those of which recurrent_calls gave a call."""
+    if silent := [repr(path) for path in rnns(model) if path not in called]:
+        raise ValueError(f"{who} needs batches on which the model, in evaluation mode, calls every recurrent module (as "
+                         f"module(x), not module.forward(x)), got no call of {', '.join(silent)}")
 
 
 def recurrent_calls(who: str, model, batches) -> Iterator[tuple[str, tuple]]:
