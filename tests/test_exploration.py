@@ -60,6 +60,16 @@ def test_the_array_of_a_question():
     assert Question(array="k26", rows=8).spec() == PRESETS["k26"].with_(rows=8, act_units=8)
 
 
+def test_a_model_with_a_bias_that_dense_16_bit_has_no_room_for_is_answered():
+    model, signals = untrained("LSTM", 6, 32, seed=1)
+    model.bias_ih_l0.data[:32] = 5.0
+    with pytest.raises(ValueError, match="bias of gate i needs 32 bits"):
+        wb.pack(model, wb.uniform(model, wb.Dense(), 16, signals))
+    answer = explore(model, signals, Question("TopK", 6.0, 5, array="group4x4"))
+    assert answer.schedules[BASELINE].mapping.layer.bias["i"].min() / 2.0 ** answer.schedules[
+        BASELINE].mapping.layer.bias_fracs["i"] > 4
+
+
 def test_circulant_blocks_by_fft_and_a_layer_by_name():
     model = torch.nn.Sequential(torch.nn.LSTM(8, 16, num_layers=2))
     signals = wb.calibrate(model, [torch.randn(5, 2, 8)])
@@ -194,7 +204,7 @@ def test_the_dense_baseline_is_packed_once_and_scheduled_for_every_question(lstm
     packed, batches = [], []
     monkeypatch.setattr(exploration, "present_answer", lambda answer: batches.append(
         [schedule.mapping.batch for schedule in answer.schedules.values()]))
-    monkeypatch.setattr(exploration, "uniform", lambda *a, real=exploration.uniform: packed.append(a) or real(*a))
+    monkeypatch.setattr(exploration, "uncompressed", lambda *a, real=exploration.uncompressed: packed.append(a) or real(*a))
     known = controls(wb.explorer(*lstm, Question("TopK", 6.0, array="group4x4")))
     known["bits of a weight"].value = 4
     known["batch"].value = 2

@@ -12,7 +12,17 @@ from workbench.fixedpoint import QFormat
 from workbench.gates import blocks, layers, weight
 from workbench.methods import BlockCirculant, Dense, LowRank, TopK
 from workbench.packed import signals_of
-from workbench.plan import ACTIVATIONS, BlockPlan, Plan, Unpackable, pack_block, plan_block, uniform
+from workbench.plan import (
+    ACTIVATIONS,
+    LOSSLESS_BITS,
+    BlockPlan,
+    Plan,
+    Unpackable,
+    pack_block,
+    plan_block,
+    uncompressed,
+    uniform,
+)
 from workbench.quantise import calibrate
 from workbench.schedules import gradual
 
@@ -184,6 +194,28 @@ def test_what_only_the_weights_decide_is_left_to_pack(model, plan):
     with pytest.raises(Unpackable, match=r"^layer 0\.l0: the bias of gate "):
         pack(model, plan)
     plan.check(model)
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_what_is_uncompressed_makes_room_for_a_large_bias_in_its_layer_alone(kind):
+    model = stacked(kind)
+    signals = calibrate(model, [torch.randn(5, 3, 6)])
+    dense = uniform(model, Dense(), LOSSLESS_BITS, signals)
+    assert uncompressed(model, signals) == dense
+    with torch.no_grad():
+        model[0].bias_ih_l1[:8] = 20.0
+    with pytest.raises(Unpackable, match=r"^layer 0\.l1: the bias of gate [ir] needs 32 bits"):
+        pack(model, dense)
+    plan = uncompressed(model, signals)
+    pack(model, plan)
+    lost = {name: dense.blocks[name].format.frac - entry.format.frac for name, entry in plan.blocks.items()}
+    assert {fewer for name, fewer in lost.items() if "_l1." not in name} == {0}
+    (fewer,) = {fewer for name, fewer in lost.items() if "_l1." in name}
+    assert fewer > 0
+    one_more = {name: replace(entry, format=replace(entry.format, frac=entry.format.frac + (lost[name] > 0)))
+                for name, entry in plan.blocks.items()}
+    with pytest.raises(Unpackable, match="the bias of gate"):
+        pack(model, replace(plan, blocks=one_more))
 
 
 BLOCK = "0.weight_hh_l0.g"

@@ -35,10 +35,10 @@ from workbench.methods import (
     method_label,
 )
 from workbench.packed import GATES, Bitmap, PackedLayer, PackedLowRank, PackedModel, PackedSparse, signals_of, table_uses
-from workbench.plan import Plan, uniform
+from workbench.plan import Plan, uncompressed
 from workbench.quantise import calibrate
 from workbench.runs import listed
-from workbench.sensitivity import LOSSLESS_BITS, calibration_batches
+from workbench.sensitivity import calibration_batches
 from workbench.study import DENSE, HYBRID, SMALL
 from workbench.tasks import Task
 from workbench.train import evaluate, paired_interval
@@ -173,7 +173,7 @@ def _rows(task, dense, method, start, plan, seed, retraining, point):
 
 
 def _baseline(task, dense, seed, retraining) -> list[dict]:
-    plan = uniform(dense, Dense(), LOSSLESS_BITS, calibrate(dense, calibration_batches(task)))
+    plan = uncompressed(dense, calibrate(dense, calibration_batches(task)))
     before = evaluate(attach(dense, pack(dense, plan)), task, "valid")
     compressed = study.retrained(task, dense, dense, plan, seed, retraining)
     row = study.measured(task, dense, dense, compressed, plan, BASELINE, seed, before)

@@ -19,10 +19,9 @@ from workbench.constrain import pack
 from workbench.exploration import Question, untrained
 from workbench.methods import Dense
 from workbench.packed import PackedLayer, PackedModel, load
-from workbench.plan import pack_block, plan_block
+from workbench.plan import LOSSLESS_BITS, pack_block, plan_blocks, with_room
 from workbench.plots import gantt_figure, region_figure
 from workbench.report import show
-from workbench.sensitivity import LOSSLESS_BITS
 from workbench.tables import (
     baseline_text,
     device_table,
@@ -123,15 +122,10 @@ def dense_baseline(layer: PackedLayer) -> PackedLayer:
     """The layer with its matrices written out dense in 16 bits and without delta thresholds: what accelerations are against."""
     ws = {name: torch.from_numpy(np.ldexp(block.dense(), -block.frac)) for name, block in layer.blocks.items()}
     bias = {gate: np.ldexp(integers, -layer.bias_fracs[gate]) for gate, integers in layer.bias.items()}
-    planned, refused = {name: plan_block(w, Dense(), LOSSLESS_BITS) for name, w in ws.items()}, []
-    for fewer in range(LOSSLESS_BITS):  # fraction bits, which a bias shares with the products that are added to it
-        blocks = {name: pack_block(ws[name], replace(entry, format=replace(entry.format, frac=entry.format.frac - fewer)))
-                  for name, entry in planned.items()}
-        try:
-            return PackedLayer.from_float_bias(layer.cell, blocks, bias, layer.signals, layer.tables, layer.acc_bits)
-        except ValueError as error:
-            refused.append(error)
-    raise refused[0]
+    planned = plan_blocks(ws, Dense(), LOSSLESS_BITS)
+    return with_room(planned, lambda entries: PackedLayer.from_float_bias(
+        layer.cell, {name: pack_block(ws[name], entry) for name, entry in entries.items()}, bias, layer.signals, layer.tables,
+        layer.acc_bits))[1]
 
 
 def deploy(packed: PackedModel, spec: ArraySpec, steps: int = 20, batch: int = 1) -> Deployment:

@@ -17,15 +17,15 @@ from workbench.budget import WIDTHS, check_bits, check_target, pack_anew, unifor
 from workbench.checks import check_whole
 from workbench.constrain import pack
 from workbench.gates import check_gates, gate_names, layers
-from workbench.methods import METHODS, BlockCirculant, Dense
+from workbench.methods import METHODS, BlockCirculant
 from workbench.models import CELLS
 from workbench.packed import PackedModel
-from workbench.plan import Plan, uniform
+from workbench.plan import Plan, uncompressed
 from workbench.plots import gantt_figure, region_figure
 from workbench.quantise import calibrate
 from workbench.report import show
 from workbench.runs import listed
-from workbench.sensitivity import LOSSLESS_BITS, Strength, hybrid_plan
+from workbench.sensitivity import Strength, hybrid_plan
 from workbench.study import HYBRID
 from workbench.tables import baseline_text, fit_text, hardware_table, present, step_text
 
@@ -163,7 +163,7 @@ def _asked(who, model, question) -> Question:
 
 
 def _dense(model, signals) -> PackedModel:
-    return pack(model, uniform(model, Dense(), LOSSLESS_BITS, signals))  # dense holds every set
+    return pack(model, uncompressed(model, signals))  # dense holds every set
 
 
 def _explore(model, signals, question, dense: PackedModel):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import numpy as np
 import torch
 
 from workbench.fixedpoint import TABLES, QFormat
-from workbench.gates import blocks, cell_name, layers, merged_bias, rnns, weights
-from workbench.methods import BlockCirculant, Method, check_method, method_from_json, method_label, method_to_json
+from workbench.gates import blocks, cell_name, layers, merged_bias, rnns, weight, weights
+from workbench.methods import BlockCirculant, Dense, Method, check_method, method_from_json, method_label, method_to_json
 from workbench.packed import PARTS, PackedCirculant, PackedDense, PackedLayer, PackedModel, signals_of, table_uses
 from workbench.quantise import weight_format
 
 ACTIVATIONS = tuple(TABLES)  # the kinds of activation table
+
+
+LOSSLESS_BITS = 16  # width of blocks that are not compressed
 
 
 class Unpackable(ValueError):
@@ -240,6 +244,33 @@ def plan_blocks(known: dict[str, torch.Tensor], method: Method, bits: int) -> di
         except ValueError as error:
             raise ValueError(f"block {name}: {error}") from error
     return found
+
+
+def with_room(planned: dict[str, BlockPlan], packed: Callable[[dict[str, BlockPlan]], PackedLayer]):
+    """(planned, packed(planned)): the plans of a layer's blocks with the fewest fraction bits less with which `packed` takes
+    them: a bias shares those of the products that are added to it, and so has its range from them."""
+    refused = []
+    for fewer in range(LOSSLESS_BITS):
+        roomier = {name: replace(entry, format=replace(entry.format, frac=entry.format.frac - fewer))
+                   for name, entry in planned.items()}
+        try:
+            return roomier, packed(roomier)
+        except ValueError as error:
+            refused.append(error)
+    raise refused[0]
+
+
+def uncompressed(model: torch.nn.Module, signals) -> Plan:
+    """Every block dense in LOSSLESS_BITS, what compressions are measured against; as with_room in each layer."""
+    plan, found = uniform(model, Dense(), LOSSLESS_BITS, signals), {}
+    plan.check_fit(model)
+    for name, layer in layers(model).items():
+        bias = {gate: b.detach().cpu().numpy() for gate, b in merged_bias(rnns(model)[layer.rnn], layer.suffix,
+                                                                          torch.float64).items()}
+        mine = {b.name: plan.blocks[b.name] for b in blocks(model).values() if b.layer == layer}
+        found |= with_room(mine, lambda entries, name=name, bias=bias: plan.pack_layer(model, name, {
+            block: pack_block(weight(model, block), entry) for block, entry in entries.items()}, bias))[0]
+    return replace(plan, blocks=found)
 
 
 def uniform(model: torch.nn.Module, method: Method, bits: int, signals) -> Plan:

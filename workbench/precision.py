@@ -28,10 +28,10 @@ from workbench.gates import blocks, dense_weights, layers, weights
 from workbench.methods import method_from_label, method_label
 from workbench.models import build_classifier, build_language_model
 from workbench.packed import GATES, PackedModel, signals_of, table_uses
-from workbench.plan import Plan, uniform
+from workbench.plan import LOSSLESS_BITS, Plan, uniform
 from workbench.quantise import CLIPPINGS, Observation, observe
 from workbench.runs import replace_file
-from workbench.sensitivity import LOSSLESS_BITS, calibration_batches, check_sensitivity, sample_batch, sensitivity_table
+from workbench.sensitivity import calibration_batches, check_sensitivity, sample_batch, sensitivity_table
 from workbench.signals import signal_errors
 from workbench.study import check_seeds, parallel
 from workbench.tasks import LanguageTask, Task

@@ -18,16 +18,15 @@ from workbench.budget import OutOfReach, bits_within, check_target, largest_memb
 from workbench.checks import check_whole
 from workbench.constrain import compress
 from workbench.gates import blocks, check_gates, dense_weights, evaluating, weight, weights
-from workbench.methods import BlockCirculant, Dense, Method, TopK, check_method, method_from_label, method_label
+from workbench.methods import BlockCirculant, Method, TopK, check_method, method_from_label, method_label
 from workbench.models import seeded
-from workbench.plan import Plan, pack_block, plan_block, plan_blocks, uniform
+from workbench.plan import LOSSLESS_BITS, Plan, pack_block, plan_block, plan_blocks, uncompressed
 from workbench.quantise import calibrate
 from workbench.tasks import LanguageTask, Task
 from workbench.train import check_device, device_of, evaluate, fit, move
 
 CALIBRATION_STEPS = 100_000  # time steps that are enough to see how large signals become
 PIECE = 100  # words of a text that are read from a fresh state
-LOSSLESS_BITS = 16  # width of the blocks that a measurement leaves alone
 RECOVERED = 0.9  # a block has recovered when this share of the lost validation loss is back
 
 
@@ -164,7 +163,7 @@ def sensitivity_table(model: torch.nn.Module, task: Task | LanguageTask | Loop, 
     check_sensitivity(model, methods, bits, epochs)
     check_measured(task, device, seed)
     signals = calibrate(model, batches_of(model, task, epochs))
-    reference = uniform(model, Dense(), LOSSLESS_BITS, signals)
+    reference = uncompressed(model, signals)
     dense = retraining_curve(model, reference, task, epochs, seed, f"all blocks at {LOSSLESS_BITS} bits", device)
     rows, known = [], blocks(model)
     for name, w in weights(model).items():

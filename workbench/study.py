@@ -35,10 +35,9 @@ from workbench.gates import blocks, cell_name, dense_weights, rnns, weight
 from workbench.methods import METHODS, BlockCirculant, Dense, Method, TopK, method_label
 from workbench.packed import GATES, PackedLayer, PackedModel
 from workbench.pareto import pareto_front
-from workbench.plan import Plan, plan_block, uniform
+from workbench.plan import Plan, plan_block, uncompressed, uniform
 from workbench.quantise import calibrate
 from workbench.sensitivity import (
-    LOSSLESS_BITS,
     Loop,
     Strength,
     calibration_batches,
@@ -146,7 +145,7 @@ def check_hybrid(task: Task, hidden_size: int, target_cr_disk: float) -> None:
 def check_array(task: Task, hidden_size: int, spec: ArraySpec) -> None:
     """Refuse an array that does not take the dense 16-bit model (BASELINE), against which accelerations are."""
     model = models.build_classifier(task, hidden_size, seed=0)
-    packed = pack(model, uniform(model, Dense(), LOSSLESS_BITS, calibrate(model, calibration_batches(task))))
+    packed = pack(model, uncompressed(model, calibrate(model, calibration_batches(task))))
     try:
         schedule_layer(next(iter(packed.layers.values())), spec, 1)
     except ValueError as error:
@@ -366,7 +365,7 @@ def array_layers(model: torch.nn.Module, task: Task, comparison: Comparison, see
     """
     signals = calibrate(model, calibration_batches(task))
     missing = [variant for variant in UNIFORM if variant not in comparison.packed]
-    packed = {BASELINE: pack(model, uniform(model, Dense(), LOSSLESS_BITS, signals))}
+    packed = {BASELINE: pack(model, uncompressed(model, signals))}
     packed |= {variant: pack(model, plan)
                for variant, plan in _plans(model, task, [], strength, target_cr_disk, missing).items()}
     packed |= {variant: by_seed[seed] for variant, by_seed in comparison.packed.items()}
