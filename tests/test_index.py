@@ -205,6 +205,14 @@ def test_a_model_that_several_runs_share_counts_once(made):
 
     page = made("[grid]\nhidden = [2, 4]\n" + PARETO + 'records = "table"\ngroup = ["kind"]', notebook)
     assert [row[:2] for row in page.tables[0][1:]] == [["a", "2"], ["b", "4"]] and page.tables[0][1][5] == "0.07071"
+    assert "Not counted: rows of another run with the seed and every figure of one that is" in page.text and "(2)." in page.text
+
+
+def test_folds_with_the_same_figures_count_each(made, write_notebook):
+    write_notebook(Path("n.ipynb"), "1", parameters=PARAMETERS + '\nsplit: str = "a"')
+    page = made('[grid]\nsplit = ["a", "b", "c"]\n' + PARETO + 'records = "table"\ngroup = ["kind"]',
+                lambda split, **_: {"table": [{"kind": "x", "seed": 0, "accuracy": 0.6 if split == "c" else 0.9, "bits": 10}]})
+    assert page.tables[0][1][:2] == ["x", "3"] and page.tables[0][1][4] == "0.8" and "Not counted" not in page.text
 
 
 def test_points_with_the_same_figures_are_all_there(made):
@@ -217,6 +225,24 @@ def test_rows_without_a_seed_are_called_rows(made):
     page = made("[grid]\nhidden = [2, 4]\n" + PARETO + 'records = "table"\ngroup = ["kind"]',
                 lambda hidden, **_: {"table": [{"kind": "a", "accuracy": hidden, "bits": 1}]})
     assert "Mean and spread over the rows of a point" in page.text and "one seed" not in page.text
+
+
+def test_names_that_begin_like_a_column_s(made):
+    page = made(GRID + '[pareto]\nx = "p_max"\ny = "m_x"', lambda seed, hidden, **_: {"p_max": seed, "m_x": hidden, "max": 7})
+    assert page.tables[0][0][1:] == ["n", "p_max", "std p_max", "m_x", "std m_x", "front"]
+    check_sound(page, Path("results/sweeps/s"))
+
+
+def test_a_metric_that_begins_like_a_parameter_s_column(made):
+    page = made(GRID, lambda seed, **_: {"p_value": seed, "value": 2 * seed})
+    assert page.tables[0][0][1:] == ["n", "p_value", "std p_value", "value", "std value"]
+
+
+def test_how_figures_read(made):
+    page = made("seeds = [12345]", lambda **_: {"a": 9999.7, "b": 9999.4, "c": 2e-17, "d": 12345.6})
+    assert dict(zip(page.tables[1][0], page.tables[1][1], strict=True)) == {
+        "seed": "12345", "state": "ok", "a": "10,000", "b": "9999", "c": "0", "d": "12,346",
+        "wall time (s)": page.tables[1][1][-2], "files": page.tables[1][1][-1]}
 
 
 @pytest.mark.parametrize("kinds", ["ab", "aa"])
@@ -241,6 +267,7 @@ def test_rows_that_differ_in_more_than_the_seed_are_called_so(made, kinds):
         ('[grid]\nhidden = [1, 2]\n[pareto]\nx = "accuracy"\ny = "accuracy"', lambda **_: {"accuracy": 2}),
         ('[grid]\nmethod = ["$_{x", "_b"]\n' + PARETO, lambda **_: {"accuracy": 1, "bits": 1}),
         ('[grid]\nhidden = [1, 2]\n[pareto]\nx = "a$_{"\ny = "b"', lambda **_: {"a$_{": 1, "b": 1}),
+        ('[grid]\nhidden = [1, 2]\n[pareto]\nx = "y$\\\\frac$"\ny = "b"', lambda **_: {"y$\\frac$": 1, "b": 1}),
         (GRID, lambda seed, hidden, **_: {"hidden": hidden, "seed": seed, "state": "x", "n": 1, "files": 2}),
         ("seeds = [0, 1]", lambda seed, **_: {"a": [1, "text"][seed]}),
         ("seeds = [0, 1, 2]\n" + PARETO, lambda seed, **_: {"accuracy": 1e120 * (seed - 1), "bits": 1e-300}),
@@ -249,6 +276,7 @@ def test_rows_that_differ_in_more_than_the_seed_are_called_so(made, kinds):
         ("seeds = [0, 1]", lambda **_: {"t": "a" * 10_000, "u": {"v": 1}}),
     ],
     ids=["no group", "one run", "a value of none", "gaps", "a parameter as axis", "one axis twice", "dollars", "dollar names",
+         "mathematics",
          "shared names", "sorts", "huge", "all failed", "all failed, no picture", "long"],
 )  # fmt: skip
 def test_odd_sweeps_have_a_page_too(made, text, function):
@@ -260,7 +288,7 @@ def test_odd_sweeps_have_a_page_too(made, text, function):
     [
         ('x = "bit"\ny = "accuracy"', "[pareto] names 'bit', which no run has; the parameters and metrics are accuracy, bits,"),
         ('x = "bits"\ny = "none"', "[pareto] needs numbers on its axes, none has no value in any run"),
-        ('x = "bits"\ny = "label"', "[pareto] needs numbers on its axes, label is 'good'"),
+        ('x = "bits"\ny = "label"', "[pareto] needs numbers on its axes, label is good"),
         ('x = "bits"\ny = "accuracy"\ngroup = ["methd"]', "[pareto] names 'methd', which no run has"),
         ('x = "bits"\ny = "accuracy"\nrecords = "rows"', "the runs have no metric 'rows'. They have accuracy, bits, label"),
         ('x = "bits"\ny = "accuracy"\nrecords = "bits"', "the metric 'bits' is no table of records, got 1"),

@@ -27,7 +27,7 @@ def build_index(folder) -> Path:
     folder = Path(folder)
     about, table = (folder / sweep.ASKED).read_bytes(), (folder / sweep.TABLE).read_bytes()
     asked, frame = json.loads(about), pd.read_parquet(io.BytesIO(table))
-    rows = samples(frame, asked)
+    rows, shared = samples(frame, asked)
     points = spread(rows, asked)
     pareto = asked["pareto"]
     picture = None
@@ -59,6 +59,8 @@ def build_index(folder) -> Path:
         picture=_png(picture) if picture else None,
         alt=_alt(points, pareto) if picture else None,
         caption=_caption(points, over) if picture else None,
+        shared=("Not counted: rows of another run with the seed and every figure of one that is, as of a baseline that runs "
+                f"share ({shared})." if shared else ""),
         summed_up=summed_up,
         points=_table(points.rename(columns=_plain), ()) if len(points) else None,
         runs=_runs(frame, asked, folder),
@@ -90,18 +92,22 @@ def build_reports(folder, again: bool = False) -> list[str]:
     return problems
 
 
-def samples(frame: pd.DataFrame, asked: dict) -> pd.DataFrame:
-    """One row a measured point: the finished runs of a sweep, or the rows of the metric that its [pareto] names."""
+def samples(frame: pd.DataFrame, asked: dict) -> tuple[pd.DataFrame, int]:
+    """One row a measured point: the finished runs of a sweep, or the rows of the metric that its [pareto] names. And how many
+    of those are left out because another run measured the same."""
     done = frame[frame["state"].isin(("ok", "stale"))]
     pareto = asked["pareto"] or {}
     if "records" not in pareto or not len(done):
-        return done
+        return done, 0
     rows = sweep.explode(done, pareto["records"])
     if "m_seed" not in rows:
-        return rows
-    # What several runs measured of one model, as of a float baseline that they share, counts once for each point.
-    told = dict.fromkeys([name for name in rows if name.startswith("m_")] + _groups(rows, asked))
-    return rows[~rows[list(told)].astype(str).duplicated()]
+        return rows, 0
+    # What several runs measured of one model, as of a float baseline that they share, counts once for each point. On other
+    # data, as of another fold, it is another model.
+    data = [name for name in ("data", "p_task", "p_split") if name in rows]
+    told = dict.fromkeys([name for name in rows if name.startswith("m_")] + data + _groups(rows, asked))
+    same = rows[list(told)].astype(str).duplicated()
+    return rows[~same], int(same.sum())
 
 
 def spread(rows: pd.DataFrame, asked: dict) -> pd.DataFrame:
@@ -121,7 +127,7 @@ def spread(rows: pd.DataFrame, asked: dict) -> pd.DataFrame:
             if rows[name].isna().all():
                 raise ValueError(f"[pareto] needs numbers on its axes, {_plain(name)} has no value in any run")
             if not _is_number(rows[name].dtype):
-                raise ValueError(f"[pareto] needs numbers on its axes, {_plain(name)} is {rows[name].dropna().iloc[0]!r}")
+                raise ValueError(f"[pareto] needs numbers on its axes, {_plain(name)} is {rows[name].dropna().iloc[0]}")
     else:
         figures = [name for name in rows if name.startswith("m_") and _is_number(rows[name].dtype)]
     if pareto:  # both means are of the rows that have both figures, and so is their number
@@ -163,7 +169,7 @@ def column(frame: pd.DataFrame, name: str) -> str:
 
 
 def _plain(name):
-    return name.removeprefix("m_").removeprefix("p_")
+    return name[2:] if name.startswith(("m_", "p_")) else name
 
 
 def _counts(frame):
@@ -197,8 +203,8 @@ def _table(frame, links):
     right = [_is_number(dtype) for dtype in frame.dtypes]
     rows = []
     for n, row in enumerate(frame.itertuples(index=False)):
-        cells = [{"value": "" if _empty(v) else v, "text": _text(v), "number": number, "links": []}
-                 for number, v in zip(right, row, strict=True)]
+        cells = [{"value": "" if _empty(v) else v, "text": _text(v, name), "number": number, "links": []}
+                 for name, number, v in zip(frame, right, row, strict=True)]
         if links:
             cells[-1]["links"] = links[n]
         rows.append(cells)
@@ -213,8 +219,8 @@ def _empty(value):
     return value is None or value != value
 
 
-def _text(value):
-    """A cell as it is read: four significant digits, nothing where nothing is."""
+def _text(value, name=""):
+    """A cell as it is read: four significant digits, of a seed all, nothing where nothing is. name: of its column."""
     if _empty(value):
         return ""
     if isinstance(value, str) and value.startswith("["):
@@ -223,11 +229,15 @@ def _text(value):
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return str(value)
     # A column of whole numbers is one of floats as soon as a run has none: both read the same.
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    if name == "seed":
+        return f"{value:.0f}"
+    if abs(value) < report.DUST:
+        return "0"
+    return f"{value:,.0f}" if abs(value) >= 9_999.5 else f"{value:.4g}"  # which would be 1e+04
 
 
 def _label(row, names):
-    return ", ".join(f"{_plain(name)} {_text(row[name])}" for name in names if not _empty(row[name])) or row["run_id"]
+    return ", ".join(f"{_plain(name)} {_text(row[name], name)}" for name in names if not _empty(row[name])) or row["run_id"]
 
 
 def _href(folder, row, name):

@@ -254,7 +254,7 @@ def sweep_figure(points: pd.DataFrame, samples: pd.DataFrame, x: str, y: str, lo
     for n, (kind, mine, runs) in enumerate(parts):
         colour, marker = _method_style(n)
         label = "none" if kind is None or kind != kind else str(kind)
-        label = (label if len(label) <= LONG_LABEL else label[: LONG_LABEL - 1] + "…").replace("$", r"\$")
+        label = _literal(label if len(label) <= LONG_LABEL else label[: LONG_LABEL - 1] + "…")
         axis.errorbar(mine[x], mine[y], xerr=_deviation(mine, x), yerr=_deviation(mine, y), fmt=marker, color=colour,
                       markerfacecolor="white", markersize=9, capsize=3, label=label)
         axis.plot(runs[x], runs[y], marker, color=colour, alpha=0.5, markersize=4, linestyle="none", zorder=4)
@@ -265,10 +265,10 @@ def sweep_figure(points: pd.DataFrame, samples: pd.DataFrame, x: str, y: str, lo
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set(**{f"{side}label": f"{name[2:]}  ({'less' if name[2:] in lower_is_better else 'more'} is better)"
+    axis.set(**{f"{side}label": f"{_literal(name[2:])}  ({'less' if name[2:] in lower_is_better else 'more'} is better)"
                 for side, name in (("x", x), ("y", y))})
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small", title=group[2:], frameon=False)
+    figure.legend(loc="outside right upper", fontsize="small", title=_literal(group[2:]), frameon=False)
     return figure
 
 
@@ -302,6 +302,11 @@ def space_figure(space: pd.DataFrame, x: str = "step_us", y: str = "bram36", col
     axis.legend(fontsize="small")
     figure.colorbar(dots, ax=axis, label=names.get(colour, colour))
     return figure
+
+
+def _literal(text):
+    """A text that matplotlib shows as it is, without looking for mathematics in it."""
+    return text.replace("$", r"\$")
 
 
 def _deviation(points, name):

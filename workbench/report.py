@@ -13,6 +13,7 @@ from pathlib import Path
 from workbench import runs
 
 TEMPLATES = Path(__file__).with_name("report_template")
+DUST = 1e-12  # in tables what rounding leaves of a mean or a deviation that is 0, of percentages too
 REPORT = "report.html"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # What a report shows. Other pictures cannot carry a description in a notebook, and nbconvert drops plots that need a

@@ -49,6 +49,7 @@ from workbench.precision import (
     quality_name,
 )
 from workbench.published import PERPLEXITY_SOURCE, PUBLISHED, PUBLISHED_PERPLEXITIES, PUBLISHED_SPEED_UP
+from workbench.report import DUST
 from workbench.runs import listed, record
 from workbench.sensitivity import class_stability, method_agreement, rank_blocks, seed_agreement
 from workbench.study import DENSE, DENSE_ONCE, HYBRID, NOT_ALONE, SMALL, Comparison, Tradeoff
@@ -80,7 +81,7 @@ def _cell(value):
         return ""
     if not isinstance(value, Number) or isinstance(value, bool):
         return value
-    if abs(value) < 1e-12:  # what rounding leaves of a mean or a deviation that is 0, of percentages too
+    if abs(value) < DUST:
         return "0"
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
 
