@@ -57,8 +57,10 @@ def test_names_run_nothing(folder):
     assert tasks.names()[-2:] == ["broken", "steps"] and tasks.descriptions()["broken"] == "Says so."
     (folder / "half.py").write_text("def load(split")
     assert tasks.descriptions()["half"].startswith("not Python: '(' was never closed")
-    with pytest.raises(RuntimeError, match="it was run"):
+    with pytest.raises(ValueError, match=r"broken\.py fails with RuntimeError: it was run"):
         tasks.load("broken")
+    with pytest.raises(ValueError, match=r"half\.py fails with SyntaxError: '\(' was never closed"):
+        tasks.load("half")
     with pytest.raises(ValueError, match=r"unknown task 'stairs'; known tasks: .*, ptb, broken, half, steps; one of your"):
         tasks.load("stairs")
 
@@ -76,6 +78,12 @@ def test_a_file_that_is_no_task_is_refused(folder, change, message):
     (folder / "steps.py").write_text(FILE.replace(*change))
     with pytest.raises(ValueError, match=message):
         tasks.load("steps")
+
+
+def test_what_digest_raises_names_the_file(folder):
+    (folder / "steps.py").write_text(FILE.replace("hashlib.sha256(VERSION.encode()).hexdigest()", "{}[VERSION]"))
+    with pytest.raises(ValueError, match=r"steps\.py fails with KeyError: '1'"):
+        tasks.digest("steps")
 
 
 def test_a_folder_that_is_none_is_refused(folder, monkeypatch):

@@ -202,10 +202,23 @@ def test_record_refuses_by_name(tmp_path, monkeypatch, value, error, message):
     assert list(tmp_path.iterdir()) == []
 
 
-WHOLE = '{"state": "ok", "schema": 1, "notebook": "n", "parameters": {}, "provenance": {}}'
+def test_rows_with_names_keep_them():
+    table = pd.DataFrame({"x": [1.0, 3.0]})
+    described = runs.record(a=table.describe())["a"]
+    assert [row["index"] for row in described][:3] == ["count", "mean", "std"] and described[1]["x"] == 2.0
+    assert runs.record(a=table[table["x"] > 1])["a"] == [{"x": 3.0}]  # the numbers of rows are no names
+    assert runs.record(a=table.iloc[:0])["a"] == []
+    assert runs.record(a=pd.Series({"lstm": 1.0, "gru": 2.0}))["a"] == {"lstm": 1.0, "gru": 2.0}
+    assert runs.record(a=pd.Series([1, 2]))["a"] == [1, 2]
+    with pytest.raises(ValueError, match="record needs different columns in a, got 'x' more than once"):
+        runs.record(a=pd.concat([table, table], axis=1))
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "3", "", WHOLE.replace("ok", "failed"), WHOLE[:-1], '{"state": "ok"}'])
+WHOLE = '{"state": "ok", "schema": 1, "notebook": "n", "parameters": {}, "provenance": {"ended": "", "wall_s": 1}}'
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", "", WHOLE.replace('"ok"', '"failed"'), WHOLE[:-1], '{"state": "ok"}',
+                                  WHOLE.replace("wall_s", "time"), WHOLE.replace('"parameters": {}', '"parameters": null')])
 def test_a_damaged_status_is_not_a_finished_run(tmp_path, text):
     (tmp_path / "metrics.json").write_text('{"a": 1}')
     (tmp_path / "status.json").write_text(text)
@@ -272,7 +285,7 @@ def test_every_kernel_has_time_sockets_and_an_interpreter_of_its_own(tmp_path, w
     build = tmp_path / "build"
     build.mkdir()
     write_notebook(build / "run.ipynb", RECORD)
-    (build / "status.json").write_text('{"state": "running", "parameters": {}}')
+    (build / "status.json").write_text(WHOLE.replace('"ok"', '"running"'))
     asked = []
 
     def execute(*_, **options):
@@ -431,4 +444,37 @@ def test_a_package_edited_while_a_run_executes_is_no_finished_run(tmp_path, writ
     instant(lambda seed: {"written": (package / "new.py").write_text("new = True")})
     result = runs.run(path, {}, tmp_path / "results")
     assert result.state == "failed"
-    assert result.error == "RuntimeError: the package was edited while the run executed: run it again"
+    assert result.error == "RuntimeError: the package changed while the run executed: run it again"
+
+
+def test_data_that_change_while_a_run_executes_are_those_of_no_finished_run(tmp_path, write_notebook, instant, monkeypatch):
+    """Neither an edit that stays nor a file that goes is filed under the digest of before."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    monkeypatch.setenv("WORKBENCH_TASKS", str(folder))
+    task = "def load(split):\n    return None\n\n\ndef digest():\n    return 'one'\n"
+    (folder / "mine.py").write_text(task)
+    path = write_notebook(tmp_path / "n.ipynb", RECORD, parameters='task: str = "mine"')
+    for change in (lambda: (folder / "mine.py").write_text(task.replace("one", "two")), (folder / "mine.py").unlink):
+        instant(lambda task, change=change: {"changed": str(change())})
+        result = runs.run(path, {}, tmp_path / "results")
+        assert (result.state, result.error) == ("failed", "RuntimeError: the data changed while the run executed: run it again")
+        (folder / "mine.py").write_text(task)
+    assert not list((tmp_path / "results" / "runs").iterdir())
+    instant(lambda task: {"a": 1})
+    assert runs.run(path, {}, tmp_path / "results").state == "ok"
+
+
+@pytest.mark.parametrize(("text", "threads"), [("3", 3), ("4,2", 4), (" 2 ", 2), ("", None), (None, None)])
+def test_threads_that_the_environment_gives(monkeypatch, text, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if text is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert runs.given_threads() == threads
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "many", "1.5"])
+def test_threads_that_are_none_are_refused(monkeypatch, text):
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    with pytest.raises(ValueError, match=f"OMP_NUM_THREADS needs a whole number of threads of at least 1, got '{text}'"):
+        runs.given_threads()

@@ -175,7 +175,8 @@ N = 'notebook = "n.ipynb"\n'
         (N + '[pareto]\nx = "a"\ny = 3', "s.toml: [pareto]: y needs str, got 3"),
         (N + '[pareto]\nx = "a"\ny = "b"\nlower_is_better = ["bits"]', "lower_is_better names an axis, x or y, got 'bits'"),
         (N + '[pareto]\nx = "a"\ny = "b"\ngroup = "hidden"', "s.toml: [pareto]: group needs list, got 'hidden'"),
-        (N + '[pareto]\nx = "a"\ny = "b"\ngroup = [1]', "s.toml: [pareto] group needs a list of names, got [1]"),
+        (N + '[pareto]\nx = "a"\ny = "b"\ngroup = [1]', "s.toml: [pareto] group needs a list of different names, got [1]"),
+        (N + '[pareto]\nx = "a"\ny = "b"\ngroup = ["a", "a"]', "group needs a list of different names, got ['a', 'a']"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_file_is_one_message_before_anything_starts(here, write_notebook, text, message):
@@ -227,9 +228,9 @@ def small(tmp_path, monkeypatch, write_notebook):
     return tmp_path
 
 
-def counts(*arguments):
+def counts(*arguments, file="s.toml"):
     """Of `--plan`: name -> number."""
-    outcome = call("s.toml", "--plan", *arguments)
+    outcome = call(file, "--plan", *arguments)
     assert outcome.exit_code == 0, outcome.output
     rows = [line[:14].rsplit(maxsplit=1) for line in outcome.stdout.splitlines() if line[8:14].strip().isdigit()]
     return {name.strip(): int(number) for name, number in rows}
@@ -357,7 +358,22 @@ def test_two_notebooks_do_not_share_the_name_of_a_sweep(small, instant, write_no
     write('notebook = "m.ipynb"\nseeds = [0]')
     outcome = call("s.toml")
     assert outcome.exit_code == 1
-    assert "holds a sweep of the notebook n, this one is of m: give the file another name" in outcome.stderr
+    assert (f"holds a sweep of the notebook {small / 'n.ipynb'}, this one is of {small / 'm.ipynb'}: give the file another name"
+            in outcome.stderr)
+
+
+def test_a_notebook_of_the_same_file_name_elsewhere_is_another_one(small, instant, write_notebook):
+    """Neither are its answers older ones of this one, nor does its sweep take this one's place."""
+    instant(lambda seed, **_: {"a": seed})
+    assert call("s.toml").exit_code == 0
+    (small / "copy").mkdir()
+    write_notebook(small / "copy" / "n.ipynb", "another", parameters="seed: int = 0\nhidden: int = 4\nworkers: int = 1")
+    write(Path("s.toml").read_text(), "copy/t.toml")
+    assert counts(file="copy/t.toml") == told(6, missing=6) | {"to run": 6}
+    write(Path("s.toml").read_text(), "copy/s.toml")
+    outcome = call("copy/s.toml")
+    assert outcome.exit_code == 1 and f"this one is of {small / 'copy' / 'n.ipynb'}: give" in outcome.stderr
+    assert set(wb.results("s")["state"]) == {"ok"}
 
 
 def test_of_several_older_answers_the_last_counts(small, instant, write_notebook):
@@ -378,13 +394,41 @@ def test_how_a_run_is_executed_is_no_part_of_it(small, instant):
     assert counts() == told(6, cached=6) | {"to run": 0}
 
 
-def test_runs_share_the_cores(small, instant):
-    """Threads of the numerical libraries: cores by workers, and one at least."""
+def test_runs_share_the_cores(small, instant, monkeypatch):
+    """Threads of the numerical libraries: cores by workers, one at least, and no more than the environment gives."""
     instant(lambda seed, **_: {"a": seed})
-    for workers, threads in ((1, runs.cores()), (1000, 1)):
+    for workers, given, threads in ((1, "", runs.cores()), (1, "1", 1), (1, "1000", runs.cores()), (1000, "", 1)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
         shutil.rmtree("results", ignore_errors=True)
         assert call("s.toml", "--workers", str(workers)).exit_code == 0
         assert set(wb.results("s")["threads"]) == {threads}
+
+
+def test_data_that_change_while_the_sweep_runs(small, instant, write_notebook, monkeypatch):
+    """They end the sweep, or with --stale ignore every run bears those that it ran with."""
+    folder = small / "tasks"
+    folder.mkdir()
+    monkeypatch.setenv("WORKBENCH_TASKS", str(folder))
+    task = "def load(split):\n    return None\n\n\ndef digest():\n    return '{}'\n"
+    (folder / "mine.py").write_text(task.format("one"))
+    write_notebook(small / "n.ipynb", RECORD, parameters='seed: int = 0\ntask: str = "mine"')
+    asked, digest = [], runs.data_digest
+
+    def between(parameters):  # the data change as soon as the first run has been looked at
+        found = digest(parameters)
+        if asked:
+            (folder / "mine.py").write_text(task.format("two"))
+        return found
+
+    instant(lambda seed, **_: asked.append(seed) or {"a": seed})
+    monkeypatch.setattr(runs, "data_digest", between)
+    outcome = call("s.toml", "--workers", "1")
+    assert outcome.exit_code == 1 and asked == [0]
+    assert outcome.stderr.splitlines()[-1].startswith("Error: the data have changed since the sweep began: it stops here,")
+    assert sorted(places()) == [0]
+    assert call("s.toml", "--workers", "1", "--stale", "ignore").exit_code == 0
+    table = wb.results("s")
+    assert list(table["state"]) == ["stale"] + ["ok"] * 5 and len(set(table["data"])) == 2
 
 
 def test_shards_share_the_runs_out_exactly(small, instant):
@@ -402,6 +446,46 @@ def test_shards_share_the_runs_out_exactly(small, instant):
     # More shards than runs: the last have nothing to do, and that is no error.
     outcome = call("s.toml", "--shard", "7/7")
     assert outcome.exit_code == 0 and "total     0" in outcome.stderr
+
+
+def test_a_failed_run_that_another_process_has_again_is_no_error(small, instant, monkeypatch):
+    """Its folder goes between a look at it and the table that is written."""
+    instant(lambda seed, **_: {"a": 1 // seed})
+    assert call("s.toml", "--shard", "1/2").exit_code == 1
+    survey = sweep.survey
+
+    def late(*arguments):
+        points = survey(*arguments)
+        shutil.rmtree(small / "results" / "failed")
+        monkeypatch.setattr(sweep, "survey", survey)
+        return points
+
+    monkeypatch.setattr(sweep, "survey", late)
+    sweep.write_table(sweep.read("s.toml"), small / "results", "command")
+    assert (small / "results" / "sweeps" / "s" / "sweep.json").is_file()
+
+
+@pytest.mark.parametrize("text", ["", '{"state": "failed"}', "null"])
+def test_a_damaged_failed_run_is_run_again(small, instant, text):
+    instant(lambda seed, **_: {"a": 1 // seed})
+    assert call("s.toml").exit_code == 1
+    (failed,) = (small / "results" / "failed").iterdir()
+    (failed / "status.json").write_text(text)
+    assert counts() == told(6, cached=5, missing=1) | {"to run": 1}
+    instant(lambda seed, **_: {"a": seed})
+    assert call("s.toml").exit_code == 0
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "{}", "3", ""])
+@pytest.mark.parametrize("name", ["sweep.json", "index.html"])
+def test_damaged_files_of_a_sweep_are_written_anew(small, instant, name, text):
+    instant(lambda seed, **_: {"a": seed})
+    assert call("s.toml").exit_code == 0
+    place = small / "results" / "sweeps" / "s" / name
+    whole = place.read_bytes()
+    place.write_bytes(text.encode() + b"\xff" * (name == "index.html"))
+    assert call("s.toml").exit_code == 0
+    assert place.read_bytes() == whole
 
 
 def test_the_estimate_is_the_median_of_what_has_finished(small, instant):

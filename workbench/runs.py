@@ -42,6 +42,8 @@ PACKAGES_RECORDED = ("torch", "numpy", "pandas", "papermill", "nbclient", "ipyke
 # Parameters of these names say how a run is executed and never change its result: they are no part of its identity.
 FILE = "packed_file"  # the parameter whose file is a run's data
 EXECUTION_ONLY = ("workers", "checkpoints")
+UNNAMED = ("integer", "empty")  # pandas' kinds of an index that does not name a table's rows
+STATUS = {"schema": int, "state": str, "notebook": str, "parameters": dict, "provenance": dict}  # what a status.json has
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------
@@ -255,6 +257,12 @@ class Run:
         return hashlib.sha256(_canonical({"schema": SCHEMA} | identity)).hexdigest()[:16]
 
 
+def place_of(notebook) -> str:
+    """Where a notebook lies, from the repository's root where it lies below that: two of one file name are told apart by it."""
+    path, root = Path(notebook).resolve(), PACKAGE.parent
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
 def question(notebook: str, parameters: dict) -> str:
     """What a run asks, whatever code and data answer it: notebook (name without suffix) and parameters, as one text."""
     asked = {name: value for name, value in parameters.items() if name not in EXECUTION_ONLY}
@@ -302,8 +310,12 @@ def _refuse_constant(text):
 
 def _plain(name, value):
     if hasattr(value, "to_dict") and hasattr(value, "columns"):  # a pandas.DataFrame, seen without loading pandas
-        named_index = value.index.nlevels > 1 or value.index.name is not None
-        value = (value.reset_index() if named_index else value).to_dict("records")
+        if doubled := value.columns[value.columns.duplicated()].tolist():
+            raise ValueError(f"record needs different columns in {name}, got {doubled[0]!r} more than once")
+        named_rows = value.index.nlevels > 1 or value.index.name is not None or value.index.inferred_type not in UNNAMED
+        value = (value.reset_index() if named_rows else value).to_dict("records")
+    elif hasattr(value, "to_dict") and value.index.inferred_type == "string":  # a pandas.Series of named figures
+        value = value.to_dict()
     elif hasattr(value, "tolist"):  # NumPy scalars and arrays
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
@@ -375,15 +387,15 @@ def run(
     tidy(done.parent, asked.id)
     if not force and is_finished(done):
         return RunResult(done, "ok", True, "")
-    threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or cores()
+    threads = threads or given_threads() or cores()
     return perform(asked, results, threads=threads, timeout_s=timeout_s, echo=echo)
 
 
 def perform(asked: Run, results: Path, *, threads: int, timeout_s=None, echo=None, cancelled=None) -> RunResult:
     """Run it now. cancelled: a threading.Event that ends it (Cancelled) from another thread; the rest as for `run`.
 
-    A full disk is no result of the notebook but an OSError. A run during which the package changes has failed: its late
-    cells may have loaded the new code.
+    A full disk is no result of the notebook but an OSError. A run during which the package or the data change has failed: its
+    late cells may have loaded the new ones.
     """
     done, failed = results / "runs" / asked.id, results / "failed" / asked.id
     # Unique even where two threads of a process have the same run.
@@ -394,6 +406,7 @@ def perform(asked: Run, results: Path, *, threads: int, timeout_s=None, echo=Non
         "state": "running",
         "error": None,
         "notebook": asked.notebook.stem,
+        "place": place_of(asked.notebook),
         "parameters": asked.parameters,
         "provenance": _provenance()
         | {
@@ -413,8 +426,11 @@ def perform(asked: Run, results: Path, *, threads: int, timeout_s=None, echo=Non
         status = _judged(build, returncode, timeout_s)
         if _is_full(build, status):  # no fault of the notebook: every later run would fail in the same way
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(results))
-        if status["state"] == "ok" and _package_digest().hexdigest() != package:
-            error = {"class": "RuntimeError", "message": "the package was edited while the run executed: run it again"}
+        now = {"package": _package_digest().hexdigest() == package, "data": data_now(asked.parameters) == asked.data}
+        changed = [name for name, same in now.items() if not same]
+        if status["state"] == "ok" and changed:
+            error = {"class": "RuntimeError",
+                     "message": f"the {' and the '.join(changed)} changed while the run executed: run it again"}
             status |= {"state": "failed", "error": error}
         _write_json(build / "status.json", status)
         ok = status["state"] == "ok"
@@ -428,19 +444,27 @@ def perform(asked: Run, results: Path, *, threads: int, timeout_s=None, echo=Non
     return RunResult(failed, "failed", False, error_line(status))
 
 
+def data_now(parameters):
+    """data_digest, or why there is none any more."""
+    try:
+        return data_digest(parameters)
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
 def error_line(status: dict) -> str:
     """Class and message of a failed run in one line."""
     return "{class}: {message}".format(**status["error"]).splitlines()[0]
 
 
 def read_status(directory) -> dict:
-    """status.json of a run directory; ValueError where there is none."""
+    """status.json of a run directory; ValueError where there is none, or none that is whole."""
     path = Path(directory) / "status.json"
     try:
         status = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         status = None
-    if not isinstance(status, dict) or "state" not in status:
+    if not isinstance(status, dict) or not all(isinstance(status.get(name), kind) for name, kind in STATUS.items()):
         raise ValueError(f"{directory} is not a run directory: it has no readable status.json")
     return status
 
@@ -448,11 +472,18 @@ def read_status(directory) -> dict:
 def is_finished(directory) -> bool:
     """Whether `directory` holds a run whose status is whole and says ok, and whose metrics are valid."""
     try:
-        status = read_status(directory)
-        return status["state"] == "ok" and {"schema", "notebook", "parameters", "provenance"} <= set(status) and bool(
-            read_metrics(directory))
+        return ended(directory, "ok") is not None and bool(read_metrics(directory))
     except ValueError:
         return False
+
+
+def ended(directory, state: str) -> dict | None:
+    """The status of a run directory where it is whole and says that its run ended in that state, "ok" or "failed"."""
+    try:
+        status = read_status(directory)
+    except ValueError:
+        return None
+    return status if status["state"] == state and {"ended", "wall_s"} <= status["provenance"].keys() else None
 
 
 def usable(results) -> Path:
@@ -625,6 +656,16 @@ def _is_full(folder, status):
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def given_threads() -> int | None:
+    """Numerical threads of a process by OMP_NUM_THREADS, of a list (one for each level of nesting) the first; None without."""
+    if not (text := os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()):
+        return None
+    if not text.isdecimal() or not int(text):
+        raise ValueError("OMP_NUM_THREADS needs a whole number of threads of at least 1, got "
+                         f"{os.environ['OMP_NUM_THREADS']!r}")
+    return int(text)
 
 
 def _provenance():

@@ -141,8 +141,8 @@ def _pareto(who, pareto):
     if missing := [key for key in ("x", "y") if key not in pareto]:
         raise ValueError(f"{who}: [pareto] needs {' and '.join(missing)}")
     group = pareto.get("group", [""])
-    if not group or not all(isinstance(name, str) for name in group):
-        raise TypeError(f"{who}: [pareto] group needs a list of names, got {group!r}")
+    if not group or not all(isinstance(name, str) for name in group) or len(set(group)) < len(group):
+        raise TypeError(f"{who}: [pareto] group needs a list of different names, got {group!r}")
     axes = (pareto["x"], pareto["y"])
     if unknown := [name for name in pareto.get("lower_is_better", []) if name not in axes]:
         raise ValueError(f"{who}: [pareto] lower_is_better names an axis, x or y, got {unknown[0]!r}")
@@ -159,53 +159,56 @@ def shown(values: dict) -> str:
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep and where it stands. directory: of the result that counts for it, None where there is none."""
+    """One run of a sweep and where it stands. directory, status: of the result that counts for it, None where there is none;
+    that of a failed run may be gone by now, as another process has had it again."""
 
     run: runs.Run
     state: str  # "cached", "stale", "failed" or "missing"
     directory: Path | None
+    status: dict | None
 
 
 def survey(sweep: Sweep, results: Path) -> list[Point]:
     """Where every run of the sweep stands. Unknown data raise ValueError. Stale: only older code or data answered."""
     code = runs.code_hash(sweep.notebook)
-    named = [(values.get("task"), values.get(runs.FILE)) for values in sweep.parameters]
+    named = [json.dumps([values.get("task"), values.get(runs.FILE)]) for values in sweep.parameters]
     digests = {names: runs.data_digest(values) for names, values in dict(zip(named, sweep.parameters, strict=True)).items()}
     asked = [runs.Run(sweep.notebook, values, code, digests[names])
              for names, values in zip(named, sweep.parameters, strict=True)]
     finished = [runs.is_finished(results / "runs" / run.id) for run in asked]
     older = {} if all(finished) else _answers(results)
-    points = []
+    points, place = [], runs.place_of(sweep.notebook)
     for run, done in zip(asked, finished, strict=True):
-        failed = results / "failed" / run.id
-        answers = older.get(runs.question(run.notebook.stem, run.parameters), [])
+        cached, failed = results / "runs" / run.id, results / "failed" / run.id
+        answers = [(end, directory) for end, directory, its in older.get(runs.question(run.notebook.stem, run.parameters), ())
+                   if its in (place, None)]
         if done:
-            points.append(Point(run, "cached", results / "runs" / run.id))
-        elif failed.is_dir():
-            points.append(Point(run, "failed", failed))
+            points.append(Point(run, "cached", cached, runs.read_status(cached)))
+        elif status := runs.ended(failed, "failed"):
+            points.append(Point(run, "failed", failed, status))
         elif answers:
-            points.append(Point(run, "stale", max(answers)[1]))
+            last = max(answers)[1]
+            points.append(Point(run, "stale", last, runs.read_status(last)))
         else:
-            points.append(Point(run, "missing", None))
+            points.append(Point(run, "missing", None, None))
     return points
 
 
 def _answers(results):
-    """Question -> (end, directory) of every finished run that answers it."""
+    """Question -> (end, directory, place of its notebook, None of an old run) of every finished run that answers it."""
     found = {}
     for directory in (results / "runs").glob("[!.]*"):
         if runs.is_finished(directory):
             status = runs.read_status(directory)
             if status["schema"] == runs.SCHEMA:
                 question = runs.question(status["notebook"], status["parameters"])
-                found.setdefault(question, []).append((status["provenance"]["ended"], directory))
+                found.setdefault(question, []).append((status["provenance"]["ended"], directory, status.get("place")))
     return found
 
 
 def estimate_s(points: list[Point], to_run: int, workers: int) -> float | None:
     """Seconds that `to_run` runs will take, from the median of those that have finished; None where none has."""
-    directories = [point.directory for point in points if point.state in ("cached", "stale")]
-    times = [runs.read_status(directory)["provenance"]["wall_s"] for directory in directories]
+    times = [point.status["provenance"]["wall_s"] for point in points if point.state in ("cached", "stale")]
     return math.ceil(to_run / workers) * statistics.median(times) if times else None
 
 
@@ -233,9 +236,10 @@ def make_plan(sweep: Sweep, results: Path, *, stale: str = "rerun", shard: tuple
     """shard (k, n): every n-th run, from the k-th on. stale: "rerun", or "warn" or "ignore", which keep older
     answers. ValueError where another notebook's sweep has the same name."""
     earlier = _kept(results / "sweeps" / sweep.name)
-    if earlier and earlier["notebook"] != sweep.notebook.stem:
-        raise ValueError(f"{results / 'sweeps' / sweep.name} holds a sweep of the notebook {earlier['notebook']}, this one is "
-                         f"of {sweep.notebook.stem}: give the file another name")
+    place = runs.place_of(sweep.notebook)
+    if earlier and (earlier["notebook"], earlier.get("place", place)) != (sweep.notebook.stem, place):
+        raise ValueError(f"{results / 'sweeps' / sweep.name} holds a sweep of the notebook "
+                         f"{earlier.get('place', earlier['notebook'])}, this one is of {place}: give the file another name")
     points = survey(sweep, results)
     ours = points[shard[0] - 1 :: shard[1]]
     wanted = ("missing", "failed", "stale") if stale == "rerun" else ("missing", "failed")
@@ -254,7 +258,8 @@ def perform(plan: Plan, results: Path, *, workers: int, scheduler: str | None = 
     """
     for folder in ("runs", "failed"):
         runs.tidy(results / folder)
-    settings = {"timeout_s": plan.sweep.timeout_s, "threads": 1 if scheduler else max(1, runs.cores() // workers)}
+    threads = 1 if scheduler else max(1, min(runs.given_threads() or math.inf, runs.cores() // workers))
+    settings = {"timeout_s": plan.sweep.timeout_s, "threads": threads}
     cancelled, found = threading.Event(), {}
     with contextlib.ExitStack() as stack:
         if scheduler is None:
@@ -287,13 +292,14 @@ def perform(plan: Plan, results: Path, *, workers: int, scheduler: str | None = 
 def _perform(run, results, stale, settings):
     if "cancelled" in settings and settings["cancelled"].is_set():
         raise runs.Cancelled
-    code = runs.code_hash(run.notebook)
-    if code != run.code and stale == "rerun":
+    now = replace(run, code=runs.code_hash(run.notebook), data=runs.data_now(run.parameters))
+    if now != run and stale == "rerun":
+        what = "package or the notebook has" if now.code != run.code else "data have"
         raise RuntimeError(
-            "the package or the notebook has changed since the sweep began: it stops here, finished runs are kept; the "
-            "same command starts again with the new code, with --stale ignore it goes on and keeps the older results"
+            f"the {what} changed since the sweep began: it stops here, finished runs are kept; the same command starts again "
+            "with what is there now, with --stale ignore it goes on and keeps the older results"
         )
-    run = replace(run, code=code)
+    run = now
     done = results / "runs" / run.id
     if runs.is_finished(done):  # another process has had the same run meanwhile
         return runs.RunResult(done, "ok", True, "")
@@ -336,6 +342,7 @@ def write_table(sweep: Sweep, results: Path, command: str) -> Path:
         "name": sweep.name,
         "description": sweep.description,
         "notebook": sweep.notebook.stem,
+        "place": runs.place_of(sweep.notebook),
         "swept": list(sweep.swept),
         "seed_parameter": sweep.seed_parameter,
         "pareto": sweep.pareto,
@@ -354,8 +361,7 @@ def write_table(sweep: Sweep, results: Path, command: str) -> Path:
 
 def _mark(point):
     """What of a run decides its row of the table."""
-    ended = runs.read_status(point.directory)["provenance"]["ended"] if point.directory else None
-    return {"id": point.run.id, "state": point.state, "ended": ended}
+    return {"id": point.run.id, "state": point.state, "ended": point.status["provenance"]["ended"] if point.status else None}
 
 
 def _kept(folder):
@@ -363,9 +369,9 @@ def _kept(folder):
     try:
         state = json.loads((folder / ASKED).read_text())
         whole = state.pop("table") == hashlib.sha256((folder / TABLE).read_bytes()).hexdigest()
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return state if whole else None
+    return state if whole and "notebook" in state else None
 
 
 def _frame(sweep, points):
@@ -383,14 +389,13 @@ def _frame(sweep, points):
             "error": None,
         }
         row |= {f"p_{name}": json.dumps(value) if isinstance(value, list) else value for name, value in values.items()}
-        if point.directory:
-            status = runs.read_status(point.directory)
+        if status := point.status:
             if point.state == "failed":
                 row["error"] = runs.error_line(status)
             else:
                 row |= {f"m_{name}": value for name, value in runs.read_metrics(point.directory).items()}
             kept = ("commit", "dirty", "code", "data", "threads", "started", "ended", "wall_s", "command")
-            row |= {name: status["provenance"][name] for name in kept}
+            row |= {name: status["provenance"].get(name) for name in kept}
             row |= {f"version_{name}": version for name, version in status["provenance"]["versions"].items()}
             row["directory"] = os.path.relpath(point.directory, point.directory.parents[1])
         rows.append(row)
@@ -452,4 +457,5 @@ def stamp(asked: bytes, table: bytes) -> str:
 def index_is_new(folder: Path) -> bool:
     """Whether the index page of a sweep was made from the table that is there now."""
     index = folder / INDEX
-    return index.is_file() and stamp((folder / ASKED).read_bytes(), (folder / TABLE).read_bytes()) in index.read_text()
+    made_from = stamp((folder / ASKED).read_bytes(), (folder / TABLE).read_bytes())
+    return index.is_file() and made_from.encode() in index.read_bytes()

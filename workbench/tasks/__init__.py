@@ -1,6 +1,7 @@
 """Sequence data sets, one per file: those of the workbench in `TASKS`, a user's own in a folder (see docs/adding_a_task.md)."""
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -65,10 +66,20 @@ def digest(name: str) -> str:
 
 
 def _own_digest(module):
-    found = module.digest()
+    with _named(module.__file__):
+        found = module.digest()
     if not isinstance(found, str):
         raise ValueError(f"digest of {module.__file__} needs to give a text, got {found!r}")
     return hashlib.sha256(Path(module.__file__).read_bytes() + found.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _named(file):
+    """What the code of a user's own file raises, as a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{file} fails with {type(error).__name__}: {error}") from error
 
 
 def _own() -> dict[str, Path]:
@@ -91,7 +102,8 @@ def _module(name):
                          f"in the folder that the environment variable {OWN} names")
     spec = importlib.util.spec_from_file_location(f"workbench_task_{name}", own[name])
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # known by name, as its dataclasses need
-    spec.loader.exec_module(module)  # anew each time: it may have been edited
+    with _named(own[name]):
+        spec.loader.exec_module(module)  # anew each time: it may have been edited
     if missing := [verb for verb in ("load", "digest") if not callable(getattr(module, verb, None))]:
         raise ValueError(f"{own[name]} needs the functions load(split) and digest(), got none named {' or '.join(missing)}")
     return module
