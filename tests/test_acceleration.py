@@ -19,7 +19,7 @@ from workbench.acceleration import (
     stalls,
     train_points,
 )
-from workbench.array import Layout, Region, grid_points, preset, schedule_hoisted, schedule_layer, sweep_space
+from workbench.array import Layout, Region, execute_layer, grid_points, preset, schedule_hoisted, schedule_layer, sweep_space
 from workbench.array.cost import BASELINE
 from workbench.constrain import pack
 from workbench.methods import BlockCirculant, Dense, Structured, TopK
@@ -327,6 +327,25 @@ def test_wide_words_hold_a_pe():
     found = stalls(schedule_layer(layer, SPEC, 4))
     assert found["multiply"] == found["further words"] == 64
     assert stalls(schedule_layer(random_layer(Structured(2), 16, 15), SPEC, 4))["further words"] == 0
+
+
+def test_stalls_refuse_what_has_no_steady_step():
+    layer = random_layer(TopK(0.25), 16, 8)
+    skipping = execute_layer(layer, SPEC.with_(lookahead=2), np.zeros((3, 1, 16), dtype=int)).schedule
+    for schedule in (skipping, schedule_hoisted(layer, SPEC, 3)):
+        with pytest.raises(ValueError, match="stalls needs the schedule of one layer without skipped zeros, got"):
+            stalls(schedule)
+
+
+def test_streamed_weights_do_not_wait_for_the_latency_of_a_multiplication():
+    """16 PEs and 4 bits of loader a PE and cycle: of 16-bit weights 4 cycles a word. With chunks of one word in each PE the
+    latency binds, with larger ones the loader."""
+    layer, spec = random_layer(Dense(), 32, 16), SPEC.with_(load_bits_per_cycle=64)
+    streamed = acceleration._figures(layer, spec, 4)[2]
+    words = sum(block.values.size for block in layer.blocks.values())
+    assert words / 16 * 4 == 4 * 512 and streamed == pytest.approx(4 * 512, rel=0.1)
+    one_word = schedule_layer(layer, spec.with_(weight_words=2), 4, Layout((Region(0, 0, 4, 4),), 1)).steady_state_cycles
+    assert one_word > 1.1 * streamed
 
 
 def test_stalls_sum_up_over_two_regions_and_streams():

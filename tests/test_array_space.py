@@ -139,6 +139,34 @@ def test_points_are_kept_in_order_and_the_infeasible_have_their_reason():
     assert "the array has words of 16 bits" in wide["reason"][1] and "33" in wide["reason"][2]
 
 
+def test_a_point_with_too_few_accumulators_for_a_transform_has_its_reason():
+    layer, points = layer_of(lambda part, gate, shape, rng: spectral(shape, rng, 16), 16, 16), grid_points(acc_depth=[8, 64])
+    space = sweep_space(layer, points, SMALL, 3)
+    assert space["reason"].tolist() == [
+        "a tile of the fft datapath needs 16 accumulators of one PE, the array has 8 (acc_depth)", ""]
+    assert space["cycles"][1] == schedule_layer(layer, SMALL.with_(acc_depth=64), 3).cycles
+    for limit in (1e-6, 1e6):
+        (row,) = smallest_array({"fft": layer}, limit, points=points, spec=SMALL, steps=3)
+        assert row["acc_depth"] == 64 and row["meets"] == (limit > 1)
+
+
+def test_the_smallest_array_passes_over_what_is_no_array():
+    layer, points = dense_layer(), {"rows": [4, 6], "cols": [4, 4]}
+    (row,) = smallest_array({"a": layer}, 1e-6, points=points, spec=SMALL, steps=3)
+    assert not row["meets"] and row["rows"] == 4
+    with pytest.raises(ValueError, match="a fits none of 1 arrays: ArraySpec needs rows and cols in multiples of 4"):
+        smallest_array({"a": layer}, 1e-6, points={"rows": [6], "cols": [4]}, spec=SMALL, steps=3)
+
+
+@pytest.mark.parametrize(("axes", "message"), [
+    ({}, "grid_points needs the values of one axis at least, got none"),
+    ({"load_bits_per_cycle": [64.7]}, "grid_points needs whole numbers, got float64 for load_bits_per_cycle"),
+    ({"cols": [4], "rows": [True]}, "grid_points needs whole numbers, got bool for rows")])
+def test_a_grid_refuses(axes, message):
+    with pytest.raises(ValueError, match=message):
+        grid_points(**axes)
+
+
 def test_a_layout_that_does_not_fit_is_passed_over():
     """Two regions of 8 x 4 PEs keep twice as many columns in a PE as one of 8 x 8."""
     layer = hybrid_layer(16, 8, 8)

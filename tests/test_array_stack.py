@@ -255,8 +255,14 @@ def test_gantt_draws_one_stage_and_every_kind_of_operation():
 
 
 def test_what_is_no_stack_or_has_no_place_is_refused():
-    with pytest.raises(TypeError, match="schedule_stack needs layers of PackedLayers"):
-        schedule_stack([], SMALL, 3)
+    x = np.zeros((2, 1, 4), dtype=int)
+    for none in ([], dense_layer(), [dense_layer()], [()], "a"):
+        with pytest.raises(TypeError, match="schedule_stack needs layers of PackedLayers"):
+            schedule_stack(none, SMALL, 3)
+        with pytest.raises(TypeError, match="execute_stack needs layers of PackedLayers"):
+            execute_stack(none, SMALL, x)
+    with pytest.raises(TypeError, match="execute_layer needs a PackedLayer, got a str"):
+        execute_layer("a", SMALL, x)
     with pytest.raises(ValueError, match="layers that fit: layer 1 takes 5 inputs, layer 0 gives 8"):
         schedule_stack([(dense_layer(8, 4),), (dense_layer(8, 5),)], SMALL, 3)
     with pytest.raises(ValueError, match="schedule_stack knows the forms in turn, side by side, got 'pipeline'"):
@@ -419,7 +425,58 @@ def test_hoisted_execution_equals_the_engine(kind, hoist):
     assert skipping.schedule.counts()["skipped_macs"] > 0
 
 
+@pytest.mark.parametrize("hoist", [True, 2])
+def test_low_rank_input_weights_are_hoisted_with_skipping(hoist):
+    """U multiplies what V makes of x, whose zeros are skipped too."""
+    x = np.random.default_rng(0).integers(-9000, 9000, (5, 2, 4))
+    layer, spec = low_rank_layer(8, 4, ranks={"ih": 1, "hh": 2}), SMALL.with_(lookahead=2)
+    executed = execute_layer(layer, spec, x * (x > 5000), hoist=hoist)
+    np.testing.assert_array_equal(executed.output, run_layer(layer, x * (x > 5000)).output)
+    assert executed.schedule.counts()["skipped_macs"] > 0
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int64])
+def test_narrow_integers_do_not_wrap_where_x_moves(dtype):
+    """Differences of an 8-bit signal take 9 bits; the engine computes in 64."""
+    info = np.iinfo(dtype)
+    ends = [max(info.min, -(2**15)), min(info.max, 2**15 - 1)]
+    x = np.array(ends * 3, dtype=dtype).repeat(4).reshape(6, 1, 4)
+    layer = replace(dense_layer(8, 4, bits=8), delta={"input": 100})
+    spec = SMALL.with_(word_bits=18)
+    expected = run_layer(layer, x.astype(np.int64)).output
+    np.testing.assert_array_equal(execute_layer(layer, spec, x).output, expected)
+    np.testing.assert_array_equal(execute_stack([(layer,)], spec, x).output, expected)
+
+
+def test_numpy_s_numbers_of_steps_and_sides_are_python_s():
+    layer, four = dense_layer(), np.int64(4)
+    two = np.int64(2)
+    for schedule in (schedule_layer(layer, SMALL, four, batch=two), schedule_hoisted(layer, SMALL, four, window=two),
+                     schedule_stack([(layer,)], SMALL, four), schedule_stack([(layer,)], SMALL, four, hoist=two),
+                     schedule_layer(layer, SMALL, 4, Layout((Region(0, 0, four, four),), np.int64(0)))):
+        json.dumps(schedule.to_json())
+
+
+@pytest.mark.parametrize("steps", [0, 2.5, "3", None, True])
+def test_steps_that_are_none_are_refused(steps):
+    message = f"a schedule needs a whole number of steps of at least 1, got {steps!r}"
+    for schedule in (schedule_layer, schedule_hoisted, lambda layer, *rest: schedule_stack([(layer,)], *rest),
+                     lambda layer, *rest: schedule_stack([(layer,)], *rest, hoist=True)):
+        with pytest.raises(ValueError, match=message):
+            schedule(dense_layer(), SMALL, steps)
+
+
+def test_a_batch_that_is_none_is_refused():
+    message = r"the array needs a whole number of sequences side by side \(batch\) of at least 1, got '3'"
+    for schedule in (schedule_layer, schedule_hoisted,
+                     lambda layer, *rest, **batch: schedule_stack(stack_of(), *rest, **batch)):
+        with pytest.raises(ValueError, match=message):
+            schedule(dense_layer(), WIDE, 3, batch="3")
+
+
 def test_what_cannot_be_hoisted_is_refused():
+    with pytest.raises(ValueError, match="a schedule of 2 steps needs inputs of as many, got 4"):
+        schedule_hoisted(dense_layer(), SMALL, 2, inputs={"ih": np.zeros((4, 1, 4), dtype=int)})
     with pytest.raises(ValueError, match="hoisting takes no delta threshold of x"):
         schedule_hoisted(replace(dense_layer(), delta={"input": 3}), SMALL, 3)
     with pytest.raises(ValueError, match="execute_layer takes no layout with hoist, whose stages .*, got all on 4x4"):

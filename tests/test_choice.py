@@ -170,6 +170,9 @@ def test_crossover():
 
 def test_bad_operations_are_refused():
     layer = hybrid_layer()
+    for bad, got in (([], "none"), ([np.zeros((3, 2, 6), dtype=int)], r"\(3, 2, 6\)")):
+        with pytest.raises(ValueError, match=rf"needs sequences of shape \(T, 1, 6\), one at least, got {got}"):
+            compare_operations(layer, SMALL, bad)
     with pytest.raises(ValueError, match="as dense or sparse, got 'dense' for the PackedCirculant rnn.weight_hh_l0.g"):
         with_operations(layer, {("hh", "g"): "dense"})
     with pytest.raises(ValueError, match="as dense or sparse, got 'tiles' for the PackedSparse rnn.weight_hh_l0.i"):

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,12 @@ def test_an_answer_is_what_the_single_calls_give(cell, method):
         rf"bits a weight\. A step takes \*\*{mine.steady_state_cycles:,.0f} cycles\*\* \([\d.]+ µs at 200 MHz; 2 sequences, "
         rf"{mine.cycles_per_item:,.0f} cycles each\), most of all for {mine.bound}: [\d.]+ times as fast as dense 16-bit "
         rf"\({base.steady_state_cycles:,.0f} cycles, most of all for {base.bound}\)\. No accuracy: ", answer.sentence())
+
+
+def test_the_call_of_a_question_of_numpy_s_numbers_is_python():
+    question = Question("TopK", np.float64(6.0), np.int64(5), array="group4x4", batch=np.int64(2))
+    model, _ = untrained("LSTM", np.int64(6), np.int32(32), seed=1)
+    assert call_of(question, model) == call_of(Question("TopK", 6.0, 5, array="group4x4", batch=2), model)
 
 
 def test_the_array_of_a_question():
@@ -137,8 +144,8 @@ def test_an_array_that_slows_the_baseline_down_is_said(lstm):
 
 @pytest.mark.parametrize(("sizes", "message"), [
     (("RNN", 4, 8), "untrained knows the cells LSTM, GRU, got 'RNN'"),
-    (("LSTM", 0, 8), "untrained needs input_size of at least 1, got 0"),
-    (("GRU", 4, -1), "untrained needs hidden_size of at least 1, got -1"),
+    (("LSTM", 0, 8), "untrained needs a whole input_size of at least 1, got 0"),
+    (("GRU", 4, -1), "untrained needs a whole hidden_size of at least 1, got -1"),
 ])
 def test_what_untrained_refuses(sizes, message):
     with pytest.raises(ValueError, match=message):

@@ -268,17 +268,23 @@ def accelerate(points: TrainedPoints, spec: ArraySpec, steps: int) -> Accelerati
 
 
 def _figures(layer, spec, steps):
-    """(its schedule, the steady-state cycles with all weights resident, and with all of them streamed)."""
+    """(its schedule, the steady-state cycles with all weights resident, and with all of them streamed, through the best of
+    some sizes of the double buffer: with the smallest a PE may wait for the latency of its multiplications)."""
     schedule = schedule_layer(layer, spec, steps)
     mapping = schedule.mapping
     constants, resident = constants_kept(spec, mapping.layout, mapping.blocks), schedule
     if mapping.streamed_bits:
         words = int(mapping.memory_words.max()) + constants
         resident = schedule_layer(layer, spec.with_(weight_words=words), steps, replace(mapping.layout, stream_words=0))
-    widest = max(words_taken(block, spec) for block in mapping.blocks.values())
-    streamed = schedule_layer(layer, spec.with_(weight_words=2 * widest + constants), steps,
-                              replace(mapping.layout, stream_words=widest))
-    return schedule, resident.steady_state_cycles, streamed.steady_state_cycles
+    widest, streamed = max(words_taken(block, spec) for block in mapping.blocks.values()), []
+    for stored in STREAM_BUFFERS:
+        words = stored * widest
+        found = schedule_layer(layer, spec.with_(weight_words=2 * words + constants), steps,
+                               replace(mapping.layout, stream_words=words))
+        if streamed and found.mapping.streamed_bits < streamed[0].mapping.streamed_bits:  # some weights would stay
+            break
+        streamed.append(found)
+    return schedule, resident.steady_state_cycles, min(found.steady_state_cycles for found in streamed)
 
 
 def _against(base, mine) -> dict:
@@ -356,6 +362,8 @@ def stalls(schedule: Schedule) -> dict[str, float]:
     multiplies nothing, by what the critical path of the whole step does then: pipeline (the latency of a multiplication),
     drain, activation, multicast, load, other region.
     """
+    if not isinstance(schedule, Schedule) or schedule.by_row:
+        raise ValueError(f"stalls needs the schedule of one layer without skipped zeros, got {schedule!r}")
     length, advance = schedule.period
     steps = 2 * length + 2
     while True:  # until the transient is over
@@ -424,6 +432,7 @@ FORMS = {
     "BlockCirculant" + BY_FFT: lambda fraction, units: BlockCirculant(round(1 / fraction), "fft"),
     "LowRank": lambda fraction, units: LowRank(max(1, round(fraction * units / 2))),
 }
+STREAM_BUFFERS = (1, 2, 4, 8)  # stored words in one half of the double buffer, of which the best counts
 STALLS = ("multiply", "transform", "padding", "further words", "imbalance", "pipeline", "drain", "activation", "multicast",
           "load", "other region")  # fmt: skip
 

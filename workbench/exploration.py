@@ -14,7 +14,7 @@ from workbench.array import PRESETS, ArraySpec, Schedule, preset, schedule_layer
 from workbench.array.cost import BASELINE
 from workbench.array.spec import GROUP, ceil_div, in_step
 from workbench.budget import WIDTHS, check_bits, check_target, pack_anew, uniform_plan
-from workbench.checks import check_whole
+from workbench.checks import check_whole, plain_numbers
 from workbench.constrain import pack
 from workbench.gates import check_gates, gate_names, layers
 from workbench.methods import METHODS, BlockCirculant
@@ -66,6 +66,9 @@ class Question:
     cols: int | None = None
     batch: int = 1
     layer: str | None = None
+
+    def __post_init__(self):
+        plain_numbers(self)
 
     def spec(self) -> ArraySpec:
         return array_of(self.array, self.rows, self.cols)
@@ -140,9 +143,8 @@ def untrained(cell: str, input_size: int, hidden_size: int, seed: int) -> tuple[
     Kept weights of such matrices lie evenly; those of a trained network may not, and then cost more cycles."""
     if cell not in CELLS:
         raise ValueError(f"untrained knows the cells {', '.join(CELLS)}, got {cell!r}")
-    for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
-        if size < 1:
-            raise ValueError(f"untrained needs {name} of at least 1, got {size}")
+    input_size = check_whole("untrained", "input_size", input_size, 1)
+    hidden_size = check_whole("untrained", "hidden_size", hidden_size, 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CELLS[cell](input_size, hidden_size, batch_first=True)

@@ -155,6 +155,10 @@ def compare_operations(layer: PackedLayer, spec: ArraySpec, sequences, layout: L
     sequences take no more cycles than the other way; lost: the share of their cycles that the other way would save; best
     alone: so do its own multiplications. Without a layout: one region.
     """
+    sequences = [np.asarray(x) for x in sequences]
+    if not sequences or any(x.ndim != 3 or x.shape[1:] != (1, layer.input_size) for x in sequences):
+        raise ValueError(f"compare_operations needs sequences of shape (T, 1, {layer.input_size}), one at least, got "
+                         f"{', '.join(str(x.shape) for x in sequences) or 'none'}")
     layout = layout or Layout((Region(0, 0, spec.rows, spec.cols),))
     engine = LayerEngine(layer)
     inputs = [multiplied(layer, x, engine) for x in sequences]

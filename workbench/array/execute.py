@@ -8,7 +8,7 @@ from workbench.array.mapping import Layout, multiplication
 from workbench.array.schedule import Schedule, schedule_layer
 from workbench.array.skipping import multiplied
 from workbench.array.spec import ArraySpec
-from workbench.array.stack import StagedSchedule, layer_name, schedule_hoisted, schedule_stack
+from workbench.array.stack import StagedSchedule, checked_stack, layer_name, schedule_hoisted, schedule_stack
 from workbench.engine import (
     LayerResult,
     candidate,
@@ -55,13 +55,16 @@ def execute_layer(layer: PackedLayer, spec: ArraySpec, x, layout: Layout | None 
 
 
 def _checked(layer, x, who):
+    """The integers as int64, in which neither sums nor differences overflow."""
+    if not isinstance(layer, PackedLayer):
+        raise TypeError(f"{who} needs a PackedLayer, got a {type(layer).__name__}")
     x = np.asarray(x)
     if x.ndim != 3 or x.shape[2] != layer.input_size or not x.size:
         raise ValueError(f"{who} needs x of shape (T, B, {layer.input_size}) with T and B of at least 1, got {x.shape}")
     fmt = layer.signals["input"]
     if x.dtype.kind not in "iu" or x.min() < fmt.min or x.max() > fmt.max:
         raise ValueError(f"{who} needs integers of {fmt}, got {x.dtype} from {x.min()} to {x.max()}")
-    return x
+    return x.astype(np.int64)
 
 
 def _run(layer, blocks, x) -> LayerResult:
@@ -113,7 +116,8 @@ class StackExecution:
 def execute_stack(stack, spec: ArraySpec, x, form: str = "", hoist: bool | int = False) -> StackExecution:
     """Run B sequences through all layers and directions of one recurrent module: x (T, B, input_size), as schedule_stack
     arranges them."""
-    stack, x = [tuple(directions) for directions in stack], _checked(stack[0][0], x, "execute_stack")
+    stack = checked_stack("execute_stack", stack)
+    x = _checked(stack[0][0], x, "execute_stack")
     inputs = _multiplied_by_all(stack, x) if spec.lookahead > 1 else None
     schedule, blocks = schedule_stack(stack, spec, len(x), x.shape[1], form, inputs, hoist), {}
     for mapping in schedule.mapping.layers:

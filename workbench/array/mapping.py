@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from workbench.array.spec import DSP_BITS, GROUP, ArraySpec, ceil_div
-from workbench.checks import check_whole
+from workbench.checks import check_whole, plain_numbers
 from workbench.fixedpoint import ExactMatrix, QFormat
 from workbench.packed import PARTS, PackedCirculant, PackedDense, PackedLayer, PackedLowRank, PackedSparse
 from workbench.spectrum import OPERAND_BITS, TWIDDLE_BITS, SpectralProduct, real_operations
@@ -31,6 +31,7 @@ class Region:
     cols: int
 
     def __post_init__(self):
+        plain_numbers(self)
         sides = (self.row, self.col, self.rows, self.cols)
         if any(side % GROUP for side in sides) or min(sides) < 0 or min(self.rows, self.cols) < GROUP:
             raise ValueError(f"{self} needs whole groups of {GROUP} x {GROUP} PEs")
@@ -55,6 +56,7 @@ class Layout:
     split_tiles: bool = False
 
     def __post_init__(self):
+        plain_numbers(self)
         if len(self.regions) not in (1, 2):
             raise ValueError(f"Layout needs one region or two, got {len(self.regions)}")
         if self.stream_words < 0:
@@ -885,7 +887,7 @@ def map_layer(layer: PackedLayer, spec: ArraySpec, layout: Layout, blocks=None, 
     mapping of this layout and these parts, among which the accumulators are then shared out as there, so that the same words
     stay resident. What does not fit raises ValueError."""
     check_layer(layer, spec)
-    batch = check_whole("the array", "number of sequences side by side (batch)", batch, 1)
+    batch = check_batch(batch)
     used = np.zeros((spec.rows, spec.cols), dtype=np.int64)
     for region in layout.regions:
         used[region.window] += 1
@@ -986,6 +988,11 @@ def fitting_mappings(layer: PackedLayer, spec: ArraySpec, layout: Layout, batch:
     blocks = map_blocks(layer, spec, layout, parts)
     return [map_layer(layer, spec, sized, blocks, batch=batch, parts=parts)
             for sized in sized_layouts(layer, spec, layout, blocks)]
+
+
+def check_batch(batch) -> int:
+    """The number of sequences side by side as a Python int; ValueError for what is none."""
+    return check_whole("the array", "number of sequences side by side (batch)", batch, 1)
 
 
 def check_layer(layer, spec):

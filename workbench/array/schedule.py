@@ -26,6 +26,7 @@ from workbench.array.mapping import (
     Layout,
     SideBySide,
     candidate_layouts,
+    check_batch,
     check_layer,
     constant_taken,
     inverse_columns,
@@ -644,6 +645,7 @@ def schedule_layer(layer: PackedLayer, spec: ArraySpec, steps: int, layout: Layo
     if not isinstance(layer, PackedLayer) or not isinstance(spec, ArraySpec):
         raise TypeError("schedule_layer needs a PackedLayer and an ArraySpec, got "
                         f"{type(layer).__name__} and {type(spec).__name__}")
+    batch = check_batch(batch)
     layouts = [layout] if layout is not None else sorted(
         (candidate for candidate in candidate_layouts(layer, spec)
          if takes_multicast(candidate.regions, spec.h_words_per_cycle)),

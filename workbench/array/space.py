@@ -43,7 +43,11 @@ STORED = ("values", "vectors", "left", "right")  # fields of packed blocks that 
 
 def grid_points(**axes) -> dict[str, np.ndarray]:
     """Every combination of the values of the axes, as points for sweep_space; the last axis changes fastest."""
-    combined = np.array(list(product(*axes.values())), dtype=np.int64).reshape(-1, len(axes))
+    if not axes:
+        raise ValueError("grid_points needs the values of one axis at least, got none")
+    values = {name: np.asarray(list(values)) for name, values in axes.items()}
+    _check_whole("grid_points", values)
+    combined = np.array(list(product(*values.values())), dtype=np.int64).reshape(-1, len(axes))
     return dict(zip(axes, combined.T, strict=True))
 
 
@@ -202,10 +206,13 @@ def _least(layer, points, spec, figure) -> float:
         return 0.0
     bounds = []
     for values in zip(*(column.tolist() for column in points.values()), strict=True):
-        at = spec.with_(**{name: value for name, value in zip(points, values, strict=True) if name != "weight_bits"})
-        cycles = min(least_cycles(layer, at, layout) for layout in candidate_layouts(layer, at))
+        try:
+            at = spec.with_(**{name: value for name, value in zip(points, values, strict=True) if name != "weight_bits"})
+            cycles = min(least_cycles(layer, at, layout) for layout in candidate_layouts(layer, at))
+        except ValueError:  # sweep_space has the reason
+            continue
         bounds.append(cycles / at.clock_mhz if figure == "step_us" else cycles)
-    return min(bounds)
+    return min(bounds, default=np.inf)
 
 
 class _Timing:
@@ -233,16 +240,24 @@ def _checked(points):
     if len({column.shape for column in columns.values()}) != 1 or next(iter(columns.values())).ndim != 1:
         raise ValueError("sweep_space needs columns of one length, got "
                          + (", ".join(f"{name} {column.shape}" for name, column in columns.items()) or "none"))
-    if wrong := [name for name, column in columns.items() if column.dtype.kind not in "iu"]:
-        raise ValueError(f"sweep_space needs whole numbers, got {columns[wrong[0]].dtype} for {wrong[0]}")
+    _check_whole("sweep_space", columns)
     return columns
+
+
+def _check_whole(who, columns):
+    if wrong := [name for name, column in columns.items() if column.size and column.dtype.kind not in "iu"]:
+        raise ValueError(f"{who} needs whole numbers, got {columns[wrong[0]].dtype} for {wrong[0]}")
 
 
 def _sweep_placing(layer, groups, timing, steps, found):
     """Points with the same places of words: the candidates that schedule_layer goes through, those that may win first."""
     spec, layouts, mapped, known = next(iter(groups)), {}, {}, {}
-    for layout in sorted(candidate_layouts(layer, spec), key=lambda layout: least_cycles(layer, spec, layout)):
-        layouts.setdefault(units_of(layer, spec, layout), layout)
+    try:
+        for layout in sorted(candidate_layouts(layer, spec), key=lambda layout: least_cycles(layer, spec, layout)):
+            layouts.setdefault(units_of(layer, spec, layout), layout)
+    except ValueError as error:  # as of too few accumulators for a transform, at all these points
+        found["reason"][[n for numbers in groups.values() for n in numbers]] = str(error)
+        return
     for layout in layouts.values():
         mapped[layout] = map_blocks(layer, spec, layout, known=known)
     for spec, numbers in groups.items():

@@ -17,9 +17,11 @@ from workbench.array.mapping import (
     Region,
     SideBySide,
     candidate_layouts,
+    check_batch,
     fitting_mappings,
     least_cycles,
     map_layer,
+    part_of,
     parts_of,
     programs_side_by_side,
     strips,
@@ -142,10 +144,13 @@ def schedule_hoisted(layer: PackedLayer, spec: ArraySpec, steps: int, batch: int
     chunk, as items of a batch do. Nothing is rounded elsewhere than without hoisting, but the first h needs the x of the whole
     window. inputs: as schedule_layer. A delta threshold of x, too many sums and what the array cannot hold raise ValueError.
     """
+    steps, batch = check_whole("a schedule", "number of steps", steps, 1), check_batch(batch)
     window = check_whole("hoisting", "number of steps at a time, 0 for all,", window, 0)
     window = min(window or steps, steps)
     if "input" in layer.delta:
         raise ValueError(f"hoisting takes no delta threshold of x, whose sums move from step to step, got {layer.delta}")
+    if inputs is not None and (got := len(inputs["ih"])) != steps:
+        raise ValueError(f"a schedule of {steps} steps needs inputs of as many, got {got}")
     recurrence = _recurrence(layer, spec, window, batch, inputs, 0, None)
     words = window * recurrence.mapping.hoisted_words
     if words > spec.edge_words:
@@ -175,8 +180,9 @@ def _input_products(layer, spec, steps, batch, inputs, start, like):
         """In so many rows of the program, each for some steps together."""
         x = None
         if inputs is not None:
-            x = inputs["ih"][start + first : start + first + rows * together]
-            x = {"ih": x.reshape(rows, together * batch, -1)}
+            taken = slice(start + first, start + first + rows * together)
+            x = {part: values[taken].reshape(rows, together * batch, -1)
+                 for part, values in inputs.items() if part_of(part) == "ih"}
         if like is None:
             return schedule_layer(layer, spec, rows, None, together * batch, x, ("ih",))
         return schedule_mapping(map_layer(layer, spec, like.layout, like.blocks, batch=together * batch, parts=("ih",),
@@ -239,6 +245,15 @@ def layer_name(index: int, reverse: int) -> str:
     return f"l{index}{'_reverse' * reverse}"
 
 
+def checked_stack(who: str, stack) -> list[tuple[PackedLayer, ...]]:
+    """The layers of a stack, each (forward,) or (forward, reverse); TypeError for what is none."""
+    if not isinstance(stack, (tuple, list)) or not stack or not all(
+            isinstance(directions, (tuple, list)) and directions and all(isinstance(layer, PackedLayer) for layer in directions)
+            for directions in stack):
+        raise TypeError(f"{who} needs layers of PackedLayers, as PackedModel.stack gives them")
+    return [tuple(directions) for directions in stack]
+
+
 def schedule_stack(stack, spec: ArraySpec, steps: int, batch: int = 1, form: str = "", inputs=None,
                    hoist: bool | int = False) -> StagedSchedule:
     """Schedule all layers and directions of one recurrent module (stack: as PackedModel.stack gives it) over `steps` time steps
@@ -251,11 +266,10 @@ def schedule_stack(stack, spec: ArraySpec, steps: int, batch: int = 1, form: str
     hoist: True, or so many steps at a time: schedule_hoisted for every layer and direction, in turn. What the array cannot hold
     raises ValueError with the numbers.
     """
-    rows = []
+    stack, rows = checked_stack("schedule_stack", stack), []
+    steps, batch = check_whole("a schedule", "number of steps", steps, 1), check_batch(batch)
     named = [{layer_name(index, reverse): layer for reverse, layer in enumerate(directions)}
              for index, directions in enumerate(stack)]
-    if not named or not all(isinstance(layer, PackedLayer) for layers in named for layer in layers.values()):
-        raise TypeError("schedule_stack needs layers of PackedLayers, as PackedModel.stack gives them")
     for n, (below, layers) in enumerate(pairwise(stack), start=1):
         width = sum(layer.output_size for layer in below)
         if wrong := [layer.input_size for layer in layers if layer.input_size != width]:
