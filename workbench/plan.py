@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from reprlib import repr as short
 
 import numpy as np
 import torch
@@ -17,8 +18,6 @@ from workbench.packed import PARTS, PackedCirculant, PackedDense, PackedLayer, P
 from workbench.quantise import weight_format
 
 ACTIVATIONS = tuple(TABLES)  # the kinds of activation table
-
-
 LOSSLESS_BITS = 16  # width of blocks that are not compressed
 
 
@@ -83,10 +82,11 @@ class Plan:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"Plan knows the activations {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         if not isinstance(self.blocks, dict) or not all(isinstance(entry, BlockPlan) for entry in self.blocks.values()):
-            raise ValueError(f"Plan needs a BlockPlan for every block, got {self.blocks!r}")
+            raise ValueError(f"Plan needs a BlockPlan for every block, got {short(self.blocks)}")
         signals = self.signals.values() if isinstance(self.signals, dict) else [None]
         if not all(isinstance(mine, dict) and all(isinstance(f, QFormat) for f in mine.values()) for mine in signals):
-            raise ValueError(f"Plan needs the formats of every layer's signals, as calibrate gives them, got {self.signals!r}")
+            raise ValueError(f"Plan needs the formats of every layer's signals, as calibrate gives them, got "
+                             f"{short(self.signals)}")
         if not isinstance(self.delta, dict) or not all(isinstance(mine, dict) for mine in self.delta.values()):
             raise ValueError(f"Plan needs delta thresholds by layer and signal, got {self.delta!r}")
         for layer, mine in self.delta.items():
@@ -218,7 +218,7 @@ def _check_names(what, planned, known, all_of_them=True):
 
 
 def _keys(source):
-    return ", ".join(source) if isinstance(source, dict) else repr(source)
+    return ", ".join(source) if isinstance(source, dict) else short(source)
 
 
 def pack_block(w: torch.Tensor, entry: BlockPlan, **known):
