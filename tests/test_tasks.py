@@ -249,9 +249,41 @@ def test_half_standardised_by_hand():
     np.testing.assert_allclose(centred, np.array([[-1, -4], [1, 4]]) / np.sqrt(8.5), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("power", [1.0, 0.5, 0.0])
+def test_a_feature_that_stays_the_same_in_training_is_only_shifted(dtype, power):
+    """0.1 is no binary fraction: its mean over many frames is off by a rounding, which is no deviation."""
+    frames = np.array([[1.0, 0.1, 0], [3, 0.1, 0]] * 500, dtype)
+    centred = standardise([frames, np.array([[5, 0.2, 1]], dtype)], train=[0], power=power)
+    np.testing.assert_allclose(centred[0][:2], [[-1, 0, 0], [1, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(centred[1], [[3, 0.1, 1]], rtol=1e-5)
+    (still,) = standardise([np.full((4, 2), 7.0)], train=[0])
+    assert not still.any()
+
+
+@pytest.mark.parametrize(("sequences", "labels", "message"), [
+    ([], [], "pad needs at least one sequence, got none"),
+    ([np.array([0.5, 1.7])], [0], r"pad needs features as \(T, F\), \(T, 1\) where there is one, .*, got \(2,\) float64"),
+    ([np.zeros((2, 1))], [0.5], "pad needs labels that are whole numbers, got float64"),
+    ([np.zeros((2, 1))], ["up"], "pad needs labels that are whole numbers, got <U2"),
+    ([np.array([[0.0], [np.nan]])], [0], "Split needs finite features, got 1 of 2 that are not"),
+])  # fmt: skip
+def test_pad_refuses(sequences, labels, message):
+    with pytest.raises(ValueError, match=message):
+        pad(sequences, labels, ["a"] * len(sequences))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, bool])
+def test_labels_of_any_whole_numbers_are_taken(dtype):
+    assert pad([np.zeros((2, 1))] * 2, np.array([0, 1], dtype), ["a", "b"]).labels.dtype == np.int64
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"lengths": np.array([3.0, 1.0])}, "Split needs lengths as int64, got float64"),
+        ({"labels": np.array([0, 1], np.int32)}, "Split needs labels as int64, got int32"),
+        ({"x": np.full((2, 3, 1), np.inf, np.float32)}, "Split needs finite features, got 6 of 6 that are not"),
         ({"x": np.zeros((2, 3, 1))}, "x as .* float32 or .* int32 or int64, got .* float64"),
         ({"x": np.zeros((2, 3), np.float32)}, "x as .* got .* float32"),
         ({"x": np.zeros((2, 3, 1), np.int64)}, "x as .* got .* int64"),

@@ -1,5 +1,6 @@
 import copy
 import itertools
+import math
 import random
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,7 +13,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from workbench import train
+from workbench.constrain import compress
 from workbench.container import read_tensors
+from workbench.emulation import emulate
 from workbench.methods import TopK
 from workbench.models import build_classifier
 from workbench.plan import uniform
@@ -344,6 +347,38 @@ def test_evaluate_takes_a_recurrence_without_parameters(task, model):
     before = evaluate(model, task, "test")
     model.lstm = Engine(model.lstm)
     np.testing.assert_array_equal(evaluate(model, task, "test").losses, before.losses)
+
+
+@pytest.mark.parametrize("change", ["bits", "emulated bits", "pooling", "dropout", "frozen"])
+def test_a_checkpoint_of_another_model_of_the_same_state_is_refused(task, tmp_path, change):
+    def made(second):
+        recipe = replace(task.recipe, pooling="last" if change == "pooling" and second else "mean",
+                         dropout=0.4 if change == "dropout" and second else 0.2)
+        model = build_classifier(replace(task, recipe=recipe), 6, seed=0)
+        if "bits" in change:
+            plan = uniform(model, TopK(0.5), 3 if second else 6, calibrate(model, calibration_batches(task)))
+            return (compress if change == "bits" else emulate)(model, plan)
+        model.classifier.requires_grad_(change != "frozen" or not second)
+        return model
+
+    arguments = {"seed": 0, "epochs": 1, "progress": False, "checkpoint": tmp_path / "c.safetensors"}
+    fit(made(False), task, **arguments)
+    fit(made(False), task, **arguments)
+    with pytest.raises(ValueError, match=r"is the checkpoint of another training\. (.*; )?model: \w+ there, \w+ here"):
+        fit(made(True), task, **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_precision_is_trained_and_measured(task, model, dtype):
+    wide = copy.deepcopy(model).to(dtype)
+    fit(wide, task, seed=0, epochs=1, progress=False)
+    assert math.isfinite(evaluate(wide, task, "valid").loss)
+    assert evaluate(copy.deepcopy(model).double(), task, "valid").loss == pytest.approx(evaluate(model, task, "valid").loss)
+
+
+def test_perplexity_of_a_diverged_model_is_infinite():
+    assert Evaluation(800.0, 0.0, np.zeros(1), np.zeros(1, bool)).perplexity == math.inf
+    assert Evaluation(2.0, 0.0, np.zeros(1), np.zeros(1, bool)).perplexity == math.exp(2.0)
 
 
 def test_checkpoint_round_trip(task, model, tmp_path):

@@ -1,7 +1,6 @@
 """Command line: `python -m workbench run | sweep | report | train | parameters | tasks | methods`."""
 
 import io
-import math
 import re
 import shlex
 import signal
@@ -222,7 +221,7 @@ def train_command(task, cell, hidden_size, num_layers, seed, epochs, device, che
 
     def quality(loss, accuracy):
         language = isinstance(loaded, tasks.LanguageTask)
-        return f"loss {loss:.4f}, " + (f"perplexity {math.exp(loss):.2f}" if language else f"accuracy {accuracy:.2f} %")
+        return f"loss {loss:.4f}, " + (f"perplexity {train.perplexity(loss):.2f}" if language else f"accuracy {accuracy:.2f} %")
 
     def tell(row):
         click.echo(f"epoch {row['epoch']:3}: lr {row['lr']:.3g}, train loss {row['train_loss']:.4f}, "

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from workbench import fixedpoint, gates, methods, quantise
+from workbench import packed as packed_module
 from workbench import plan as plan_module
 from workbench.engine import StackEngine
 from workbench.gates import (
@@ -36,7 +37,7 @@ MOVED = 0.01  # of a block's norm: more than rounding does, 0.1 % of a low-rank 
 
 def constrained_code() -> list[str]:
     """The files whose code takes part in a training inside a plan, for train.code_digest."""
-    return [__file__, *(module.__file__ for module in (plan_module, quantise, gates, fixedpoint)),
+    return [__file__, *(module.__file__ for module in (plan_module, quantise, gates, fixedpoint, packed_module)),
             *map(str, sorted(Path(methods.__file__).parent.glob("*.py")))]
 
 

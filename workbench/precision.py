@@ -7,7 +7,6 @@ float model of the same cell and seed: points of accuracy, or percent of its per
 import copy
 import hashlib
 import json
-import math
 import operator
 import re
 from dataclasses import dataclass, replace
@@ -241,7 +240,7 @@ def _lost(task, control, quality):
 
 
 def _quality(task, evaluation):
-    return math.exp(evaluation.loss) if is_language(task) else evaluation.accuracy
+    return evaluation.perplexity if is_language(task) else evaluation.accuracy
 
 
 def _measured(task, model, device) -> dict:

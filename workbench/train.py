@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +68,15 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         """exp(loss)"""
-        return math.exp(self.loss)
+        return perplexity(self.loss)
+
+
+def perplexity(loss: float) -> float:
+    """exp of a cross-entropy (nats), infinite where a float holds none that large."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 class Interval(NamedTuple):
@@ -155,7 +163,7 @@ def fit(
     if checkpoint is not None:
         distillation = teacher and [fingerprint(teacher), distillation_weight, distillation_temperature]
         about = {"task": task.name, "split": task.split, "data": task.digest, "seed": seed, "distillation": distillation}
-        about |= {} if retraining is None else {"retraining": retraining.digest}
+        about |= {"model": build_digest(model)} | ({} if retraining is None else {"retraining": retraining.digest})
         file = _File(Path(checkpoint), about | asdict(recipe) | {"initial weights": fingerprint(model)}, device, retraining)
         if history := file.finished(model):
             for row in history.epochs if on_epoch else ():
@@ -284,7 +292,7 @@ class _Sequences:
         frames = augment(x[batch, :longest], lengths[batch], self.recipe)
         # One cache per forward: a constrained weight is evaluated once, and again after the step changed it.
         with parametrize.cached():
-            logits = model(frames, lengths[batch])
+            logits = model(as_model(frames, model), lengths[batch])
         loss = functional.cross_entropy(logits, labels[batch])
         if self.distil:
             loss = self.distil.mixed(loss, logits, self.soft[batch])
@@ -468,9 +476,16 @@ def _logits(model, split, batch_size):
     with torch.no_grad(), evaluating(model), parametrize.cached():
         # Sorted by length, so that little of a batch is padding.
         batches = lengths.argsort(stable=True).split(batch_size)
-        logits = [model(x[batch, : lengths[batch].max()].to(device), lengths[batch].to(device)).cpu() for batch in batches]
+        logits = [model(as_model(x[batch, : lengths[batch].max()].to(device), model), lengths[batch].to(device)).cpu()
+                  for batch in batches]
     order = torch.cat(batches).argsort()
     return torch.cat(logits)[order], labels
+
+
+def as_model(x: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """Features in the one dtype of the model's parameters; tokens, and what a model of several gets, as they are."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return x.to(*dtypes) if len(dtypes) == 1 and x.is_floating_point() else x
 
 
 def _tensors(split: Split):
@@ -582,6 +597,25 @@ def fingerprint(model) -> str:
     for name, array in _named("", model.state_dict()).items():
         digest.update(f"{name} {array.shape} {array.dtype}".encode() + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
+
+
+def build_digest(model) -> str:
+    """Short digest of what a model is beside its state: classes, plain attributes (sizes, dropout, number formats), and which
+    parameters are trained."""
+    about = [[name, type(module).__qualname__, sorted(f"{key}={value!r}" for key, value in vars(module).items()
+                                                      if not key.startswith("_") and key != "training" and _is_plain(value))]
+             for name, module in model.named_modules()]
+    about.append([name for name, parameter in model.named_parameters() if parameter.requires_grad])
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+def _is_plain(value) -> bool:
+    """Whether the text of a value says what it is."""
+    if isinstance(value, (tuple, list, dict)):
+        return all(map(_is_plain, (*value, *value.values()) if isinstance(value, dict) else value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return all(_is_plain(getattr(value, field.name)) for field in fields(value))
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
 
 
 def code_digest(*more: str | Path) -> str:

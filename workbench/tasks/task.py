@@ -10,6 +10,7 @@ import numpy as np
 OPTIMIZERS = ("adamw", "sgd")
 PARTS = ("train", "valid", "test")
 AUGMENTATIONS = ("feature_noise", "time_mask", "feature_mask")
+STILL = 1e-6  # of the largest magnitude: what deviates by less is one value and its rounding
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ class Split:
         features = self.x.ndim == 3 and self.x.dtype == np.float32
         if not features and not (self.tokens and self.x.dtype in (np.int32, np.int64)):
             raise ValueError(f"Split needs x as (N, T, F) float32 or (N, T) int32 or int64, got {self.x.shape} {self.x.dtype}")
+        for name in ("lengths", "labels"):
+            if (found := getattr(self, name)).dtype != np.int64:
+                raise ValueError(f"Split needs {name} as int64, got {found.dtype}")
+        if features and not (finite := np.isfinite(self.x)).all():
+            raise ValueError(f"Split needs finite features, got {int((~finite).sum())} of {finite.size} that are not")
         count, frames = self.x.shape[:2]
         if not len(self.lengths) == len(self.labels) == len(self.items) == count:
             raise ValueError(
@@ -204,22 +210,35 @@ def missing(name: str, forms: str, fetch: str) -> FileNotFoundError:
 
 
 def pad(sequences: list[np.ndarray], labels: list[int], items: list[str]) -> Split:
-    """Split of the `sequences`, each (T_n, F) features or (T_n,) tokens, padded with zeros to the longest."""
+    """Split of the `sequences`, each (T_n, F) features or (T_n,) tokens, padded with zeros to the longest. ValueError for none,
+    for floats that are no (T_n, F) and for labels that are no whole numbers."""
+    if not len(sequences):
+        raise ValueError("pad needs at least one sequence, got none")
+    if sequences[0].ndim == 1 and sequences[0].dtype.kind not in "iu":
+        raise ValueError(f"pad needs features as (T, F), (T, 1) where there is one, and tokens as integers, got "
+                         f"{sequences[0].shape} {sequences[0].dtype}")
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "iub":
+        raise ValueError(f"pad needs labels that are whole numbers, got {labels.dtype}")
     lengths = np.array([len(sequence) for sequence in sequences])
     shape = (len(sequences), lengths.max(), *sequences[0].shape[1:])
     x = np.zeros(shape, np.float32 if sequences[0].ndim == 2 else np.int32)  # (N, T, F) or (N, T)
     for row, sequence in zip(x, sequences, strict=True):
         row[: len(sequence)] = sequence
-    return Split(x, lengths, np.array(labels), tuple(items))
+    return Split(x, lengths, labels.astype(np.int64), tuple(items))
 
 
 def standardise(sequences: list[np.ndarray], train: list[int], power: float = 1.0) -> list[np.ndarray]:
     """Features with mean 0 and mean variance 1 over the frames of the `train` sequences; nothing else is looked at.
 
     power: each feature is divided by its deviation to this power. 1 makes all equally large; less leaves small features
-    smaller, which suits features whose small components are mostly noise.
+    smaller, which suits features whose small components are mostly noise. A feature that is the same in all those frames, but
+    for rounding, says nothing: it is only shifted to 0.
     """
-    frames = np.concatenate([sequences[n] for n in train])  # (frames, F)
+    frames = np.concatenate([sequences[n] for n in train]).astype(np.float64)  # (frames, F)
     mean, deviation = frames.mean(0), frames.std(0)
-    scale = deviation**power * np.sqrt((deviation ** (2 - 2 * power)).mean())
+    moving, scale = deviation > STILL * np.abs(frames).max(0), np.ones_like(deviation)
+    if moving.any():
+        spread = deviation[moving]
+        scale[moving] = spread**power * np.sqrt((spread ** (2 - 2 * power)).mean())
     return [((sequence - mean) / scale).astype(np.float32) for sequence in sequences]
