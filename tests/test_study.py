@@ -549,6 +549,8 @@ def test_what_settings_change_by_hand():
     assert tables.settings_grid(one).set_index("method").loc["TopK, 10x"].iloc[1] == "0.300 (-0.100)"
     (top,) = study.over_settings(rows[rows["p_schedule"] == "fast"], methods=[2])["setting"]
     assert top == "methods [2]"
+    whole = rows.assign(p_lr=[1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    assert study.over_settings(whole, schedule="fast", lr=0).equals(study.over_settings(whole, schedule="fast", lr=0.0))
 
 
 def test_settings_that_cannot_be_compared_are_refused():

@@ -850,7 +850,11 @@ def over_settings(rows: pd.DataFrame, **reference) -> pd.DataFrame:
     point = ["m_method", "m_target_cr_disk", "m_seed"]
     given = rows[[f"p_{name}" for name in reference]].astype(object)
     settings = given.where(given.notna(), None).apply(lambda row: _setting(dict(zip(reference, row, strict=True))), axis=1)
-    first, rows = _setting(reference), rows.assign(setting=settings)
+    # As the rows have it: 0 where they say 0.0, 8 where a run without a value made 8.0 of it.
+    alike = {name: given.loc[given[f"p_{name}"] == value, f"p_{name}"] for name, value in reference.items()
+             if isinstance(value, (int, float))}
+    first = _setting({name: alike[name].iloc[0] if len(alike.get(name, ())) else value for name, value in reference.items()})
+    rows = rows.assign(setting=settings)
     if first not in set(settings):
         raise ValueError(f"over_settings finds no row with {first}, got {'; '.join(dict.fromkeys(settings))}")
     if rows.duplicated([*point, "setting"]).any():
