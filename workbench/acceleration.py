@@ -43,6 +43,7 @@ from workbench.study import DENSE, HYBRID, SMALL
 from workbench.tasks import Task
 from workbench.train import evaluate, paired_interval
 
+STREAM_BUFFERS = (1, 2, 4, 8)  # stored words in one half of the double buffer, of which the best counts
 BY_FFT = ", FFT"  # behind the name of a method whose circulant blocks are multiplied by FFT
 MODEL_COLUMNS = [
     "label", "target_cr_disk", "seed", "method", "strength", "bits", "hidden_size", "cr_params", "cr_bits", "cr_disk",
@@ -432,7 +433,6 @@ FORMS = {
     "BlockCirculant" + BY_FFT: lambda fraction, units: BlockCirculant(round(1 / fraction), "fft"),
     "LowRank": lambda fraction, units: LowRank(max(1, round(fraction * units / 2))),
 }
-STREAM_BUFFERS = (1, 2, 4, 8)  # stored words in one half of the double buffer, of which the best counts
 STALLS = ("multiply", "transform", "padding", "further words", "imbalance", "pipeline", "drain", "activation", "multicast",
           "load", "other region")  # fmt: skip
 

@@ -29,7 +29,7 @@ from workbench.gates import (
 )
 from workbench.methods import LowRank, method_label
 from workbench.packed import GATES, PROJECTION, PackedModel
-from workbench.plan import Plan, pack_block
+from workbench.plan import Plan, naming_block, pack_block
 from workbench.quantise import as_given, time_first
 
 MOVED = 0.01  # of a block's norm: more than rounding does, 0.1 % of a low-rank product in bfloat16
@@ -207,11 +207,9 @@ def pack(model: nn.Module, plan, original: nn.Module | None = None) -> PackedMod
     known, packed, rnn_bias_params = blocks(model), {}, 0
     _check_members(plan, {name: weight(model, name) for name, block in known.items() if block.rnn in constrained})
     for name, layer in layers(model).items():
-        rnn = rnns(model)[layer.rnn]
         mine = {b.name: _packed_block(model, plan, b.name) for b in known.values() if b.layer == layer}
-        bias = {name: b.detach().cpu().numpy() for name, b in merged_bias(rnn, layer.suffix, torch.float64).items()}
-        packed[name] = plan.pack_layer(model, name, mine, bias)
-        rnn_bias_params += sum(b.size for b in bias.values()) if rnn.bias else 0
+        packed[name] = plan.pack_layer(model, name, mine)
+        rnn_bias_params += sum(b.size for b in packed[name].bias.values()) if rnns(model)[layer.rnn].bias else 0
     packed = PackedModel(packed, rnn_bias_params, _other_params(model))
     if original is None:
         return packed
@@ -255,10 +253,8 @@ def _other_params(model):
 
 
 def _packed_block(model, plan, name):
-    try:
+    with naming_block(name):
         return pack_block(weight(model, name), plan.blocks[name], **trained_factors(model, name, plan.blocks[name].method))
-    except ValueError as error:
-        raise ValueError(f"block {name}: {error}") from error
 
 
 def check_packed(who: str, model: nn.Module, packed: PackedModel) -> None:

@@ -1,5 +1,6 @@
 """Plan: which method and number format each block gets, and the formats of the signals. Plain data, JSON in and out."""
 
+import contextlib
 import json
 import math
 import os
@@ -19,6 +20,15 @@ from workbench.quantise import weight_format
 
 ACTIVATIONS = tuple(TABLES)  # the kinds of activation table
 LOSSLESS_BITS = 16  # width of blocks that are not compressed
+
+
+@contextlib.contextmanager
+def naming_block(name: str):
+    """What is refused inside, with the name of the block that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"block {name}: {error}") from error
 
 
 class Unpackable(ValueError):
@@ -46,11 +56,9 @@ def _zeros(name, shape, entry):
     if not (isinstance(entry.method, BlockCirculant) and entry.method.datapath == "fft"):
         return _DenseZeros(np.zeros(shape, dtype=np.int64), entry.format)
     k = entry.method.block
-    vectors = np.zeros((shape[0] // k, -(-shape[1] // k), k), dtype=np.int64)
-    try:
-        return _SpectralZeros(shape, entry.format, k, vectors, entry.method.datapath)
-    except ValueError as error:
-        raise ValueError(f"block {name}: {error}") from error
+    with naming_block(name):
+        return _SpectralZeros(shape, entry.format, k, np.zeros((shape[0] // k, -(-shape[1] // k), k), dtype=np.int64),
+                              entry.method.datapath)
 
 
 @dataclass(frozen=True)
@@ -111,10 +119,8 @@ class Plan:
                 raise ValueError(f"Plan takes delta thresholds of {', '.join(multiplied)} of {name}, got "
                                  f"{', '.join(sorted(unknown))}")
         for name, w in weights(model).items():
-            try:
+            with naming_block(name):
                 self.blocks[name].method.constrain(w, self.blocks[name].format)
-            except ValueError as error:
-                raise ValueError(f"block {name}: {error}") from error
 
     def check_signals(self, model: torch.nn.Module) -> None:
         """Refuse a plan that misses a layer of the model or a signal of one, or has formats of what the model has not."""
@@ -133,10 +139,14 @@ class Plan:
             packed[name] = self.pack_layer(model, name, zeros, bias)
         PackedModel(packed, 0, 0)
 
-    def pack_layer(self, model: torch.nn.Module, name: str, packed_blocks: dict, bias: dict[str, np.ndarray]) -> PackedLayer:
-        """The layer of that name. packed_blocks: block name -> its integers; bias: gate -> (hidden_size,) floats, merged.
-        Unpackable says which of them, or of the plan's formats, no integers take."""
-        cell, signals = cell_name(rnns(model)[layers(model)[name].rnn]), self.signals[name]
+    def pack_layer(self, model: torch.nn.Module, name: str, packed_blocks: dict, bias: dict | None = None) -> PackedLayer:
+        """The layer of that name. packed_blocks: block name -> its integers; bias: gate -> (hidden_size,) floats, by default
+        the model's, merged in float64. Unpackable says which of them, or of the plan's formats, no integers take."""
+        layer, signals = layers(model)[name], self.signals[name]
+        rnn = rnns(model)[layer.rnn]
+        cell = cell_name(rnn)
+        if bias is None:
+            bias = {gate: b.detach().cpu().numpy() for gate, b in merged_bias(rnn, layer.suffix, torch.float64).items()}
         try:
             tables = {function: TABLES[self.activation].build(function, uses)
                       for function, uses in table_uses(cell, signals).items()}
@@ -187,7 +197,7 @@ class Plan:
                 raise ValueError(f"block {name} of a plan needs exactly the keys method and format, got {_keys(entry)}")
             try:
                 planned[name] = BlockPlan(method_from_json(entry["method"]), QFormat.from_json(entry["format"]))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError) as error:  # numbers of a wrong type too
                 raise ValueError(f"block {name}: {error}") from error
         for layer, formats in source["signals"].items():
             if not isinstance(formats, dict):
@@ -239,10 +249,8 @@ def plan_blocks(known: dict[str, torch.Tensor], method: Method, bits: int) -> di
     """plan_block of every block, name -> weights; ValueError names the block that the method does not fit."""
     found = {}
     for name, w in known.items():
-        try:
+        with naming_block(name):
             found[name] = plan_block(w, method, bits)
-        except ValueError as error:
-            raise ValueError(f"block {name}: {error}") from error
     return found
 
 
@@ -265,11 +273,9 @@ def uncompressed(model: torch.nn.Module, signals) -> Plan:
     plan, found = uniform(model, Dense(), LOSSLESS_BITS, signals), {}
     plan.check_fit(model)
     for name, layer in layers(model).items():
-        bias = {gate: b.detach().cpu().numpy() for gate, b in merged_bias(rnns(model)[layer.rnn], layer.suffix,
-                                                                          torch.float64).items()}
         mine = {b.name: plan.blocks[b.name] for b in blocks(model).values() if b.layer == layer}
-        found |= with_room(mine, lambda entries, name=name, bias=bias: plan.pack_layer(model, name, {
-            block: pack_block(weight(model, block), entry) for block, entry in entries.items()}, bias))[0]
+        found |= with_room(mine, lambda entries, name=name: plan.pack_layer(model, name, {
+            block: pack_block(weight(model, block), entry) for block, entry in entries.items()}))[0]
     return replace(plan, blocks=found)
 
 

@@ -471,19 +471,21 @@ def read_status(directory) -> dict:
 
 def is_finished(directory) -> bool:
     """Whether `directory` holds a run whose status is whole and says ok, and whose metrics are valid."""
-    try:
-        return ended(directory, "ok") is not None and bool(read_metrics(directory))
-    except ValueError:
-        return False
+    return ended(directory, "ok") is not None
 
 
 def ended(directory, state: str) -> dict | None:
-    """The status of a run directory where it is whole and says that its run ended in that state, "ok" or "failed"."""
+    """The status of a run directory where it is whole and says that its run ended in that state, "ok" (then its metrics are
+    valid too) or "failed"."""
     try:
         status = read_status(directory)
+        if status["state"] != state or not {"ended", "wall_s"} <= status["provenance"].keys():
+            return None
+        if state == "ok":
+            read_metrics(directory)
     except ValueError:
         return None
-    return status if status["state"] == state and {"ended", "wall_s"} <= status["provenance"].keys() else None
+    return status
 
 
 def usable(results) -> Path:

@@ -15,6 +15,7 @@ import statistics
 import threading
 import tomllib
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 from workbench import runs
@@ -175,34 +176,32 @@ def survey(sweep: Sweep, results: Path) -> list[Point]:
     digests = {names: runs.data_digest(values) for names, values in dict(zip(named, sweep.parameters, strict=True)).items()}
     asked = [runs.Run(sweep.notebook, values, code, digests[names])
              for names, values in zip(named, sweep.parameters, strict=True)]
-    finished = [runs.is_finished(results / "runs" / run.id) for run in asked]
+    finished = [runs.ended(results / "runs" / run.id, "ok") for run in asked]
     older = {} if all(finished) else _answers(results)
     points, place = [], runs.place_of(sweep.notebook)
     for run, done in zip(asked, finished, strict=True):
-        cached, failed = results / "runs" / run.id, results / "failed" / run.id
-        answers = [(end, directory) for end, directory, its in older.get(runs.question(run.notebook.stem, run.parameters), ())
-                   if its in (place, None)]
+        failed = results / "failed" / run.id
+        answers = [(status["provenance"]["ended"], directory, status)
+                   for directory, status in older.get(runs.question(run.notebook.stem, run.parameters), ())
+                   if status.get("place", place) == place]  # old runs do not say theirs
         if done:
-            points.append(Point(run, "cached", cached, runs.read_status(cached)))
+            points.append(Point(run, "cached", results / "runs" / run.id, done))
         elif status := runs.ended(failed, "failed"):
             points.append(Point(run, "failed", failed, status))
         elif answers:
-            last = max(answers)[1]
-            points.append(Point(run, "stale", last, runs.read_status(last)))
+            points.append(Point(run, "stale", *max(answers, key=itemgetter(0, 1))[1:]))
         else:
             points.append(Point(run, "missing", None, None))
     return points
 
 
 def _answers(results):
-    """Question -> (end, directory, place of its notebook, None of an old run) of every finished run that answers it."""
+    """Question -> (directory, status) of every finished run that answers it."""
     found = {}
     for directory in (results / "runs").glob("[!.]*"):
-        if runs.is_finished(directory):
-            status = runs.read_status(directory)
-            if status["schema"] == runs.SCHEMA:
-                question = runs.question(status["notebook"], status["parameters"])
-                found.setdefault(question, []).append((status["provenance"]["ended"], directory, status.get("place")))
+        status = runs.ended(directory, "ok")
+        if status and status["schema"] == runs.SCHEMA:
+            found.setdefault(runs.question(status["notebook"], status["parameters"]), []).append((directory, status))
     return found
 
 

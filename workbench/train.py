@@ -26,6 +26,7 @@ from workbench import models
 from workbench.container import read_tensors, write_tensors
 from workbench.gates import evaluating, keeping_modes
 from workbench.models import build_classifier, build_language_model, seeded
+from workbench.quantise import cast
 from workbench.schedules import RetrainingSchedule
 from workbench.tasks import LanguageTask, Recipe, Split, Task
 
@@ -485,7 +486,7 @@ def _logits(model, split, batch_size):
 def as_model(x: torch.Tensor, model: nn.Module) -> torch.Tensor:
     """Features in the one dtype of the model's parameters; tokens, and what a model of several gets, as they are."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    return x.to(*dtypes) if len(dtypes) == 1 and x.is_floating_point() else x
+    return cast(x, *dtypes) if len(dtypes) == 1 else x
 
 
 def _tensors(split: Split):

@@ -46,7 +46,7 @@ def grid_points(**axes) -> dict[str, np.ndarray]:
     if not axes:
         raise ValueError("grid_points needs the values of one axis at least, got none")
     values = {name: np.asarray(list(values)) for name, values in axes.items()}
-    _check_whole("grid_points", values)
+    _check_columns("grid_points", values)
     combined = np.array(list(product(*values.values())), dtype=np.int64).reshape(-1, len(axes))
     return dict(zip(axes, combined.T, strict=True))
 
@@ -240,11 +240,11 @@ def _checked(points):
     if len({column.shape for column in columns.values()}) != 1 or next(iter(columns.values())).ndim != 1:
         raise ValueError("sweep_space needs columns of one length, got "
                          + (", ".join(f"{name} {column.shape}" for name, column in columns.items()) or "none"))
-    _check_whole("sweep_space", columns)
+    _check_columns("sweep_space", columns)
     return columns
 
 
-def _check_whole(who, columns):
+def _check_columns(who, columns):
     if wrong := [name for name, column in columns.items() if column.size and column.dtype.kind not in "iu"]:
         raise ValueError(f"{who} needs whole numbers, got {columns[wrong[0]].dtype} for {wrong[0]}")
 
